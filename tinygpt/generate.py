@@ -1,0 +1,233 @@
+"""From a model and a prompt to more tokens: owns the KV cache and the JIT, yields token ids."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from tinygrad import Tensor, TinyJit, UOp, Variable, dtypes
+
+from tinygpt.config import InputError
+from tinygpt.model import GPT
+from tinygpt.sampling import Sampling, choose
+
+
+class Generator:
+    """Continues prompts with a model, one token after the other.
+
+    The model's weights are read when a graph is first captured, so a Generator belongs to the
+    weights its model has then. Past the window generation goes on: a text that outgrows
+    `block_size` keeps its newer half (`block_size // 2` tokens), which is read in again.
+    """
+
+    def __init__(self, model: GPT, chunk_size: int = 64) -> None:
+        """
+        Args:
+            model: whose weights to use.
+            chunk_size: how many tokens of a prompt are read at once. One size for all, so that
+                another prompt's length compiles nothing new.
+        """
+        if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+            raise InputError(f"chunk_size is {chunk_size!r}: it must be a whole number, 1 or more")
+        self.model = model
+        self.chunk_size = min(chunk_size, model.config.block_size)
+        self._runners: dict[int, _Runner] = {}  # by batch size
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int = 128,
+        seed: int | None = None,
+        stop_tokens: Collection[int] = (),
+        **sampling: Any,
+    ) -> Iterator[int]:
+        """Yield the ids that continue a prompt, each as soon as it is chosen.
+
+        Args:
+            prompt: at least one id. Of one longer than the window the newer half-window is read.
+            max_new_tokens: how many ids to yield at most.
+            seed: makes the draws the same again on the same backend; None is a new one each time.
+            stop_tokens: ids that end the text; they are not yielded.
+            sampling: fields of `sampling.Sampling`: temperature (0 is greedy), top_k, top_p,
+                min_p, repetition_penalty, frequency_penalty, presence_penalty.
+        Raises:
+            InputError: for an argument that cannot work, before anything is computed.
+        """
+        steps = self.generate_batch([prompt], max_new_tokens, seed, stop_tokens, **sampling)
+        return (token for (token,) in steps)
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int = 128,
+        seed: int | Sequence[int] | None = None,
+        stop_tokens: Collection[int] = (),
+        **sampling: Any,
+    ) -> Iterator[list[int | None]]:
+        """Continue several prompts at once; each row is what it would have been alone.
+
+        Args:
+            prompts: of any lengths, each at least one id.
+            seed: one for all rows, or one for each.
+        Yields:
+            At each step the next id of each row, None for a row that a stop token has ended.
+        """
+        settings = Sampling.of(**sampling)
+        rows = [self._check_prompt(prompt) for prompt in prompts]
+        if not rows:
+            raise InputError("no prompts: give at least one")
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
+            raise InputError(f"max_new_tokens is {max_new_tokens!r}: it must be a whole number")
+        if max_new_tokens < 0:
+            raise InputError(f"max_new_tokens is {max_new_tokens}: it must be 0 or more")
+        seeds = self._check_seeds(seed, len(rows))
+        return self._steps(rows, max_new_tokens, seeds, frozenset(stop_tokens), settings)
+
+    def _check_prompt(self, prompt: Sequence[int]) -> list[int]:
+        ids, vocab_size = [int(token) for token in prompt], self.model.config.vocab_size
+        if not ids:
+            raise InputError("the prompt is empty: give at least one token")
+        for token in ids:
+            if not 0 <= token < vocab_size:
+                raise InputError(
+                    f"token {token} is outside the vocabulary: ids run from 0 to {vocab_size - 1}"
+                )
+        return ids
+
+    @staticmethod
+    def _check_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+        if seed is None:
+            return [secrets.randbits(32) for _ in range(count)]
+        seeds = [seed] * count if isinstance(seed, int) else list(seed)
+        if len(seeds) != count:
+            raise InputError(f"{len(seeds)} seeds for {count} prompts: give one, or one for each")
+        for value in seeds:
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
+                raise InputError(f"seed is {value!r}: it must be a whole number from 0 to 2**64-1")
+        return seeds
+
+    def _steps(self, rows, max_new_tokens, seeds, stop_tokens, settings):
+        runner = self._runner(len(rows))
+        bounds = settings.bounds()
+        seeds = None if settings.greedy else Tensor(seeds, dtype=dtypes.uint64).realize()
+        counts = _count(rows, self.model.config.vocab_size) if settings.needs_counts else None
+        live = [True] * len(rows)
+        contexts = rows
+        for step in range(max_new_tokens):
+            if step == 0 or runner.full:
+                contexts = [
+                    self._window(ids) if alive else [0]
+                    for ids, alive in zip(contexts, live, strict=True)
+                ]
+                runner.read(contexts)
+            chosen = runner.next([ids[-1] for ids in contexts], bounds, seeds, step, counts)
+            for row, token in enumerate(chosen):
+                live[row] = live[row] and token not in stop_tokens
+                if live[row]:
+                    contexts[row].append(token)
+                    if counts is not None:
+                        counts[:, row, token] += 1
+            if not any(live):
+                return
+            yield [token if alive else None for token, alive in zip(chosen, live, strict=True)]
+
+    def _window(self, ids: list[int]) -> list[int]:
+        """The part of a text that the model sees: all, or past the window its newer half."""
+        block_size = self.model.config.block_size
+        return ids if len(ids) <= block_size else ids[-max(1, block_size // 2) :]
+
+    def _runner(self, batch_size: int) -> _Runner:
+        if batch_size not in self._runners:
+            self._runners[batch_size] = _Runner(self.model, batch_size, self.chunk_size)
+        return self._runners[batch_size]
+
+
+def _count(rows: list[list[int]], vocab_size: int) -> np.ndarray:
+    """How often each token stands in each prompt, and (not yet) in the text: (2, B, V)."""
+    counts = np.zeros((2, len(rows), vocab_size), np.float32)
+    for row, ids in enumerate(rows):
+        counts[0, row] = np.bincount(ids, minlength=vocab_size)
+    return counts
+
+
+class _Runner:
+    """A KV cache for one batch size, and the captured graphs that read from it and write to it.
+
+    Rows stand flush right: shorter ones are padded at the left, so that all have the same next
+    position, and the model is told how much of each is padding.
+    """
+
+    def __init__(self, model: GPT, batch_size: int, chunk_size: int) -> None:
+        self.model, self.batch_size, self.chunk_size = model, batch_size, chunk_size
+        self.block_size = model.config.block_size
+        self.cache = model.empty_cache(batch_size, self.block_size)
+        self.position = 0  # where the token to be read next stands
+        self.padding: Tensor | None = None
+        self._read = _captured(self._read_chunk)
+        self._next: dict[tuple, Callable[..., Tensor]] = {}  # one graph for each set of settings
+
+    @property
+    def full(self) -> bool:
+        """Whether no position is left in the cache."""
+        return self.position == self.block_size
+
+    def read(self, contexts: list[list[int]]) -> None:
+        """Fill the cache with all but each row's last token, which `next` reads."""
+        longest = max(map(len, contexts))
+        padding = [longest - len(ids) for ids in contexts]
+        if self.batch_size > 1:
+            self.padding = Tensor(padding, dtype=dtypes.int32).realize()
+        tokens = np.zeros((self.batch_size, max(longest - 1, self.chunk_size)), np.int32)
+        for row, ids in enumerate(contexts):
+            tokens[row, padding[row] : longest - 1] = ids[:-1]
+        # The last chunk ends where the text does, and so may read some tokens twice. Of a text
+        # shorter than a chunk the rest is zeros: the positions they fill are written again
+        # before a query can see them.
+        for start in range(0, longest - 1, self.chunk_size):
+            start = min(start, max(0, longest - 1 - self.chunk_size))
+            chunk = Tensor(tokens[:, start : start + self.chunk_size]).realize()
+            place = self._place(start, self.block_size - self.chunk_size)
+            self._read(chunk, place, self.padding)
+        self.position = longest - 1
+
+    def next(self, last, bounds, seeds, step, counts) -> list[int]:
+        """Read each row's last token and choose the one after it: see `sampling.choose`."""
+        key = (*bounds, seeds is not None)
+        if key not in self._next:
+            self._next[key] = _captured(self._next_tokens)
+        chosen = self._next[key](
+            Tensor([[token] for token in last], dtype=dtypes.int32).realize(),
+            self._place(self.position, self.block_size - 1),
+            self.padding,
+            bounds,
+            seeds,
+            Variable("step", 0, 2**31 - 1).bind(step),
+            None if counts is None else Tensor(counts).realize(),
+        )
+        self.position += 1
+        return chosen.tolist()
+
+    @staticmethod
+    def _place(position: int, largest: int) -> UOp:
+        return Variable("start_pos", 0, max(1, largest)).bind(position)
+
+    def _read_chunk(self, tokens: Tensor, start_pos: UOp, padding: Tensor | None) -> Tensor:
+        return self.model.embed_and_transform(tokens, self.cache, start_pos, padding)
+
+    def _next_tokens(self, tokens, start_pos, padding, bounds, seeds, step, counts) -> Tensor:
+        x = self.model.embed_and_transform(tokens, self.cache, start_pos, padding)
+        logits = self.model.project(x[:, -1]).float()  # (B, V)
+        return choose(logits, bounds, seeds, step, counts)
+
+
+def _captured(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function as a TinyJit that captures at its first call, and without dropout.
+
+    TinyJit would run its first call uncaptured, for functions that set up state then; these do
+    not, so counting that call as made halves the time to the first token.
+    """
+    jit = TinyJit(Tensor.train(mode=False)(function))
+    jit.cnt = 1
+    return jit

@@ -1,0 +1,239 @@
+"""A model's folder by name: from this machine if it is there, else fetched from the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from http.client import HTTPException, HTTPResponse
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+from tinygpt.config import InputError
+from tinygpt.safetensors import CheckpointError, atomic_file, parse_json, reason, show
+
+_GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json")
+_MAX_TEXT_BYTES = 64 << 20  # for every file but weights
+_TIMEOUT_S = 30  # of silence; a download that keeps coming may take as long as it needs
+_AT_ONCE_BYTES = 1 << 20
+
+
+def cache_folder() -> Path:
+    """Where fetched models are kept: $TINYGPT_CACHE, by default the user's cache folder."""
+    return _folder(os.environ.get("TINYGPT_CACHE") or _user_cache() / "tinygpt")
+
+
+def _user_cache() -> Path:
+    return _folder(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+
+
+def _folder(path: str | Path) -> Path:
+    return Path(os.path.expanduser(path))
+
+
+def resolve(name_or_path: str | Path) -> Path:
+    """The local folder of a model, downloaded first if it has to be.
+
+    Args:
+        name_or_path: a folder, or a name on the Hugging Face Hub such as "gpt2" or "org/name".
+            A name is looked for in `cache_folder()`, then in the Hugging Face cache.
+    Returns:
+        the folder; from a cache or the Hub it has config.json and all of the weights.
+    Raises:
+        InputError: when there is no such folder or model, or it cannot be fetched or stored.
+        CheckpointError: when the model's list of files cannot be trusted.
+    """
+    given = os.fspath(name_or_path)
+    path = os.path.expanduser(given)
+    if os.path.isdir(path):
+        return Path(path)
+    advice = "give a folder with config.json and model.safetensors, or a name such as gpt2"
+    if os.path.exists(path):
+        raise InputError(f"{given!r} is not a folder: {advice}")
+    if given.startswith(("/", "./", "../", "~")) or "\\" in given or given.count("/") > 1:
+        raise InputError(f"no folder {given!r}: {advice}")
+    part = r"[A-Za-z0-9_][\w.-]{0,95}"
+    # The Hub, too, forbids "--": it stands for the slash in folder names.
+    if not re.fullmatch(rf"({part}/)?{part}", given, re.ASCII) or "--" in given or ".." in given:
+        raise InputError(f"{given!r} is neither a folder nor a model's name: {advice}")
+    repo = f"openai-community/{given}" if given in _GPT2 else given
+    target = cache_folder() / "models" / repo.replace("/", "--")
+    if os.path.isfile(target / "config.json"):
+        return target
+    found = _in_hugging_face_cache(repo)
+    if found is None:
+        _download(repo, target)
+    return found or target
+
+
+def _in_hugging_face_cache(repo: str) -> Path | None:
+    """The model as another program has fetched it, if all of it is there."""
+    home = os.environ.get("HF_HOME") or _user_cache() / "huggingface"
+    cache = _folder(os.environ.get("HF_HUB_CACHE") or _folder(home) / "hub")
+    for name in (repo, repo.removeprefix("openai-community/")):
+        folder = cache / f"models--{name.replace('/', '--')}"
+        try:
+            commit = (folder / "refs" / "main").read_text().strip()
+            snapshot = folder / "snapshots" / commit
+            weights = [_WEIGHTS]
+            if not (snapshot / _WEIGHTS).is_file():
+                weights = _shards(snapshot / _INDEX)
+            if re.fullmatch(r"\w+", commit) and all(
+                (snapshot / file).is_file() for file in ("config.json", *weights)
+            ):
+                return snapshot
+        except (OSError, ValueError):
+            continue  # it is not ours: whatever is wrong there, look further
+    return None
+
+
+def _shards(index: Path) -> list[str]:
+    """The files a sharded model's index names: plain names only, so that none leads elsewhere."""
+    try:
+        files = parse_json(index.read_bytes()).get("weight_map")
+    except ValueError as error:
+        raise CheckpointError(f"{index.name}: {error}") from error
+    if not isinstance(files, dict) or not files:
+        raise CheckpointError(f"{index.name}: weight_map must map each tensor to its file")
+    for file in files.values():
+        if not isinstance(file, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", file, re.A):
+            raise CheckpointError(f"{index.name}: {show(file)} is not a plain .safetensors name")
+    return sorted(set(files.values()))
+
+
+def _download(repo: str, target: Path) -> None:
+    """Fetch a model into a folder that only appears under its name when it is complete."""
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    if not re.fullmatch(r"https?://[\w.:\[\]-]+(/[\w./-]*)?", endpoint, re.ASCII):
+        raise InputError(f"HF_ENDPOINT is {endpoint!r}: it must be like https://huggingface.co")
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise InputError(
+            f"{repo} is not in {target.parent} and HF_HUB_OFFLINE forbids fetching it: "
+            "unset that, or give a folder that has the model"
+        )
+    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        _fetch_all(endpoint, repo, temporary)
+        try:
+            os.rename(temporary, target)
+        except OSError:
+            if not (target / "config.json").is_file():  # else another process was faster
+                raise
+    except OSError as error:
+        raise InputError(
+            f"cannot keep {repo} in {target.parent}: {reason(error)}; "
+            "TINYGPT_CACHE can name another folder"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _fetch_all(endpoint: str, repo: str, folder: Path) -> None:
+    """Fetch a model's files, the weights last: what is wrong with the small ones shows early."""
+    if not _fetch(endpoint, repo, "config.json", folder):
+        raise InputError(f"no model {repo!r} with a config.json at {endpoint}: check the name")
+    for name in _TOKENIZER:
+        _fetch(endpoint, repo, name, folder)
+    if _fetch(endpoint, repo, _WEIGHTS, folder):
+        return
+    if not _fetch(endpoint, repo, _INDEX, folder):
+        raise InputError(
+            f"{repo} has neither {_WEIGHTS} nor {_INDEX}: only models in safetensors can be read"
+        )
+    for name in _shards(folder / _INDEX):
+        if not _fetch(endpoint, repo, name, folder):
+            raise CheckpointError(f"{repo} has no {name}, which its {_INDEX} names")
+
+
+def _fetch(endpoint: str, repo: str, name: str, folder: Path) -> bool:
+    """Download one file; False when the Hub has none of that name."""
+    from tinygrad.helpers import tqdm  # here, because only a download needs tinygrad
+
+    response = _open(endpoint, repo, name)
+    if response is None:
+        return False
+    with response:
+        length = response.length  # what the server announced, or None
+        limit = None if name.endswith(".safetensors") else _MAX_TEXT_BYTES
+        free = shutil.disk_usage(folder).free
+        if length and length > free:
+            raise OSError(f"{name} has {length >> 20} MiB, but only {free >> 20} MiB are free")
+        received = 0
+        with (
+            atomic_file(folder / name) as file,
+            tqdm(total=length, desc=name, unit="B", unit_scale=True, disable=None) as bar,
+        ):
+            for chunk in _chunks(response, endpoint, name):
+                received += len(chunk)
+                if limit and received > limit:
+                    raise InputError(f"{repo}: {name} is larger than {limit >> 20} MiB")
+                file.write(chunk)
+                bar.update(len(chunk))
+            if length is not None and received != length:
+                raise InputError(
+                    f"{endpoint} sent {received} of the {length} bytes of {name}: try again"
+                )
+    return True
+
+
+def _open(endpoint: str, repo: str, name: str) -> HTTPResponse | None:
+    """The Hub's answer to a request for a file, None for 404."""
+    request = Request(f"{endpoint}/{repo}/resolve/main/{name}", headers={"User-Agent": "tinygpt"})
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if token and not re.fullmatch(r"[!-~]+", token):
+        raise InputError("HF_TOKEN is not a token: it has spaces or other unusual characters")
+    if token:  # urllib would hand on an ordinary header to whichever host a redirect names
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
+    try:
+        return build_opener(_Redirects).open(request, timeout=_TIMEOUT_S)
+    except HTTPError as error:
+        error.close()
+        if error.code == 404:
+            return None
+        if error.code in (401, 403):
+            raise InputError(
+                f"{endpoint} does not give out {repo} (HTTP {error.code}): no such model, or it is "
+                "private or gated; check the name, or set HF_TOKEN to a token that may read it"
+            ) from error
+        raise InputError(f"{endpoint} answered HTTP {error.code} for {repo} {name}") from error
+    except (OSError, HTTPException) as error:
+        raise _unreachable(endpoint, name, error) from error
+
+
+def _chunks(response: HTTPResponse, endpoint: str, name: str) -> Iterator[bytes]:
+    """The body in pieces; apart from the writing, so that only network errors are caught here."""
+    try:
+        while chunk := response.read(_AT_ONCE_BYTES):
+            yield chunk
+    except (OSError, HTTPException) as error:
+        raise _unreachable(endpoint, name, error) from error
+
+
+def _unreachable(endpoint: str, name: str, error: Exception) -> InputError:
+    return InputError(
+        f"cannot fetch {name} from {endpoint}: {reason(error)}; give --model a folder that has "
+        "the model, or set HF_ENDPOINT to a mirror"
+    )
+
+
+class _Redirects(HTTPRedirectHandler):
+    """Follows redirects without giving up encryption or showing the token to another host."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[no-untyped-def]
+        old, new = urlsplit(req.full_url), urlsplit(newurl)
+        if new.scheme != "https" and new.scheme != old.scheme:
+            fp.close()
+            raise InputError(f"{old.netloc} redirects from {old.scheme} to {new.scheme}: refused")
+        request = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if request and (old.scheme, old.netloc) == (new.scheme, new.netloc):
+            for name, value in req.unredirected_hdrs.items():
+                if name == "Authorization":
+                    request.add_unredirected_header(name, value)
+        return request
