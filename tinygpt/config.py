@@ -104,6 +104,18 @@ class GPTConfig:
         """Width of the feed-forward's inner layer."""
         return 4 * self.n_embd if self.n_inner is None else self.n_inner
 
+    @property
+    def parameter_count(self) -> int:
+        """How many numbers the weights are, a tied projection counted once."""
+        C, bias = self.n_embd, int(self.bias)
+        norm = C + bias * C
+        attention = 4 * (C * C + bias * C)
+        feed_forward = 2 * C * self.inner_dim + bias * (self.inner_dim + C)
+        count = self.vocab_size * C * (1 if self.tie_word_embeddings else 2)
+        count += self.block_size * C * (self.position == "learned")
+        count += norm * (self.norm == "pre")
+        return count + self.n_layer * (attention + feed_forward + 2 * norm)
+
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> GPTConfig:
         """The configuration of that name, with some fields changed.

@@ -1,4 +1,4 @@
-"""A model's folder by name: from this machine if it is there, else fetched from the Hugging Face Hub."""
+"""A model's folder by its name: on this machine, or fetched from the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from urllib.error import HTTPError
@@ -14,27 +15,21 @@ from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from tinygpt.config import InputError
-from tinygpt.safetensors import CheckpointError, atomic_file, parse_json, reason, show
+from tinygpt.files import CheckpointError, read_json, reason, show
 
 _GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json")
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_TEXT_BYTES = 64 << 20  # for every file but weights
 _TIMEOUT_S = 30  # of silence; a download that keeps coming may take as long as it needs
-_AT_ONCE_BYTES = 1 << 20
 
 
 def cache_folder() -> Path:
     """Where fetched models are kept: $TINYGPT_CACHE, by default the user's cache folder."""
-    return _folder(os.environ.get("TINYGPT_CACHE") or _user_cache() / "tinygpt")
+    return _folder("TINYGPT_CACHE", _folder("XDG_CACHE_HOME", "~/.cache") / "tinygpt")
 
 
-def _user_cache() -> Path:
-    return _folder(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-
-
-def _folder(path: str | Path) -> Path:
-    return Path(os.path.expanduser(path))
+def _folder(variable: str, default: str | Path) -> Path:
+    return Path(os.path.expanduser(os.environ.get(variable) or default))
 
 
 def resolve(name_or_path: str | Path) -> Path:
@@ -74,31 +69,28 @@ def resolve(name_or_path: str | Path) -> Path:
 
 def _in_hugging_face_cache(repo: str) -> Path | None:
     """The model as another program has fetched it, if all of it is there."""
-    home = os.environ.get("HF_HOME") or _user_cache() / "huggingface"
-    cache = _folder(os.environ.get("HF_HUB_CACHE") or _folder(home) / "hub")
-    for name in (repo, repo.removeprefix("openai-community/")):
+    home = _folder("HF_HOME", _folder("XDG_CACHE_HOME", "~/.cache") / "huggingface")
+    cache = _folder("HF_HUB_CACHE", home / "hub")
+    old_name = repo.removeprefix("openai-community/")  # before the Hub had organisations
+    for name in (repo, old_name if old_name in _GPT2 else repo):
         folder = cache / f"models--{name.replace('/', '--')}"
-        try:
-            commit = (folder / "refs" / "main").read_text().strip()
-            snapshot = folder / "snapshots" / commit
-            weights = [_WEIGHTS]
-            if not (snapshot / _WEIGHTS).is_file():
-                weights = _shards(snapshot / _INDEX)
-            if re.fullmatch(r"\w+", commit) and all(
-                (snapshot / file).is_file() for file in ("config.json", *weights)
-            ):
+        with suppress(OSError, ValueError):  # not our folder: whatever is wrong there, look further
+            snapshot = folder / "snapshots" / (folder / "refs" / "main").read_text().strip()
+            whole = (snapshot / WEIGHTS).is_file()
+            files = [WEIGHTS] if whole else shards(snapshot / INDEX)
+            if all((snapshot / file).is_file() for file in ("config.json", *files)):
                 return snapshot
-        except (OSError, ValueError):
-            continue  # it is not ours: whatever is wrong there, look further
     return None
 
 
-def _shards(index: Path) -> list[str]:
-    """The files a sharded model's index names: plain names only, so that none leads elsewhere."""
-    try:
-        files = parse_json(index.read_bytes()).get("weight_map")
-    except ValueError as error:
-        raise CheckpointError(f"{index.name}: {error}") from error
+def shards(index: str | Path) -> list[str]:
+    """The files that a sharded model's index names.
+
+    Raises:
+        CheckpointError: when it cannot be read, or names anything but files of its own folder.
+    """
+    index = Path(index)
+    files = read_json(index).get("weight_map")
     if not isinstance(files, dict) or not files:
         raise CheckpointError(f"{index.name}: weight_map must map each tensor to its file")
     for file in files.values():
@@ -110,13 +102,11 @@ def _shards(index: Path) -> list[str]:
 def _download(repo: str, target: Path) -> None:
     """Fetch a model into a folder that only appears under its name when it is complete."""
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    if not re.fullmatch(r"https?://[\w.:\[\]-]+(/[\w./-]*)?", endpoint, re.ASCII):
+    if not re.fullmatch(r"https?://([\w.-]+|\[[\w:.]+\])(:\d+)?(/[\w./-]*)?", endpoint, re.ASCII):
         raise InputError(f"HF_ENDPOINT is {endpoint!r}: it must be like https://huggingface.co")
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        raise InputError(
-            f"{repo} is not in {target.parent} and HF_HUB_OFFLINE forbids fetching it: "
-            "unset that, or give a folder that has the model"
-        )
+        here = f"{repo} is not in {target.parent}"
+        raise InputError(f"{here}: unset HF_HUB_OFFLINE to fetch it, or give the model's folder")
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -127,10 +117,8 @@ def _download(repo: str, target: Path) -> None:
             if not (target / "config.json").is_file():  # else another process was faster
                 raise
     except OSError as error:
-        raise InputError(
-            f"cannot keep {repo} in {target.parent}: {reason(error)}; "
-            "TINYGPT_CACHE can name another folder"
-        ) from error
+        fact = f"cannot keep {repo} in {target.parent}: {reason(error)}"
+        raise InputError(f"{fact}; TINYGPT_CACHE can name another folder") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -139,17 +127,15 @@ def _fetch_all(endpoint: str, repo: str, folder: Path) -> None:
     """Fetch a model's files, the weights last: what is wrong with the small ones shows early."""
     if not _fetch(endpoint, repo, "config.json", folder):
         raise InputError(f"no model {repo!r} with a config.json at {endpoint}: check the name")
-    for name in _TOKENIZER:
+    for name in ("vocab.json", "merges.txt", "tokenizer.json"):
         _fetch(endpoint, repo, name, folder)
-    if _fetch(endpoint, repo, _WEIGHTS, folder):
+    if _fetch(endpoint, repo, WEIGHTS, folder):
         return
-    if not _fetch(endpoint, repo, _INDEX, folder):
-        raise InputError(
-            f"{repo} has neither {_WEIGHTS} nor {_INDEX}: only models in safetensors can be read"
-        )
-    for name in _shards(folder / _INDEX):
+    if not _fetch(endpoint, repo, INDEX, folder):
+        raise InputError(f"{repo} has no {WEIGHTS} or {INDEX}: only safetensors can be read")
+    for name in shards(folder / INDEX):
         if not _fetch(endpoint, repo, name, folder):
-            raise CheckpointError(f"{repo} has no {name}, which its {_INDEX} names")
+            raise CheckpointError(f"{repo} has no {name}, which its {INDEX} names")
 
 
 def _fetch(endpoint: str, repo: str, name: str, folder: Path) -> bool:
@@ -165,21 +151,19 @@ def _fetch(endpoint: str, repo: str, name: str, folder: Path) -> bool:
         free = shutil.disk_usage(folder).free
         if length and length > free:
             raise OSError(f"{name} has {length >> 20} MiB, but only {free >> 20} MiB are free")
+        bar = tqdm(total=length, desc=name, unit="B", unit_scale=True, disable=None)
         received = 0
-        with (
-            atomic_file(folder / name) as file,
-            tqdm(total=length, desc=name, unit="B", unit_scale=True, disable=None) as bar,
-        ):
+        with open(folder / name, "wb") as file, bar:
             for chunk in _chunks(response, endpoint, name):
                 received += len(chunk)
                 if limit and received > limit:
                     raise InputError(f"{repo}: {name} is larger than {limit >> 20} MiB")
                 file.write(chunk)
                 bar.update(len(chunk))
-            if length is not None and received != length:
-                raise InputError(
-                    f"{endpoint} sent {received} of the {length} bytes of {name}: try again"
-                )
+            file.flush()
+            os.fsync(file.fileno())
+    if length is not None and received != length:
+        raise InputError(f"{endpoint} sent {received} of {length} bytes of {name}: try again")
     return True
 
 
@@ -198,29 +182,28 @@ def _open(endpoint: str, repo: str, name: str) -> HTTPResponse | None:
         if error.code == 404:
             return None
         if error.code in (401, 403):
-            raise InputError(
-                f"{endpoint} does not give out {repo} (HTTP {error.code}): no such model, or it is "
-                "private or gated; check the name, or set HF_TOKEN to a token that may read it"
-            ) from error
+            fact = f"{endpoint} does not give out {repo} (HTTP {error.code})"
+            advice = "check the name; if it is private or gated, set HF_TOKEN"
+            raise InputError(f"{fact}: {advice}") from error
         raise InputError(f"{endpoint} answered HTTP {error.code} for {repo} {name}") from error
-    except (OSError, HTTPException) as error:
+    except InputError:
+        raise
+    except (OSError, HTTPException, ValueError) as error:  # ValueError: a redirect to nonsense
         raise _unreachable(endpoint, name, error) from error
 
 
 def _chunks(response: HTTPResponse, endpoint: str, name: str) -> Iterator[bytes]:
     """The body in pieces; apart from the writing, so that only network errors are caught here."""
     try:
-        while chunk := response.read(_AT_ONCE_BYTES):
+        while chunk := response.read(1 << 20):
             yield chunk
     except (OSError, HTTPException) as error:
         raise _unreachable(endpoint, name, error) from error
 
 
 def _unreachable(endpoint: str, name: str, error: Exception) -> InputError:
-    return InputError(
-        f"cannot fetch {name} from {endpoint}: {reason(error)}; give --model a folder that has "
-        "the model, or set HF_ENDPOINT to a mirror"
-    )
+    fact = f"cannot fetch {name} from {endpoint}: {reason(error)}"
+    return InputError(f"{fact}; give --model a folder, or set HF_ENDPOINT to a mirror")
 
 
 class _Redirects(HTTPRedirectHandler):
@@ -232,8 +215,7 @@ class _Redirects(HTTPRedirectHandler):
             fp.close()
             raise InputError(f"{old.netloc} redirects from {old.scheme} to {new.scheme}: refused")
         request = super().redirect_request(req, fp, code, msg, headers, newurl)
-        if request and (old.scheme, old.netloc) == (new.scheme, new.netloc):
-            for name, value in req.unredirected_hdrs.items():
-                if name == "Authorization":
-                    request.add_unredirected_header(name, value)
+        token = req.unredirected_hdrs.get("Authorization")
+        if request and token and (old.scheme, old.netloc) == (new.scheme, new.netloc):
+            request.add_unredirected_header("Authorization", token)
         return request

@@ -1,4 +1,4 @@
-"""The few operations whose plain tensor form tinygrad compiles badly, in a form it compiles well."""
+"""The few operations that tinygrad compiles badly as written, in a form it compiles well."""
 
 from __future__ import annotations
 

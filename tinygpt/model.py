@@ -14,6 +14,7 @@ import numpy as np
 from tinygrad import Tensor, UOp, dtypes
 from tinygrad.nn.state import get_state_dict
 
+from tinygpt.backend import require_memory
 from tinygpt.config import GPTConfig, InputError
 from tinygpt.kernels import linear
 
@@ -218,6 +219,7 @@ class GPT:
         residual stream smaller by 1/sqrt(2 n_layer); norms begin as the identity, biases at zero.
         Source: Radford et al. 2019, section 2.3.
         """
+        require_memory(4 * self.config.parameter_count, "a model of this shape")
         rng = np.random.default_rng(seed)
         residual = 1 / math.sqrt(2 * self.config.n_layer)
         for name, parameter in get_state_dict(self).items():
@@ -235,8 +237,13 @@ class GPT:
 
         Zeroed, because what is read past the end is masked by a factor of 0, which would not
         hide a NaN.
+
+        Raises:
+            InputError: when the machine has too little memory for it.
         """
         shape = (batch_size, self.config.n_head, length, self.config.head_dim)
+        size_bytes = 8 * self.config.n_layer * math.prod(shape)
+        require_memory(size_bytes, f"the cache for a batch of {batch_size}")
         pairs = [
             tuple(Tensor.zeros(*shape).contiguous() for _ in range(2))
             for _ in range(self.config.n_layer)

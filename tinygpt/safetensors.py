@@ -9,10 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import reprlib
-import secrets
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from tinygpt.config import InputError
+from tinygpt.files import CheckpointError, atomic_file, parse_json, reason, show
 
 _MAX_HEADER_BYTES = 100_000_000  # the reference implementation's cap
 _MAX_RANK, _MAX_ELEMENTS = 32, 2**48  # what every NumPy can hold, also as an empty array
@@ -27,13 +25,6 @@ _DTYPES = {"BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "F16
 _DTYPES |= {"U32": "<u4", "I32": "<i4", "F32": "<f4", "U64": "<u8", "I64": "<i8", "F64": "<f8"}
 _DTYPES |= {"BF16": "<u2"}  # a float32's upper half, which NumPy has no type for
 _SIZES = {name: np.dtype(spelled).itemsize for name, spelled in _DTYPES.items()}
-_REPR = reprlib.Repr()  # shows what a file says on one short line, however long or deep it is
-_REPR.maxstring = 100
-show = _REPR.repr
-
-
-class CheckpointError(InputError):
-    """A file that came from elsewhere is damaged, incomplete or contradicts itself."""
 
 
 @dataclass(frozen=True)
@@ -102,27 +93,6 @@ def _entry(name: str, entry: Any, data_start: int) -> TensorInfo:
     taken, start, end = math.prod(shape) * _SIZES[dtype], *offsets
     _need(end - start == taken, f"{label} {dtype} {show(shape)} is not {show(end - start)} bytes")
     return TensorInfo(dtype, tuple(shape), data_start + start, data_start + end)
-
-
-def parse_json(text: bytes) -> dict[str, Any]:
-    """A JSON object in which no key appears twice, so that no two readers disagree about it.
-
-    Raises:
-        ValueError: when the bytes are anything else.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            _need(key not in found, f"the key {show(key)} appears twice")
-            found[key] = value
-        return found
-
-    _need(text.startswith(b"{"), "it must hold a JSON object, starting with {")
-    try:
-        return json.loads(text.decode(), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"its JSON is damaged: {error}") from error
 
 
 def read_tensor(source: str | Path | BinaryIO, info: TensorInfo) -> np.ndarray:
@@ -197,7 +167,8 @@ def write(
             try:
                 with np.errstate(over="raise"):
                     array = _bfloat16(array) if dtype == "BF16" else array
-                    array = array.astype(_DTYPES[dtype], casting="same_kind", copy=False)
+                    rule = "same_kind" if dtype.startswith("F") else "safe"  # integers would wrap
+                    array = array.astype(_DTYPES[dtype], casting=rule, copy=False)
             except FloatingPointError as error:
                 raise InputError(f"tensor {name} has values too large for {dtype}") from error
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
@@ -213,44 +184,3 @@ def _bfloat16(array: np.ndarray) -> np.ndarray:
     rounded >>= 16
     # The carry could make an infinity of a NaN, so those are cut, and stay NaNs by one set bit.
     return np.where(np.isnan(array), bits >> 16 | 0x40, rounded).astype(np.uint16)
-
-
-@contextmanager
-def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
-    """A binary file that takes the place of `path` only once it is complete and on the disk.
-
-    It is written under a temporary name beside `path`. When the block fails, in whatever way, that
-    file is removed and what was at `path` before stays.
-
-    Raises:
-        InputError: when the file cannot be written: which, and why.
-    """
-    target = Path(os.path.realpath(path))  # write through a link, do not replace it
-    temporary = target.parent / f".{secrets.token_hex(8)}.tmp"
-    try:
-        if target.exists() and not target.is_file():
-            raise OSError("it is there, but not as a file")
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-        with suppress(OSError):  # the new name, too, survives a power cut where systems allow it
-            folder = os.open(target.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {reason(error)}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def reason(error: Exception) -> str:
-    """Why a call into the operating system or network failed, on one line, without its number."""
-    cause = getattr(error, "reason", error)  # urllib wraps what happened
-    known = getattr(cause, "strerror", None)
-    text = known[:1].lower() + known[1:] if isinstance(known, str) else str(cause)
-    return " ".join(text.split()) or type(cause).__name__

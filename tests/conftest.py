@@ -1,0 +1,53 @@
+"""What the tests share: one small model, and weights that a test can tell apart."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from reference import Reference
+from tinygrad import Tensor
+from tinygrad.nn.state import get_state_dict
+
+from tinygpt import GPT, Generator, GPTConfig
+
+SHARED = Path(__file__).parents[2] / "shared"
+if (SHARED / "tiktoken_cache").is_dir():
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
+
+# The window is small so that tests reach its end; 67 = 64 + 3 also tries the cut of awkward rows.
+SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=67)
+
+
+def randomize(model: GPT, seed: int = 0) -> GPT:
+    """Weights and biases all drawn, and large: a fresh model's are so small, and its biases so
+    zero, that a forward pass without half of its parts would hardly differ."""
+    rng = np.random.default_rng(seed)
+    for name, parameter in get_state_dict(model).items():
+        value = rng.normal(
+            1.0 if name.endswith("weight") and parameter.ndim == 1 else 0.0, 0.3, parameter.shape
+        )
+        parameter.assign(Tensor(value.astype(np.float32)).to(parameter.device)).realize()
+    return model
+
+
+def weights_of(model: GPT) -> dict[str, np.ndarray]:
+    return {name: parameter.numpy() for name, parameter in get_state_dict(model).items()}
+
+
+def reference_of(model: GPT) -> Reference:
+    return Reference(model.config, weights_of(model))
+
+
+@pytest.fixture(scope="session")
+def model() -> GPT:
+    # with a projection of its own: a tied one tends to repeat its input under greedy decoding
+    return randomize(GPT(replace(SMALL, tie_word_embeddings=False)))
+
+
+@pytest.fixture(scope="session")
+def generator(model: GPT) -> Generator:
+    return Generator(model, chunk_size=4)

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import SMALL, reference_of
+from tinygrad import Tensor
+from tinygrad.engine.realize import runtime_cache
+from tinygrad.nn.state import get_state_dict
+
+from tinygpt import Generator, InputError
+
+PROMPTS = [[5, 9, 2, 33, 60, 1, 7], [11], [8, 3] * 7]
+DRAWN = {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.01}
+
+
+def greedy_reference(model, prompt, count):
+    """What the NumPy reference continues with, read anew each time; and its window."""
+    reference, window, ids = reference_of(model), list(prompt), []
+    for _ in range(count):
+        if len(window) > SMALL.block_size:
+            window = window[-(SMALL.block_size // 2) :]
+        ids.append(int(reference.row(window)[-1].argmax()))
+        window.append(ids[-1])
+    return ids
+
+
+@pytest.mark.backend
+def test_greedy_equals_the_reference_past_the_window(model, generator):
+    for prompt in PROMPTS[:2]:
+        ids = list(generator.generate(prompt, max_new_tokens=40, temperature=0))
+        assert ids == greedy_reference(model, prompt, 40)
+        assert len(set(ids)) > 5  # not one token over and over
+
+
+def test_a_prompt_past_the_window_keeps_its_newer_half(model, generator):
+    prompt = [i * 7 % 67 for i in range(50)]
+    ids = list(generator.generate(prompt, max_new_tokens=5, temperature=0))
+    assert ids == greedy_reference(model, prompt, 5)
+    assert ids == list(generator.generate(prompt[-8:], max_new_tokens=5, temperature=0))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 64])
+def test_chunk_sizes_give_the_same_ids(model, generator, chunk_size):
+    other = Generator(model, chunk_size)
+    for prompt in PROMPTS:
+        expected = list(generator.generate(prompt, max_new_tokens=20, temperature=0))
+        assert list(other.generate(prompt, max_new_tokens=20, temperature=0)) == expected
+
+
+@pytest.mark.backend
+@pytest.mark.parametrize(
+    "sampling",
+    [{"temperature": 0}, DRAWN,
+     {"repetition_penalty": 1.3, "frequency_penalty": 0.2, "presence_penalty": 0.1}],
+    ids=["greedy", "drawn", "penalties"],
+)  # fmt: skip
+def test_batched_equals_one_by_one(generator, sampling):
+    """Rows of different lengths, which slide at different times, and a stop token that ends one."""
+    seeds = [1, 2, 3]
+    alone = [
+        list(generator.generate(p, max_new_tokens=30, seed=s, **sampling))
+        for p, s in zip(PROMPTS, seeds, strict=True)
+    ]
+    stop = alone[2][4]  # ends the row that set the pace of the batch
+    expected = [ids[: ids.index(stop)] if stop in ids else ids for ids in alone]
+    steps = list(generator.generate_batch(PROMPTS, 30, seeds, stop_tokens=[stop], **sampling))
+    for row, ids in enumerate(expected):
+        column = [step[row] for step in steps]
+        assert column == ids + [None] * (len(steps) - len(ids))
+
+
+def test_a_seed_repeats_and_another_differs(generator):
+    def draw(seed):
+        return list(generator.generate(PROMPTS[0], max_new_tokens=20, seed=seed))
+
+    assert draw(7) == draw(7)
+    assert draw(7) != draw(8)
+    assert draw(None) != draw(None)
+    samples = list(generator.generate_batch([PROMPTS[0]] * 2, 20, seed=[7, 8]))
+    assert [step[1] for step in samples] == draw(8)
+
+
+def test_stop_tokens_end_the_text(generator):
+    ids = list(generator.generate(PROMPTS[0], max_new_tokens=30, temperature=0))
+    stop = ids[9]
+    stopped = generator.generate(PROMPTS[0], 30, stop_tokens={stop}, temperature=0)
+    assert list(stopped) == ids[: ids.index(stop)]
+    assert list(generator.generate(PROMPTS[0], max_new_tokens=0)) == []
+
+
+def test_ids_come_one_at_a_time(model):
+    """The first id is there before the second is computed."""
+    ids = Generator(model).generate(PROMPTS[0], max_new_tokens=10**9, temperature=0)
+    assert [next(ids), next(ids)] == greedy_reference(model, PROMPTS[0], 2)
+
+
+def test_weights_are_the_only_state(model, generator):
+    before = {name: tensor.numpy() for name, tensor in get_state_dict(model).items()}
+    list(generator.generate(PROMPTS[0], max_new_tokens=20))
+    after = get_state_dict(model)
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        np.testing.assert_array_equal(value, after[name].numpy())
+
+
+def test_dropout_is_off_even_in_training(model):
+    with Tensor.train():
+        ids = list(Generator(model).generate(PROMPTS[0], max_new_tokens=5, temperature=0))
+    assert ids == greedy_reference(model, PROMPTS[0], 5)
+
+
+def test_nothing_compiles_after_the_second_token(model):
+    """Nor for a prompt of another length, another position, or another value of a setting."""
+    generator = Generator(model, chunk_size=4)
+    ids = generator.generate(PROMPTS[0], max_new_tokens=40, seed=1, temperature=0.5, top_k=5)
+    next(ids), next(ids)
+    built = len(runtime_cache)
+    list(ids)
+    for prompt in PROMPTS:
+        list(generator.generate(prompt, max_new_tokens=9, seed=2, temperature=0.9, top_k=9))
+    assert len(runtime_cache) == built
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"prompt": []}, "empty"),
+        ({"prompt": [3, 67]}, "token 67"),
+        ({"prompt": [-1]}, "token -1"),
+        ({"max_new_tokens": -1}, "max_new_tokens is -1"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens is 1.5"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": "x"}, "seed"),
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_k": 2.5}, "top_k is 2.5"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 1.01}, "top_p is 1.01"),
+        ({"min_p": 2}, "min_p is 2"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0"),
+        ({"frequency_penalty": float("inf")}, "frequency_penalty is inf"),
+        ({"presence_penalty": None}, "presence_penalty is None"),
+        ({"temprature": 1}, "did you mean 'temperature'"),
+    ],
+)
+def test_bad_arguments_are_refused_at_once(generator, arguments, words):
+    with pytest.raises(InputError, match=words) as caught:
+        generator.generate(**{"prompt": [1], **arguments})
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_batches_are_refused_at_once(generator):
+    with pytest.raises(InputError, match="no prompts"):
+        generator.generate_batch([])
+    with pytest.raises(InputError, match="3 seeds for 1 prompts"):
+        generator.generate_batch([[1]], seed=[1, 2, 3])
+    with pytest.raises(InputError, match="chunk_size is 0"):
+        Generator(generator.model, chunk_size=0)

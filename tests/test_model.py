@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from conftest import SMALL, randomize, reference_of
+from tinygrad import Tensor, Variable
+from tinygrad.nn.state import get_state_dict
+
+from tinygpt import GPT, GPTConfig
+from tinygpt.config import InputError
+
+TOKENS = np.random.default_rng(1).integers(0, SMALL.vocab_size, (2, 9))
+
+# Each option that changes the forward pass, alone; then all of them together.
+OPTIONS = {
+    "gpt2": {},
+    "post-norm": {"norm": "post"},
+    "sinusoidal": {"position": "sinusoidal"},
+    "exact gelu": {"activation": "gelu"},
+    "relu": {"activation": "relu"},
+    "no bias": {"bias": False},
+    "no shortcut": {"shortcut": False},
+    "own head": {"tie_word_embeddings": False},
+    "inner width": {"n_inner": 24},
+    "epsilon": {"layer_norm_epsilon": 0.1},
+    "unscaled": {"scale_attn_weights": False},
+    "inverse layer": {"scale_attn_by_inverse_layer_idx": True},
+    "all": {
+        "norm": "post", "position": "sinusoidal", "activation": "relu", "bias": False,
+        "shortcut": False, "tie_word_embeddings": False, "n_inner": 24, "layer_norm_epsilon": 0.1,
+        "scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.backend
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_logits_equal_the_numpy_reference(options):
+    model = randomize(GPT(replace(SMALL, **options)))
+    logits = model(Tensor(TOKENS.astype(np.int32))).numpy()
+    assert logits.shape == (2, 9, SMALL.vocab_size)
+    np.testing.assert_allclose(logits, reference_of(model)(TOKENS), atol=1e-4, rtol=1e-4)
+
+
+def test_each_option_changes_the_logits():
+    """So that the test above could fail: the reference itself tells the options apart."""
+    seen = []
+    for options in OPTIONS.values():
+        config = replace(SMALL, **options)
+        seen.append(reference_of(randomize(GPT(config)))(TOKENS[:1]))
+    for i, one in enumerate(seen):
+        for other in seen[:i]:
+            assert np.abs(one - other).max() > 1e-3
+
+
+@pytest.mark.backend
+def test_cached_equals_uncached(model):
+    whole = model(Tensor(TOKENS.astype(np.int32))).numpy()
+    cache = model.empty_cache(2, SMALL.block_size)
+    cuts = [0, 4, 5, 9]
+    pieces = [
+        model(Tensor(TOKENS[:, a:b].astype(np.int32)), cache, Variable("p", 0, 12).bind(a)).numpy()
+        for a, b in pairwise(cuts)
+    ]
+    np.testing.assert_allclose(np.concatenate(pieces, 1), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_padding_is_ignored(model):
+    alone = model(Tensor(TOKENS[:1, 3:].astype(np.int32))).numpy()
+    padding = Tensor([3, 0])
+    both = model(Tensor(TOKENS.astype(np.int32)), padding=padding).numpy()
+    np.testing.assert_allclose(both[:1, 3:], alone, atol=1e-5, rtol=1e-5)
+    assert np.isfinite(both).all()
+
+
+def test_the_future_does_not_leak(model):
+    changed = TOKENS.copy()
+    changed[:, 5] = (changed[:, 5] + 1) % SMALL.vocab_size
+    a, b = (model(Tensor(t.astype(np.int32))).numpy() for t in (TOKENS, changed))
+    np.testing.assert_array_equal(a[:, :5], b[:, :5])
+    assert np.abs(a[:, 5:] - b[:, 5:]).max() > 1e-3
+
+
+def test_the_state_is_the_weights_alone():
+    names = set(get_state_dict(GPT(SMALL)))
+    block = {"ln_1", "ln_2", "mlp.c_fc", "mlp.c_proj"} | {
+        f"attn.{name}_proj" for name in ("q", "k", "v", "out")
+    }
+    layers = {f"blocks.{i}.{part}" for i in range(2) for part in block} | {"ln_f"}
+    expected = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+    assert names == expected | {"wte.weight", "wpe.weight"}
+
+
+def test_what_an_option_takes_away_has_no_weights():
+    config = replace(SMALL, norm="post", position="sinusoidal", bias=False)
+    names = set(get_state_dict(GPT(replace(config, tie_word_embeddings=False))))
+    assert not any("ln_f" in name or "wpe" in name or "bias" in name for name in names)
+    assert "lm_head.weight" in names
+
+
+def test_initialisation():
+    config = GPTConfig(n_layer=8, n_head=2, n_embd=64, block_size=64, vocab_size=500)
+    weights = {k: v.numpy() for k, v in get_state_dict(GPT(config, seed=3)).items()}
+    again = {k: v.numpy() for k, v in get_state_dict(GPT(config, seed=3)).items()}
+    other = {k: v.numpy() for k, v in get_state_dict(GPT(config, seed=4)).items()}
+    for name, value in weights.items():
+        np.testing.assert_array_equal(value, again[name])
+        if value.ndim == 2:
+            residual = name.endswith(("out_proj.weight", "c_proj.weight"))
+            assert value.std() == pytest.approx(0.02 / (4 if residual else 1), rel=0.1)
+            assert abs(value.mean()) < 0.002
+            assert not np.array_equal(value, other[name])
+        else:
+            assert (value == name.endswith("weight")).all()
+
+
+def test_dropout_acts_in_training_alone():
+    config = replace(SMALL, embd_pdrop=0.5, attn_pdrop=0.5, resid_pdrop=0.5)
+    dropping, plain = randomize(GPT(config)), randomize(GPT(SMALL))
+    tokens = Tensor(TOKENS.astype(np.int32))
+    np.testing.assert_array_equal(dropping(tokens).numpy(), plain(tokens).numpy())
+    for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
+        one = randomize(GPT(replace(SMALL, **{name: 0.5})))
+        with Tensor.train():
+            assert np.abs(one(tokens).numpy() - plain(tokens).numpy()).max() > 1e-2, name
+
+
+def test_every_parameter_gets_a_gradient():
+    for config in (SMALL, replace(SMALL, norm="post", tie_word_embeddings=False)):
+        model = randomize(GPT(config))
+        parameters = get_state_dict(model)
+        loss = model(Tensor(TOKENS.astype(np.int32))).log_softmax()[:, :, 1].sum()
+        gradients = loss.gradient(*parameters.values())
+        Tensor.realize(*gradients)
+        for name, gradient in zip(parameters, gradients, strict=True):
+            # softmax does not see what is added to all scores alike, as a key's bias is
+            if not name.endswith("k_proj.bias"):
+                assert np.abs(gradient.numpy()).max() > 1e-6, name
+
+
+def test_tokens_past_the_window_are_refused(model):
+    with pytest.raises(InputError, match="window of 16"):
+        model(Tensor.zeros(1, 17, dtype="int32"))

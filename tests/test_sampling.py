@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tinygrad import Tensor, Variable, dtypes
+
+from tinygpt import sampling
+from tinygpt.sampling import Sampling, choose
+
+LOGITS = np.random.default_rng(0).normal(0, 2, (2, 67)).astype(np.float32)
+LOGITS[1, 10] = LOGITS[1, 20] = LOGITS[1].max() + 1  # a tie at the top
+COUNTS = np.random.default_rng(1).integers(0, 3, (2, 2, 67)).astype(np.float32)
+
+
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def kept(function, value):
+    return np.isfinite(function(Tensor(LOGITS), Tensor([value])).numpy())
+
+
+@pytest.mark.backend
+@pytest.mark.parametrize("k", [1, 2, 5, 66, 67, 1000])
+def test_top_k(k):
+    rank = (LOGITS[:, None, :] > LOGITS[:, :, None]).sum(-1)  # how many are likelier
+    np.testing.assert_array_equal(kept(sampling.top_k, k), rank < k)
+
+
+@pytest.mark.backend
+@pytest.mark.parametrize("p", [0.01, 0.3, 0.5, 0.9, 0.999])
+def test_top_p(p):
+    expected = np.zeros_like(LOGITS, bool)
+    for row, probabilities in enumerate(softmax(LOGITS.astype(np.float64))):
+        order = np.argsort(-probabilities)
+        count = int(np.searchsorted(np.cumsum(probabilities[order]), p)) + 1
+        expected[row] = probabilities >= probabilities[order[count - 1]]
+    np.testing.assert_array_equal(kept(sampling.top_p, p), expected)
+
+
+@pytest.mark.backend
+@pytest.mark.parametrize("p", [0.0, 0.05, 0.5, 1.0])
+def test_min_p(p):
+    probabilities = softmax(LOGITS)
+    expected = probabilities >= p * probabilities.max(-1, keepdims=True)
+    np.testing.assert_array_equal(kept(sampling.min_p, p), expected)
+
+
+def test_filters_keep_the_logits_of_what_they_keep():
+    for function, value in ((sampling.top_k, 5), (sampling.top_p, 0.5), (sampling.min_p, 0.1)):
+        out = function(Tensor(LOGITS), Tensor([value])).numpy()
+        np.testing.assert_array_equal(out[np.isfinite(out)], LOGITS[np.isfinite(out)])
+        assert (out[~np.isfinite(out)] == -np.inf).all()
+
+
+def test_penalties():
+    logits, counts = Tensor(LOGITS), Tensor(COUNTS)
+    expected = LOGITS.copy()
+    for row, column in np.argwhere(COUNTS[0] > 0):
+        expected[row, column] *= 1 / 1.5 if expected[row, column] > 0 else 1.5
+    out = sampling.repetition_penalty(logits, counts, Tensor([1.5])).numpy()
+    np.testing.assert_allclose(out, expected, rtol=1e-6)
+    out = sampling.frequency_penalty(logits, counts, Tensor([0.3])).numpy()
+    np.testing.assert_allclose(out, LOGITS - 0.3 * COUNTS[1], rtol=1e-5, atol=1e-6)
+    out = sampling.presence_penalty(logits, counts, Tensor([0.3])).numpy()
+    np.testing.assert_allclose(out, LOGITS - 0.3 * (COUNTS[1] > 0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_warpers_equal_transformers(seed):
+    """Composed in transformers' order, on logits of GPT-2's vocabulary size."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 3, (2, 50257)).astype(np.float32)
+    seen = rng.integers(0, 50257, (2, 30))
+    counts = np.zeros((2, 2, 50257), np.float32)
+    for row in range(2):
+        counts[0, row] = np.bincount(seen[row], minlength=50257)
+    theirs = torch.tensor(logits)
+    for warper in (
+        transformers.RepetitionPenaltyLogitsProcessor(1.3),
+        transformers.TemperatureLogitsWarper(0.7),
+        transformers.TopKLogitsWarper(200),
+        transformers.TopPLogitsWarper(0.8),
+        transformers.MinPLogitsWarper(0.02),
+    ):
+        theirs = warper(torch.tensor(seen), theirs)
+    settings = Sampling(0.7, top_k=200, top_p=0.8, min_p=0.02, repetition_penalty=1.3)
+    ours = Tensor(logits)
+    for name, bound in settings.bounds().items():
+        if name in sampling.PENALTIES:
+            ours = sampling.PENALTIES[name](ours, Tensor(counts), bound)
+        else:
+            ours = sampling.FILTERS[name](ours, bound)
+    np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-5)
+
+
+def draws(settings: Sampling, count: int) -> np.ndarray:
+    """How often each token is drawn, at one step each from `count` seeds."""
+    seeds = Tensor(np.arange(count, dtype=np.uint64))
+    logits = Tensor(LOGITS[:1]).expand(count, -1).contiguous()
+    tokens = choose(logits, settings.bounds(), seeds).numpy()
+    return np.bincount(tokens, minlength=LOGITS.shape[1])
+
+
+@pytest.mark.backend
+@pytest.mark.parametrize(
+    "settings",
+    [Sampling(), Sampling(0.5), Sampling(2.0, top_k=10), Sampling(top_p=0.8), Sampling(min_p=0.05)],
+    ids=["plain", "cold", "hot top-k", "top-p", "min-p"],
+)
+def test_draws_follow_the_distribution(settings):
+    """20,000 draws against exact probabilities, by a chi-squared test at 6 sigma."""
+    logits = Tensor(LOGITS[:1])
+    for name, bound in settings.bounds().items():
+        logits = sampling.FILTERS[name](logits, bound)
+    expected = softmax(logits.numpy().astype(np.float64))[0] * 20_000
+    seen = draws(settings, 20_000)
+    assert seen.sum() == 20_000
+    assert (seen[expected == 0] == 0).all()
+    rare = expected < 10
+    seen = np.append(seen[~rare], seen[rare].sum())
+    expected = np.append(expected[~rare], expected[rare].sum())
+    if expected[-1] == 0:
+        seen, expected = seen[:-1], expected[:-1]
+    statistic, freedom = ((seen - expected) ** 2 / expected).sum(), len(seen) - 1
+    assert statistic < freedom + 6 * np.sqrt(2 * freedom)
+
+
+def test_steps_of_one_stream_follow_the_distribution_too():
+    """As above along the other axis, and neighbouring steps are independent."""
+    logits, seeds = Tensor(LOGITS[:1]), Tensor([5], dtype=dtypes.uint64)
+    step = Variable("step", 0, 1000)  # one kernel for all
+    tokens = np.array([choose(logits, {}, seeds, step.bind(i)).item() for i in range(300)])
+    expected = softmax(LOGITS[0].astype(np.float64))
+    top = int(expected.argmax())
+    share = (tokens == top).mean()
+    assert abs(share - expected[top]) < 5 * np.sqrt(expected[top] * (1 - expected[top]) / 300)
+    again = (tokens[1:] == tokens[:-1]).mean()
+    chance = (expected**2).sum()
+    assert abs(again - chance) < 5 * np.sqrt(chance * (1 - chance) / 299)
+
+
+def test_greedy_takes_the_likeliest_and_of_a_tie_the_first():
+    settings = Sampling(0, top_k=3)
+    assert settings.greedy
+    assert settings.bounds() == {}
+    assert choose(Tensor(LOGITS), {}).tolist() == LOGITS.argmax(-1).tolist()
+
+
+def test_neutral_settings_cost_nothing():
+    assert Sampling(top_p=1.0).active == ()
+    assert Sampling(temperature=0.5, top_k=3).active == ("temperature", "top_k")

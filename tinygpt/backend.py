@@ -1,0 +1,112 @@
+"""The machine below the tensors: which backend runs them, and how much memory there is.
+
+tinygrad's environment variable `DEV` names the backend. Where it is not set, and tinygrad's choice
+would be the CPU through a clang that is not installed, this module takes what works instead.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from tinygrad import Device, Tensor
+from tinygrad.helpers import DEV, Context
+
+from tinygpt.config import InputError
+
+# What can compile for the CPU besides clang, the best first, as DEV spells it.
+FALLBACKS = {"CPU:LLVM": "the LLVM library", "CPU:X86": "tinygrad's own x86-64 assembler"}
+
+# Set by `select`, at import: one line for the user about what was chosen in clang's place.
+note: str | None = None
+
+
+def find_clang() -> str | None:
+    """The path of the compiler that tinygrad's CPU backend calls, if it is there."""
+    return shutil.which(os.environ.get("CC") or "clang")
+
+
+def select() -> None:
+    """Choose a compiler for the CPU if DEV is unset and clang is missing; `note` says which."""
+    global note
+    if os.environ.get("DEV") or find_clang() or Device.DEFAULT != "CPU":
+        return
+    for target, words in FALLBACKS.items():
+        if target == "CPU:X86" and platform.machine().lower() not in ("x86_64", "amd64"):
+            continue
+        with suppress(Exception):  # whatever a missing library raises
+            with Context(DEV=target):
+                _ = Device["CPU"].renderer
+            DEV.value = os.environ["DEV"] = target
+            note = f"no clang found, so {words} compiles ({target}); clang makes faster kernels"
+            return
+    os.environ["DEV"] = ""  # tinygrad has written its own choice there
+
+
+def check() -> None:
+    """Run one small kernel on the chosen backend.
+
+    Raises:
+        InputError: when the backend does not exist or does not work, with the reason.
+    """
+    try:
+        # A kernel from tinygrad's disk cache would run without the compiler; the next would not.
+        if _renderer() == "ClangJIT" and find_clang() is None:
+            raise FileNotFoundError("clang is not installed")
+        assert (Tensor([1.0, 2.0]) + 1).tolist() == [2.0, 3.0]
+    except Exception as error:
+        name = os.environ.get("DEV") or Device.DEFAULT
+        if isinstance(error, ModuleNotFoundError):
+            reason = "tinygrad has no such backend"
+        else:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"the backend DEV={name} does not work: {reason}. Unset DEV to let the program choose, "
+            "or see `tinygpt doctor` for what this machine has"
+        ) from error
+
+
+def _renderer() -> str:
+    return type(Device[Device.DEFAULT].renderer).__name__.removesuffix("Renderer")
+
+
+def describe() -> str:
+    """The backend in a few words, such as "CPU (clang)"."""
+    device = Device[Device.DEFAULT]
+    if name := getattr(device, "device_name", None):
+        return f"{device.device} ({name})"
+    words = {"ClangJIT": "clang", "CPULLVM": "LLVM"}.get(_renderer(), _renderer())
+    return device.device if words.upper() == device.device else f"{device.device} ({words})"
+
+
+def available_memory_bytes() -> int | None:
+    """Memory that can still be taken without swapping, within this process's cgroup; None if the
+    system does not say."""
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = int(next(x for x in lines if x.startswith("MemAvailable:")).split()[1]) * 1024
+        with suppress(OSError, ValueError):  # "max" is no number: no limit
+            group = Path("/sys/fs/cgroup")
+            limit = int((group / "memory.max").read_text())
+            free = min(free, limit - int((group / "memory.current").read_text()))
+        return free
+    with suppress(OSError, ValueError, AttributeError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def require_memory(needed_bytes: int, what: str) -> None:
+    """Refuse what cannot fit before any of it is allocated.
+
+    Raises:
+        InputError: when more is needed than the machine has free; silent where it cannot know.
+    """
+    free = available_memory_bytes()
+    if free is not None and needed_bytes > free:
+        raise InputError(
+            f"{what} needs {needed_bytes / 1e9:.1f} GB of memory, of which {free / 1e9:.1f} GB "
+            "are free: choose a smaller model, or close other programs"
+        )

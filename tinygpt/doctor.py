@@ -1,0 +1,186 @@
+"""`tinygpt doctor`: what this machine has, what would help it, and whether it computes right."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from tinygrad import Device, Tensor
+from tinygrad.device import ALL_DEVICES
+from tinygrad.helpers import CACHEDB, Context
+from tinygrad.nn.state import get_state_dict
+
+import tinygpt
+from tinygpt import backend, hub
+from tinygpt.config import GPTConfig
+from tinygpt.generate import Generator
+from tinygpt.model import GPT
+
+# The small model that `--backends` runs, and the logits that the NumPy reference among the tests
+# gives for its prompt: the tests hold the two equal, so that no second model need live here.
+CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=64, vocab_size=8)
+PROMPT = [3, 1, 4, 1, 5, 2, 6, 5, 3, 5]
+LOGITS = (
+    -0.485781, -0.668749, 1.122855, -0.400923, -0.740921, 1.106752, -0.31341, -0.808186,
+)  # fmt: skip
+TOLERANCE = 1e-4  # the largest error of a logit that counts as right, in float32
+
+
+def main(backends: bool) -> int:
+    """Print the report; with `backends`, also run the small model on each backend found."""
+    devices = _devices()
+    for name, value in {**_versions(), **_machine(), **_caches()}.items():
+        print(f"{name:<13}{value}")
+    for device, state in devices.items():
+        print(f"{'device':<13}{device}: {state}")
+    for advice in _advice(devices):
+        print(f"{'advice':<13}{advice}")
+    if not backends:
+        return 0
+    return max([_report_probe(target) for target in _targets(devices)])
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    packages = [f"{name} {version(name)}" for name in ("tinygrad", "numpy", "tiktoken")]
+    return {
+        "tinygpt": tinygpt.__version__,
+        "with": ", ".join(packages),
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+    }
+
+
+def _machine() -> dict[str, str]:
+    free = backend.available_memory_bytes()
+    chosen = os.environ.get("DEV") or f"unset, tinygrad takes {Device.DEFAULT}"
+    return {
+        "cores": str(
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        ),
+        "memory": "unknown" if free is None else f"{free / 1e9:.1f} GB free",
+        "DEV": chosen if backend.note is None else f"{chosen} ({backend.note})",
+        "clang": _clang(),
+    }
+
+
+def _clang() -> str:
+    path = backend.find_clang()
+    if path is None:
+        return "not found"
+    with suppress(OSError, subprocess.SubprocessError):
+        command = [path, "--version"]
+        output = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return f"{path}, {output.stdout.splitlines()[0]}"
+    return f"{path}, which does not run"
+
+
+def _caches() -> dict[str, str]:
+    tiktoken = os.environ.get("TIKTOKEN_CACHE_DIR") or "tiktoken's default"
+    return {
+        "models": _size(hub.cache_folder() / "models"),
+        "kernels": _size(Path(CACHEDB)),
+        "vocabulary": tiktoken,
+    }
+
+
+def _size(path: Path) -> str:
+    files = [path] if path.is_file() else path.rglob("*") if path.is_dir() else []
+    total = sum(file.stat().st_size for file in files if file.is_file())
+    return f"{path} ({total / 1e6:.1f} MB)" if path.exists() else f"{path} (empty)"
+
+
+def _devices() -> dict[str, str]:
+    """What tinygrad can open: "works", or why not, in a few words."""
+    states = {}
+    for name in ALL_DEVICES:
+        try:
+            device = Device[name]
+            states[name] = f"found, {getattr(device, 'device_name', None) or 'opens'}"
+        except Exception as error:  # whatever a driver that is not there raises
+            states[name] = f"no ({(str(error) or type(error).__name__).splitlines()[0][:60]})"
+    return states
+
+
+def _advice(devices: dict[str, str]) -> list[str]:
+    advice = []
+    if backend.find_clang() is None:
+        advice.append("install clang: it compiles the fastest kernels for the CPU")
+    on_cpu = ("pthread", "cpu")  # how PoCL calls the processor
+    if (
+        any(name in devices.get("CL", "") for name in on_cpu)
+        and not os.environ.get("DEV")
+        and Device.DEFAULT == "CL"
+    ):
+        advice.append("set DEV=CPU: this OpenCL runs on the CPU, where DEV=CPU is faster")
+    free = backend.available_memory_bytes()
+    if free is not None and free < 2e9:
+        advice.append("free some memory: GPT-2 124M needs about 1.3 GB to load")
+    return advice or ["none: this machine is set up well"]
+
+
+def _targets(devices: dict[str, str]) -> list[str]:
+    """Every value of DEV worth trying: the devices found, and the CPU with each compiler."""
+    found = [name for name, state in devices.items() if state.startswith("found")]
+    targets = [name for name in found if name != "CPU"]
+    targets += ["CPU"] if backend.find_clang() else []
+    for target in backend.FALLBACKS:
+        with suppress(Exception), Context(DEV=target):
+            _ = Device["CPU"].renderer
+            targets.append(target)
+    return targets
+
+
+def _report_probe(target: str) -> int:
+    """Run `probe` in a process of its own, which a broken driver may end."""
+    command = [sys.executable, "-c", "from tinygpt.doctor import probe; probe()"]
+    result = None
+    with suppress(subprocess.TimeoutExpired, ValueError, IndexError):
+        output = subprocess.run(
+            command, env={**os.environ, "DEV": target}, capture_output=True, text=True, timeout=300
+        )
+        result = json.loads(output.stdout.splitlines()[-1])
+    if result is None:
+        print(f"{'backend':<13}{target}: FAILED to run")
+        return 1
+    right = result["error"] <= TOLERANCE
+    print(
+        f"{'backend':<13}{target}: {'right' if right else 'WRONG'}, largest error of a logit "
+        f"{result['error']:.1e}, {result['tokens_per_s']:.0f} tokens/s on a toy model"
+    )
+    return 0 if right else 1
+
+
+def probe() -> None:
+    """Print, as JSON, the small model's error against the reference and its speed, on this DEV."""
+    model = toy()
+    logits = model(Tensor([PROMPT])).numpy()[0, -1]
+    steps = Generator(model).generate(PROMPT, max_new_tokens=30, temperature=0)
+    next(steps), next(steps)
+    start = time.perf_counter()
+    count = sum(1 for _ in steps)
+    print(
+        json.dumps(
+            {
+                "error": float(np.abs(logits - np.array(LOGITS)).max()),
+                "tokens_per_s": count / (time.perf_counter() - start),
+            }
+        )
+    )
+
+
+def toy() -> GPT:
+    """The small model, with weights from a formula: the same on every machine and version."""
+    model = GPT(CONFIG, seed=None)
+    for i, parameter in enumerate(get_state_dict(model).values()):
+        value = np.sin(np.arange(parameter.numel()) * 1.7 + i).reshape(parameter.shape)
+        value = 0.4 * value + (parameter.ndim == 1)
+        parameter.replace(Tensor(value.astype(np.float32)).to(parameter.device)).realize()
+    return model

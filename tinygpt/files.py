@@ -1,0 +1,116 @@
+"""Files: read with suspicion, written whole or not at all, and their faults told in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import reprlib
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tinygpt.config import InputError
+
+_REPR = reprlib.Repr()  # shows what a file says on one short line, however long or deep it is
+_REPR.maxstring = 100
+show = _REPR.repr
+
+
+class CheckpointError(InputError):
+    """A file that came from elsewhere is damaged, incomplete or contradicts itself."""
+
+
+def parse_json(text: bytes) -> dict[str, Any]:
+    """A JSON object in which no key appears twice, so that no two readers disagree about it.
+
+    Raises:
+        ValueError: when the bytes are anything else.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise ValueError(f"the key {show(key)} appears twice")
+            found[key] = value
+        return found
+
+    if not text.lstrip().startswith(b"{"):
+        raise ValueError("it must hold a JSON object, starting with {")
+    try:
+        return json.loads(text.decode(), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its JSON is damaged: {error}") from error
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file: see `parse_json`.
+
+    Raises:
+        CheckpointError: when the file cannot be read or holds anything else.
+    """
+    try:
+        return parse_json(Path(path).read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {reason(error)}") from error
+
+
+def read_text(path: str | Path) -> str:
+    """A UTF-8 file's text.
+
+    Raises:
+        CheckpointError: when the file cannot be read or is not UTF-8.
+    """
+    try:
+        return Path(path).read_bytes().decode()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {reason(error)}") from error
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 file whole or not at all: see `atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A binary file that takes the place of `path` only once it is complete and on the disk.
+
+    It is written under a temporary name beside `path`. When the block fails, in whatever way, that
+    file is removed and what was at `path` before stays.
+
+    Raises:
+        InputError: when the file cannot be written: which, and why.
+    """
+    target = Path(os.path.realpath(path))  # write through a link, do not replace it
+    temporary = target.parent / f".{secrets.token_hex(8)}.tmp"
+    try:
+        if target.exists() and not target.is_file():
+            raise OSError("it is there, but not as a file")
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        with suppress(OSError):  # the new name, too, survives a power cut where systems allow it
+            folder = os.open(target.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {reason(error)}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def reason(error: Exception) -> str:
+    """Why a call into the operating system or network failed, on one line, without its number."""
+    cause = getattr(error, "reason", error)  # urllib wraps what happened
+    known = getattr(cause, "strerror", None)
+    text = known[:1].lower() + known[1:] if isinstance(known, str) else str(cause)
+    return " ".join(text.split()) or type(cause).__name__

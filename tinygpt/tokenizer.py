@@ -1,0 +1,267 @@
+"""Text to token ids and back through tiktoken: vocabularies by name, by folder, by character."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from operator import attrgetter
+from pathlib import Path
+from reprlib import repr as short  # a damaged file may hold a value of any length
+from typing import TYPE_CHECKING
+
+from tinygpt.config import InputError, unknown
+from tinygpt.files import read_json, read_text, write_text
+from tinygpt.vocabulary import (
+    SURROGATE,
+    find_merges,
+    from_merges,
+    from_tokenizers,
+    spell,
+)
+
+if TYPE_CHECKING:  # imported where text is handled: most of the package never does
+    from tiktoken import Encoding
+
+NAMES = ("gpt2", "bytes")
+_OWN = "tinygpt_tokenizer.json"
+_PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+_FILES = (_OWN, *(" and ".join(pair) for pair in _PAIRS), "tokenizer.json")
+_END = "<|endoftext|>"
+_EACH = r"(?s:.)"  # a split pattern: every character by itself
+
+# GPT-2's pattern takes white space, less its last character, as one piece, but backtracks through
+# it: a million of them overflow tiktoken's stack. Cut just there, the pieces are the same and
+# nothing backtracks. (Python counts U+001C to U+001F as white space, tiktoken does not.)
+_LONG_SPACE = re.compile(r"(?<![^\S\x1c-\x1f])[^\S\x1c-\x1f]{9999,}+(?=[\S\x1c-\x1f])")
+
+# What makes two tokenizers equal.
+_whole = attrgetter("_pat_str", "_mergeable_ranks", "_special_tokens")
+
+
+def load_tokenizer(name_or_path: str | Path, vocab_size: int | None = None) -> Encoding:
+    """The tokenizer of that name, or the one that a folder holds.
+
+    Args:
+        name_or_path: `gpt2` (from tiktoken's cache, else downloaded), `bytes` (256 bytes and
+            `<|endoftext|>`) or a folder; a Path is always a folder.
+        vocab_size: how many ids the model knows; a tokenizer with more is refused. For a folder
+            without a tokenizer, 50257 means `gpt2` and 257 `bytes`.
+    Raises:
+        InputError: for an unknown name, a file that cannot be used, or too large a tokenizer.
+    """
+    name = str(name_or_path)
+    if isinstance(name_or_path, str) and name in NAMES:
+        tokenizer = _named(name)
+    elif os.path.isdir(name):
+        tokenizer = _from_folder(Path(name), vocab_size)
+    else:
+        raise unknown("tokenizer", name, (*NAMES, f"a folder with {' or '.join(_FILES)}"))
+    if vocab_size is not None and tokenizer.n_vocab > vocab_size:
+        raise InputError(
+            f"tokenizer {name!r} has ids up to {tokenizer.n_vocab - 1}, outside the model's "
+            f"vocabulary of {vocab_size}: pass --tokenizer with the one it was trained with"
+        )
+    return tokenizer
+
+
+def char_tokenizer(characters: Iterable[str]) -> Encoding:
+    """A tokenizer with one id per distinct character, in sorted order, and no special tokens.
+
+    Args:
+        characters: a text, or pieces of one.
+    Raises:
+        InputError: when there is no character, or one is not valid Unicode.
+    """
+    from tiktoken import Encoding
+
+    distinct = sorted({character for piece in characters for character in piece})
+    if not distinct:
+        raise InputError("there are 0 characters to make a tokenizer of: give a text with some")
+    ranks = {_utf8(character): number for number, character in enumerate(distinct)}
+    return Encoding("char", pat_str=_EACH, mergeable_ranks=ranks, special_tokens={})
+
+
+def save_tokenizer(tokenizer: Encoding, folder: str | Path) -> None:
+    """Write what `load_tokenizer(folder)` reads back equal.
+
+    All but a character-level one also get the files that other GPT-2 implementations read.
+
+    Raises:
+        InputError: when a file cannot be written, or the tokenizer is not of GPT-2's form.
+    """
+    folder, name, files = Path(folder), tokenizer.name, {}
+    ranks, special = tokenizer._mergeable_ranks, tokenizer._special_tokens
+    if name == "char":
+        characters = b"".join(sorted(ranks, key=ranks.__getitem__)).decode()
+        files[_OWN] = json.dumps({"kind": name, "characters": characters})
+    else:
+        merges = find_merges(ranks, name)
+        vocab = {spell(token): number for token, number in ranks.items()} | special
+        files["vocab.json"] = json.dumps(vocab, ensure_ascii=False)
+        files["merges.txt"] = "\n".join(("#version: 0.2", *map(" ".join, merges), ""))
+        if name in NAMES:
+            files[_OWN] = json.dumps({"kind": name})
+        elif _whole(from_merges(vocab, merges, name)) != _whole(tokenizer):
+            raise InputError(
+                f"tokenizer {name!r} has a split pattern or special tokens that vocab.json and "
+                "merges.txt cannot hold: use gpt2, bytes or a byte-level BPE of GPT-2's form"
+            )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, content in files.items():
+            write_text(folder / file, content)
+        if _OWN not in files:  # an earlier save's would be read first
+            (folder / _OWN).unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {reason(error)}; pass another folder") from error
+
+
+def encode(tokenizer: Encoding, text: str, special: bool = False) -> list[int]:
+    """The ids of a text.
+
+    Args:
+        special: whether the spelling of a special token means that token; if not, it is text.
+    Raises:
+        InputError: for a character the vocabulary lacks, or one that is not valid Unicode.
+    """
+    names = sorted(tokenizer.special_tokens_set, key=len, reverse=True) if special else []
+    pattern = "|".join(map(re.escape, names)) or "(?!)"  # which matches nowhere
+    ranks, ids = tokenizer._mergeable_ranks, []
+    for number, part in enumerate(re.split(f"({pattern})", text)):
+        if number % 2:  # re.split puts what it split at between the rest
+            ids.append(tokenizer.encode_single_token(part))
+            continue
+        for character in set(part):
+            data = _utf8(character)
+            if data not in ranks and not all(bytes([byte]) in ranks for byte in data):
+                raise InputError(  # where tiktoken would panic
+                    f"character {character!r} (U+{ord(character):04X}) is not in tokenizer "
+                    f"{tokenizer.name!r}: take it out, or use a model with another tokenizer"
+                )
+        cuts = [0, *(space.end() - 1 for space in _LONG_SPACE.finditer(part)), len(part)]
+        for start, end in pairwise(cuts):
+            ids += tokenizer.encode_ordinary(part[start:end])
+    return ids
+
+
+def end_token(tokenizer: Encoding) -> int | None:
+    """The id of `<|endoftext|>`, None where the tokenizer has none."""
+    return tokenizer._special_tokens.get(_END)
+
+
+def decode(tokenizer: Encoding, ids: Iterable[int]) -> str:
+    """The text of some ids: what `decode_stream` gives, in one piece."""
+    return "".join(decode_stream(tokenizer, ids))
+
+
+def decode_stream(
+    tokenizer: Encoding, ids: Iterable[int], stop: Sequence[str] = ()
+) -> Iterator[str]:
+    """The text of ids as they come, in pieces that never split a character.
+
+    Args:
+        ids: taken one at a time; one the tokenizer lacks (a padded vocabulary) gives U+FFFD.
+        stop: texts of which the first to be complete ends the output, just before it. No further
+            id is taken then; text that may yet become a stop text is held back.
+    Raises:
+        InputError: at once, for an empty stop text.
+    """
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "" in stops:
+        raise InputError("stop text '' is empty: give at least one character, or leave it out")
+    return filter(None, _until_stop(_texts(tokenizer, ids), stops))
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{short(text)} has half of a surrogate pair, which is not valid Unicode: take it out"
+        ) from None
+
+
+def _texts(tokenizer: Encoding, ids: Iterable[int]) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in ids:
+        try:
+            data = tokenizer.decode_single_token_bytes(token)
+        except (KeyError, OverflowError):
+            data = b"\xff"  # a byte that UTF-8 never has: the decoder makes it U+FFFD
+        yield decoder.decode(data)
+    yield decoder.decode(b"", final=True)
+
+
+def _until_stop(texts: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
+    held = ""
+    for text in texts:
+        held += text
+        found = [(held.index(stop) + len(stop), held.index(stop)) for stop in stops if stop in held]
+        if found:  # the first to end, so that it matters not how ids divide the text
+            yield held[: min(found)[1]]
+            return
+        starts = ((stop, n) for stop in stops for n in range(1, min(len(stop), len(held) + 1)))
+        keep = max((n for stop, n in starts if held.endswith(stop[:n])), default=0)
+        yield held[: len(held) - keep]
+        held = held[len(held) - keep :]
+    yield held
+
+
+def _named(name: str) -> Encoding:
+    import tiktoken
+
+    if name == "bytes":
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        return tiktoken.Encoding(
+            name, pat_str=_EACH, mergeable_ranks=ranks, special_tokens={_END: 256}
+        )
+    try:
+        return tiktoken.get_encoding(name)
+    except (OSError, ValueError) as error:  # a failed download is an OSError
+        raise InputError(
+            f"cannot download tokenizer {name!r} (no network? {type(error).__name__}): set "
+            "TIKTOKEN_CACHE_DIR to a folder that has it, or pass --tokenizer with bytes or with a "
+            "folder that has vocab.json and merges.txt"
+        ) from error
+
+
+def _from_folder(folder: Path, vocab_size: int | None) -> Encoding:
+    try:
+        present = set(os.listdir(folder))
+    except OSError as error:
+        raise InputError(f"cannot read {folder}: {reason(error)}; pass another folder") from error
+    if _OWN in present:
+        return _from_own(folder / _OWN)
+    for vocab, merges in _PAIRS:
+        if {vocab, merges} <= present:
+            lines = read_text(folder / merges).split("\n")
+            lines = lines[1:] if lines[0].startswith("#version") else lines
+            pairs = [line.split(" ") for line in lines if line]
+            return from_merges(read_json(folder / vocab), pairs, str(folder))
+    if "tokenizer.json" in present:
+        return from_tokenizers(folder / "tokenizer.json")
+    if vocab_size in (50257, 257) and present.isdisjoint(name for pair in _PAIRS for name in pair):
+        return _named("gpt2" if vocab_size == 50257 else "bytes")
+    raise InputError(
+        f"no tokenizer in folder {str(folder)!r}: it needs {' or '.join(_FILES)}; "
+        f"add them, or pass --tokenizer with {', '.join(NAMES)} or another folder"
+    )
+
+
+def _from_own(path: Path) -> Encoding:
+    match read_json(path):
+        case {"kind": "gpt2" | "bytes" as kind}:
+            return _named(kind)
+        case {"kind": "char", "characters": str(text)} if (
+            text and list(text) == sorted(set(text)) and not SURROGATE.search(text)
+        ):
+            return char_tokenizer(text)
+        case content:
+            raise InputError(
+                f"{str(path)!r} holds {short(content)}: it must be of kind gpt2, bytes or char, "
+                "char with distinct sorted characters; save the tokenizer again"
+            )
