@@ -37,13 +37,22 @@ def select() -> None:
     for target, words in FALLBACKS.items():
         if target == "CPU:X86" and platform.machine().lower() not in ("x86_64", "amd64"):
             continue
-        with suppress(Exception):  # whatever a missing library raises
-            with Context(DEV=target):
-                _ = Device["CPU"].renderer
+        if works(target):
             DEV.value = os.environ["DEV"] = target
             note = f"no clang found, so {words} compiles ({target}); clang makes faster kernels"
             return
     os.environ["DEV"] = ""  # tinygrad has written its own choice there
+
+
+def works(target: str) -> bool:
+    """Whether a small kernel compiles and computes right with DEV at that value.
+
+    A library that is there is not enough: LLVM before 15 refuses what tinygrad writes for it.
+    """
+    with suppress(Exception), Context(DEV=target, CACHELEVEL=0):  # an old result proves nothing
+        device = target.partition(":")[0]
+        return (Tensor([1.0] * 64, device=device) + 1).tolist() == [2.0] * 64
+    return False
 
 
 def check() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from reprlib import repr as short  # a value from a file may be of any length
 from typing import Any, Literal
 
 
@@ -15,9 +16,9 @@ class InputError(ValueError):
 def unknown(what: str, value: object, allowed: object) -> InputError:
     """The error for a `value` that is none of the `allowed` names, with the nearest one offered."""
     names = [str(name) for name in allowed]
-    near = get_close_matches(str(value), names, n=1)
+    near = get_close_matches(str(value)[:100], names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return InputError(f"unknown {what} {value!r}: {hint}allowed are {', '.join(names)}")
+    return InputError(f"unknown {what} {short(value)}: {hint}allowed are {', '.join(names)}")
 
 
 _CHOICES = {
@@ -68,13 +69,15 @@ class GPTConfig:
             if value is None and name == "n_inner":
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} is {value!r}: it must be a whole number, 1 or more")
+                raise InputError(f"{name} is {short(value)}: it must be a whole number, 1 or more")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise unknown(name, getattr(self, name), allowed)
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
-                raise InputError(f"{name} is {getattr(self, name)!r}: it must be true or false")
+                raise InputError(
+                    f"{name} is {short(getattr(self, name))}: it must be true or false"
+                )
         for name in _DROPOUTS:
             self._check_number(name, 0.0, 1.0)
         self._check_number("layer_norm_epsilon", 0.0, 1.0)
@@ -90,9 +93,9 @@ class GPTConfig:
     def _check_number(self, name: str, low: float, below: float) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InputError(f"{name} is {value!r}: it must be a number")
+            raise InputError(f"{name} is {short(value)}: it must be a number")
         if not low <= value < below:
-            raise InputError(f"{name} is {value!r}: it must be in [{low:g}, {below:g})")
+            raise InputError(f"{name} is {short(value)}: it must be in [{low:g}, {below:g})")
 
     @property
     def head_dim(self) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from tinygrad import Device, Tensor
 from tinygrad.device import ALL_DEVICES
-from tinygrad.helpers import CACHEDB, Context
+from tinygrad.helpers import CACHEDB
 from tinygrad.nn.state import get_state_dict
 
 import tinygpt
@@ -131,11 +131,7 @@ def _targets(devices: dict[str, str]) -> list[str]:
     found = [name for name, state in devices.items() if state.startswith("found")]
     targets = [name for name in found if name != "CPU"]
     targets += ["CPU"] if backend.find_clang() else []
-    for target in backend.FALLBACKS:
-        with suppress(Exception), Context(DEV=target):
-            _ = Device["CPU"].renderer
-            targets.append(target)
-    return targets
+    return targets + [target for target in backend.FALLBACKS if backend.works(target)]
 
 
 def _report_probe(target: str) -> int:

@@ -187,6 +187,8 @@ class GPT:
             seed: of the random initial weights, the same on every backend; None leaves the weights
                 without values, for a caller that gives each its own.
         """
+        if seed is not None:  # before so much as the blocks of a thousand layers are made
+            require_memory(4 * config.parameter_count, "a model of this shape")
         self.config = config
         self.wte = Embedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
@@ -219,7 +221,6 @@ class GPT:
         residual stream smaller by 1/sqrt(2 n_layer); norms begin as the identity, biases at zero.
         Source: Radford et al. 2019, section 2.3.
         """
-        require_memory(4 * self.config.parameter_count, "a model of this shape")
         rng = np.random.default_rng(seed)
         residual = 1 / math.sqrt(2 * self.config.n_layer)
         for name, parameter in get_state_dict(self).items():

@@ -14,7 +14,7 @@ from reprlib import repr as short  # a damaged file may hold a value of any leng
 from typing import TYPE_CHECKING
 
 from tinygpt.config import InputError, unknown
-from tinygpt.files import read_json, read_text, write_text
+from tinygpt.files import read_json, read_text, reason, write_text
 from tinygpt.vocabulary import (
     SURROGATE,
     find_merges,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from tinygrad.nn.state import get_state_dict
 from tinygpt import hub, safetensors
 from tinygpt.backend import require_memory
 from tinygpt.config import GPTConfig, InputError, unknown
-from tinygpt.files import CheckpointError, read_json, reason, show, write_text
+from tinygpt.files import CheckpointError, atomic_file, read_json, reason, show
 from tinygpt.model import GPT
 from tinygpt.safetensors import TensorInfo
 
@@ -63,6 +63,9 @@ def load_pretrained(name_or_path: str | Path) -> GPT:
     folder = hub.resolve(name_or_path)
     config = read_config(folder)
     stored = _read_headers(folder)
+    if config.n_layer > len(stored):  # before names are listed for each of a billion layers
+        fact = f"{len(stored)} tensors, but config.json says n_layer {show(config.n_layer)}"
+        raise CheckpointError(f"{folder} has {fact}")
     layout = _layout(config)
     _compare(folder, layout, {name: info for name, (_, info) in stored.items()}, config)
     largest = max(math.prod(shape) for shape, _ in layout.values())  # is in memory thrice
@@ -110,8 +113,10 @@ def save_pretrained(model: GPT, folder: str | Path) -> None:
         name if name.startswith("lm_head") else f"transformer.{name}": ("F32", shape)
         for name, (shape, _) in layout.items()
     }
-    safetensors.write(folder / hub.WEIGHTS, entries, value, {"format": "pt"})
-    write_text(folder / "config.json", json.dumps(_to_their_config(model.config), indent=2) + "\n")
+    # One inside the other, so that a failure in either leaves both old files as they were.
+    with atomic_file(folder / "config.json") as file:
+        file.write(json.dumps(_to_their_config(model.config), indent=2).encode() + b"\n")
+        safetensors.write(folder / hub.WEIGHTS, entries, value, {"format": "pt"})
 
 
 def read_config(folder: Path) -> GPTConfig:
@@ -145,7 +150,7 @@ def read_config(folder: Path) -> GPTConfig:
 def _to_their_config(config: GPTConfig) -> dict[str, Any]:
     """GPTConfig -> what `config.json` holds."""
     ours = {field.name: getattr(config, field.name) for field in fields(config)}
-    activation = next(k for k, v in _ACTIVATIONS.items() if v == ours.pop("activation"))
+    names = {v: k for k, v in reversed(_ACTIVATIONS.items())}  # the first spelling of each
     extra = {name: ours.pop(name) for name in ("norm", "position", "shortcut", "bias")}
     changed = {k: v for k, v in extra.items() if v != getattr(GPTConfig, k)}
     is_gpt2 = changed.keys() <= {"bias"}
@@ -154,7 +159,7 @@ def _to_their_config(config: GPTConfig) -> dict[str, Any]:
         "model_type": "gpt2" if is_gpt2 else "tinygpt",
         "architectures": ["GPT2LMHeadModel"] if is_gpt2 else ["GPT"],
         "n_positions": ours.pop("block_size"),
-        "activation_function": activation,
+        "activation_function": names[ours.pop("activation")],
         "bos_token_id": end,
         "eos_token_id": end,
         "dtype": "float32",
@@ -221,24 +226,23 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _compare(folder: Path, layout: dict, stored: dict[str, TensorInfo], config: GPTConfig) -> None:
     """Refuse a folder whose tensors are not the ones that its config asks for."""
-    surplus = set(stored) - set(layout)
-    if config.tie_word_embeddings:
-        surplus.discard("lm_head.weight")  # a copy of wte
+    copies = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    surplus = [show(name)[1:-1] for name in sorted(set(stored) - set(layout) - copies)]
     faults = []
     if missing := [name for name in layout if name not in stored]:
         faults.append(f"missing {_some(missing)}")
     if surplus:
-        faults.append(f"not part of the model: {_some(sorted(surplus))}")
+        faults.append(f"not part of the model: {_some(surplus)}")
     for name, (shape, _) in layout.items():
         if name in stored and stored[name].shape != shape:
-            faults.append(f"{name} is {stored[name].shape}, config.json asks for {shape}")
+            found = show(stored[name].shape)
+            faults.append(f"{name} is {found}, config.json asks for {show(shape)}")
         if name in stored and stored[name].dtype not in _FLOATS:
             faults.append(f"{name} is {stored[name].dtype}, allowed are {', '.join(_FLOATS)}")
     if faults:
         raise CheckpointError(f"{folder}: {_some(faults, '; ')}")
 
 
-def _some(names: Iterable[str], separator: str = ", ", most: int = 4) -> str:
-    names = [show(name)[1:-1] for name in names]
+def _some(names: Sequence[str], separator: str = ", ", most: int = 4) -> str:
     rest = len(names) - most
     return separator.join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+from conftest import reference_of
+from tinygrad import Tensor
+
+from tinygpt import backend, doctor
+
+
+def test_a_backend_works_or_does_not():
+    assert backend.works(os.environ.get("DEV") or "PYTHON")
+    assert not backend.works("FOO")
+    assert not backend.works("CPU:FOO")
+
+
+def test_the_python_backend_equals_the_reference():
+    """tinygrad's own emulator: any backend's arithmetic, far too slowly for more than this."""
+    model = doctor.toy()
+    script = (
+        "from tinygrad import Tensor; from tinygpt import doctor; "
+        "print(doctor.toy()(Tensor([[3, 1]])).tolist())"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "DEV": "PYTHON"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    expected = reference_of(model)([[3, 1]])
+    np.testing.assert_allclose(json.loads(run.stdout), expected, atol=doctor.TOLERANCE)
+    np.testing.assert_allclose(model(Tensor([[3, 1]])).numpy(), expected, atol=doctor.TOLERANCE)
+
+
+def test_memory_is_known_and_enforced(monkeypatch):
+    assert backend.available_memory_bytes() > 10**8
+    monkeypatch.setattr(backend, "available_memory_bytes", lambda: None)
+    backend.require_memory(10**18, "anything")  # where the system does not say, nothing is refused

@@ -1,0 +1,82 @@
+"""The README's commands and code are run as written, and what it says of the code is held true."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import SMALL, randomize
+
+from tinygpt import GPT, load_tokenizer
+from tinygpt.tokenizer import save_tokenizer
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line
+]
+# What the bare-machine check of .ci/run does, since a test cannot install what it runs in.
+INSTALLS = {"pip install . && python run.py", "pip install '.[test]' && pytest"}
+# So that the rest can run where `pip install` has not been: the same program by another name.
+PYTHON = shlex.quote(sys.executable)
+BY_MODULE = {r"^tinygpt\b": f"{PYTHON} -m tinygpt", r"\bpython\b": PYTHON}
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory) -> Path:
+    """A folder like a user's: run.py, a model, and a Hugging Face cache that has `gpt2`."""
+    room = tmp_path_factory.mktemp("room")
+    (room / "run.py").symlink_to(ROOT / "run.py")
+    model = randomize(GPT(SMALL.__class__(n_layer=1, n_head=2, n_embd=16, vocab_size=257)))
+    cache = room / "hub" / "models--gpt2"
+    for folder in (room / "my-gpt2", cache / "snapshots" / "main"):
+        model.save_pretrained(folder)
+        save_tokenizer(load_tokenizer("bytes"), folder)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("main")
+    return room
+
+
+def test_the_commands_are_the_known_ones():
+    assert set(COMMANDS) >= INSTALLS
+    assert len(COMMANDS) > len(INSTALLS) + 4
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in INSTALLS])
+def test_a_command_works_as_written(command, room):
+    for pattern, program in BY_MODULE.items():
+        command = re.sub(pattern, program, command)
+    environment = {**os.environ, "HF_HUB_CACHE": str(room / "hub"), "PYTHONPATH": str(ROOT)}
+    environment["TINYGPT_CACHE"] = str(room / "cache")
+    run = subprocess.run(
+        command, shell=True, cwd=room, env=environment, capture_output=True, timeout=600
+    )
+    assert run.returncode == 0, run.stderr.decode()
+    assert run.stdout.strip()
+    assert b"Traceback" not in run.stderr
+
+
+def test_the_python_code_works_as_written(tmp_path, monkeypatch, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    assert len(capsys.readouterr().out.split()) == 20
+    assert (tmp_path / "my-model" / "model.safetensors").is_file()
+
+
+def test_every_module_is_on_the_map():
+    for path in (ROOT / "tinygpt").glob("*.py"):
+        assert path.stem.startswith("__") or f"`{path.name}`" in README
+
+
+def test_ci_runs_the_documented_commands():
+    script = (ROOT / ".ci" / "run").read_text()
+    assert all(command in script for command in INSTALLS)

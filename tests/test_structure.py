@@ -1,0 +1,75 @@
+"""The shape of the house: which way imports point, how large a room may grow, what it stands on."""
+
+from __future__ import annotations
+
+import ast
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = {path.stem: path for path in (ROOT / "tinygpt").glob("*.py")}
+# A module imports from rows below its own only.
+ROWS = [
+    {"__main__"},
+    {"cli"},
+    {"doctor"},
+    {"generate", "weights"},
+    {"hub", "model", "sampling", "tokenizer"},
+    {"kernels", "safetensors", "vocabulary"},
+    {"backend", "files"},
+    {"config"},
+]
+# The two doors through which a model is loaded and saved, which open inside a method.
+DOORS = {("model", "weights")}
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of what a file imports, wherever in it; `from a import b` gives a.b."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_every_module_has_its_row():
+    assert set().union(*ROWS) == set(MODULES) - {"__init__"}
+    assert sum(map(len, ROWS)) == len(MODULES) - 1
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - {"__init__"}))
+def test_imports_point_down(name):
+    row = next(i for i, names in enumerate(ROWS) if name in names)
+    below = set().union(*ROWS[row + 1 :])
+    for full in imports(MODULES[name]):
+        package, *rest = full.split(".")
+        if package == "tinygpt" and rest and rest[0] in MODULES:
+            assert rest[0] in below or (name, rest[0]) in DOORS, f"{name} imports {rest[0]}"
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_a_module_is_one_concern(name):
+    assert len(MODULES[name].read_text().splitlines()) <= 320
+
+
+def test_the_package_stands_on_its_three_dependencies():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {name.split("=")[0].split(">")[0] for name in project["dependencies"]}
+    assert names == {"tinygrad", "tiktoken", "numpy"}
+    allowed = names | {"tinygpt", "tiktoken_ext"} | set(sys.stdlib_module_names)
+    for path in MODULES.values():
+        assert {full.split(".")[0] for full in imports(path)} <= allowed
+
+
+def test_nothing_else_at_the_top():
+    kept = {
+        "tinygpt", "tests", "run.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md",
+        ".gitignore", ".ci", ".git",
+    }  # fmt: skip
+    made = {".pytest_cache", ".ruff_cache", "build", "tinygpt.egg-info", "__pycache__"}
+    assert {path.name for path in ROOT.iterdir()} <= kept | made
