@@ -541,7 +541,7 @@ def test_empty_stop_is_refused_at_once() -> None:
 def test_unknown_name(name: str) -> None:
     with pytest.raises(InputError) as error:
         load_tokenizer(name)
-    assert repr(name) in message(error)
+    assert repr(name)[:40] in message(error)
     assert "folder" in message(error)
     assert "bytes" in message(error)
 

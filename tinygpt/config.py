@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from reprlib import repr as short  # a value from a file may be of any length
+from reprlib import Repr
 from typing import Any, Literal
+
+_REPR = Repr()  # a value from a file may be of any length or depth
+_REPR.maxstring = _REPR.maxother = 100
+show = _REPR.repr
 
 
 class InputError(ValueError):
@@ -18,7 +22,7 @@ def unknown(what: str, value: object, allowed: object) -> InputError:
     names = [str(name) for name in allowed]
     near = get_close_matches(str(value)[:100], names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return InputError(f"unknown {what} {short(value)}: {hint}allowed are {', '.join(names)}")
+    return InputError(f"unknown {what} {show(value)}: {hint}allowed are {', '.join(names)}")
 
 
 _CHOICES = {
@@ -69,15 +73,14 @@ class GPTConfig:
             if value is None and name == "n_inner":
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} is {short(value)}: it must be a whole number, 1 or more")
+                raise InputError(f"{name} is {show(value)}: it must be a whole number, 1 or more")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise unknown(name, getattr(self, name), allowed)
         for name in _FLAGS:
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(
-                    f"{name} is {short(getattr(self, name))}: it must be true or false"
-                )
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise InputError(f"{name} is {show(value)}: it must be true or false")
         for name in _DROPOUTS:
             self._check_number(name, 0.0, 1.0)
         self._check_number("layer_norm_epsilon", 0.0, 1.0)
@@ -93,9 +96,9 @@ class GPTConfig:
     def _check_number(self, name: str, low: float, below: float) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InputError(f"{name} is {short(value)}: it must be a number")
+            raise InputError(f"{name} is {show(value)}: it must be a number")
         if not low <= value < below:
-            raise InputError(f"{name} is {short(value)}: it must be in [{low:g}, {below:g})")
+            raise InputError(f"{name} is {show(value)}: it must be in [{low:g}, {below:g})")
 
     @property
     def head_dim(self) -> int:

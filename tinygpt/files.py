@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import reprlib
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tinygpt.config import InputError
-
-_REPR = reprlib.Repr()  # shows what a file says on one short line, however long or deep it is
-_REPR.maxstring = 100
-show = _REPR.repr
+from tinygpt.config import InputError, show
 
 
 class CheckpointError(InputError):

@@ -14,8 +14,8 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from tinygpt.config import InputError
-from tinygpt.files import CheckpointError, read_json, reason, show
+from tinygpt.config import InputError, show
+from tinygpt.files import CheckpointError, read_json, reason
 
 _GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from tinygpt.config import InputError
-from tinygpt.files import CheckpointError, atomic_file, parse_json, reason, show
+from tinygpt.config import InputError, show
+from tinygpt.files import CheckpointError, atomic_file, parse_json, reason
 
 _MAX_HEADER_BYTES = 100_000_000  # the reference implementation's cap
 _MAX_RANK, _MAX_ELEMENTS = 32, 2**48  # what every NumPy can hold, also as an empty array

@@ -10,10 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
-from reprlib import repr as short  # a damaged file may hold a value of any length
 from typing import TYPE_CHECKING
 
-from tinygpt.config import InputError, unknown
+from tinygpt.config import InputError, show, unknown
 from tinygpt.files import read_json, read_text, reason, write_text
 from tinygpt.vocabulary import (
     SURROGATE,
@@ -181,7 +180,7 @@ def _utf8(text: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError:
         raise InputError(
-            f"{short(text)} has half of a surrogate pair, which is not valid Unicode: take it out"
+            f"{show(text)} has half of a surrogate pair, which is not valid Unicode: take it out"
         ) from None
 
 
@@ -262,6 +261,6 @@ def _from_own(path: Path) -> Encoding:
             return char_tokenizer(text)
         case content:
             raise InputError(
-                f"{str(path)!r} holds {short(content)}: it must be of kind gpt2, bytes or char, "
+                f"{str(path)!r} holds {show(content)}: it must be of kind gpt2, bytes or char, "
                 "char with distinct sorted characters; save the tokenizer again"
             )

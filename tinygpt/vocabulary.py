@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 from pathlib import Path
-from reprlib import repr as short  # a damaged file may hold a value of any length
 from typing import TYPE_CHECKING, Any
 
-from tinygpt.config import InputError
+from tinygpt.config import InputError, show
 from tinygpt.files import read_json
 
 if TYPE_CHECKING:  # imported where text is handled: most of the package never does
@@ -35,7 +34,7 @@ def from_tokenizers(path: Path) -> Encoding:
             vocab, merges = model.get("vocab"), model.get("merges")
         case content:
             raise InputError(
-                f"{str(path)!r} holds {short(content)}: it must have a model, a pre_tokenizer and "
+                f"{str(path)!r} holds {show(content)}: it must have a model, a pre_tokenizer and "
                 "added_tokens; save the tokenizer again"
             )
     for name, value, usual in (
@@ -49,7 +48,7 @@ def from_tokenizers(path: Path) -> Encoding:
     ):
         if value != usual:
             raise InputError(
-                f"{str(path)!r}: {name} is {short(value)}, but only a tokenizer of GPT-2's form, "
+                f"{str(path)!r}: {name} is {show(value)}, but only a tokenizer of GPT-2's form, "
                 f"where it is {usual!r}, can be read; use another"
             )
     if isinstance(vocab, dict):
@@ -60,7 +59,7 @@ def from_tokenizers(path: Path) -> Encoding:
                 ):
                     continue
             raise InputError(
-                f"{str(path)!r}: added token {short(token)} must have a content and the id that "
+                f"{str(path)!r}: added token {show(token)} must have a content and the id that "
                 "the vocabulary has for it, if any; save the tokenizer again"
             )
     if isinstance(merges, list):
@@ -82,19 +81,19 @@ def from_merges(vocab: Any, merges: Any, source: str) -> Encoding:
 
     if not isinstance(vocab, dict) or not isinstance(merges, list):
         raise wrong(
-            f"vocabulary {short(vocab)} and merges {short(merges)} must be an object and a list"
+            f"vocabulary {show(vocab)} and merges {show(merges)} must be an object and a list"
         )
     owner: dict[int, str] = {}
     for token, number in vocab.items():
         if not token or SURROGATE.search(token):
-            raise wrong(f"token {short(token)} must be some text, in valid Unicode")
+            raise wrong(f"token {show(token)} must be some text, in valid Unicode")
         if type(number) is not int or not 0 <= number < _NEVER:
             raise wrong(
-                f"token {short(token)} has id {short(number)}, not a whole number from 0 to "
+                f"token {show(token)} has id {show(number)}, not a whole number from 0 to "
                 f"{_NEVER - 1}"
             )
         if owner.setdefault(number, token) != token:
-            raise wrong(f"id {number} is both {short(owner[number])} and {short(token)}")
+            raise wrong(f"id {number} is both {show(owner[number])} and {show(token)}")
     ranks = {bytes([byte]): vocab[spelt] for spelt, byte in _BYTE_OF.items() if spelt in vocab}
     last = -1
     for merge in merges:
@@ -102,20 +101,20 @@ def from_merges(vocab: Any, merges: Any, source: str) -> Encoding:
             case [str(left), str(right)] if {left, right, left + right} <= vocab.keys():
                 token, number = left + right, vocab[left + right]
             case _:
-                raise wrong(f"merge {short(merge)} is not two tokens that make a known third")
+                raise wrong(f"merge {show(merge)} is not two tokens that make a known third")
         if not _BYTE_OF.keys() >= set(token):
-            raise wrong(f"merge {short(merge)} has a character that stands for no byte")
+            raise wrong(f"merge {show(merge)} has a character that stands for no byte")
         if number <= last:
-            raise wrong(f"merge {short(merge)} makes id {number} after {last}: ids must rise")
+            raise wrong(f"merge {show(merge)} makes id {number} after {last}: ids must rise")
         ranks[bytes(_BYTE_OF[character] for character in token)] = last = number
     for merge, usual in zip(merges, find_merges(ranks, source), strict=True):
         if merge != usual:
-            raise wrong(f"merge {short(merge)} cannot happen: earlier ones leave {short(usual)}")
+            raise wrong(f"merge {show(merge)} cannot happen: earlier ones leave {show(usual)}")
     ordinary = set(map(spell, ranks))
     special = {token: number for token, number in vocab.items() if token not in ordinary}
     for token in special:
         if not set(token).isdisjoint(_STAND_INS.values()):
-            raise wrong(f"token {short(token)} is a byte-level one that no merge makes")
+            raise wrong(f"token {show(token)} is a byte-level one that no merge makes")
     if not ranks:
         raise wrong("the vocabulary has no byte: it must have one at least")
     return Encoding("bpe", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
@@ -133,7 +132,7 @@ def find_merges(ranks: dict[bytes, int], source: str) -> list[list[str]]:
             if first == _NEVER:
                 raise InputError(
                     f"tokenizer {source!r}: no merge of two earlier tokens makes "
-                    f"{short(spell(token))}; use a tokenizer of GPT-2's form"
+                    f"{show(spell(token))}; use a tokenizer of GPT-2's form"
                 )
             joined = parts[:1]
             for part in parts[1:]:

@@ -21,8 +21,8 @@ from tinygrad.nn.state import get_state_dict
 
 from tinygpt import hub, safetensors
 from tinygpt.backend import require_memory
-from tinygpt.config import GPTConfig, InputError, unknown
-from tinygpt.files import CheckpointError, atomic_file, read_json, reason, show
+from tinygpt.config import GPTConfig, InputError, show, unknown
+from tinygpt.files import CheckpointError, atomic_file, read_json, reason
 from tinygpt.model import GPT
 from tinygpt.safetensors import TensorInfo
 
