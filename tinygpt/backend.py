@@ -30,18 +30,40 @@ def find_clang() -> str | None:
 
 
 def select() -> None:
-    """Choose a compiler for the CPU if DEV is unset and clang is missing; `note` says which."""
+    """Where DEV is unset, correct tinygrad's choice if it would not work, or work slowly.
+
+    That is a CPU without clang, and an OpenCL driver that runs on the CPU: those kernels are slower
+    than the CPU's own, and PoCL, the usual one, ends the whole process where it finds no linker.
+    `note` then says what was chosen.
+    """
     global note
-    if os.environ.get("DEV") or find_clang() or Device.DEFAULT != "CPU":
+    if os.environ.get("DEV"):
+        return
+    chosen = Device.DEFAULT
+    if chosen != "CPU" and not (chosen == "CL" and opencl_is_cpu()):
+        return
+    os.environ["DEV"] = ""  # tinygrad has written its own choice there
+    if find_clang():
+        _choose("CPU")
         return
     for target, words in FALLBACKS.items():
         if target == "CPU:X86" and platform.machine().lower() not in ("x86_64", "amd64"):
             continue
         if works(target):
-            DEV.value = os.environ["DEV"] = target
+            _choose(target)
             note = f"no clang found, so {words} compiles ({target}); clang makes faster kernels"
             return
-    os.environ["DEV"] = ""  # tinygrad has written its own choice there
+
+
+def _choose(target: str) -> None:
+    DEV.value = os.environ["DEV"] = target
+
+
+def opencl_is_cpu() -> bool:
+    """Whether the OpenCL device is the processor, by the names that PoCL gives it."""
+    with suppress(Exception):  # whatever a driver that is not there raises
+        return Device["CL"].device_name.startswith(("pthread", "cpu", "basic"))
+    return False
 
 
 def works(target: str) -> bool:
