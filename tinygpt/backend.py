@@ -87,7 +87,10 @@ def check() -> None:
         # A kernel from tinygrad's disk cache would run without the compiler; the next would not.
         if _renderer() == "ClangJIT" and find_clang() is None:
             raise FileNotFoundError("clang is not installed")
-        assert (Tensor([1.0, 2.0]) + 1).tolist() == [2.0, 3.0]
+        with Context(CACHELEVEL=0):
+            right = (Tensor([1.0] * 64) + 1).tolist() == [2.0] * 64
+        if not right:
+            raise RuntimeError("it computes wrong numbers")
     except Exception as error:
         name = os.environ.get("DEV") or Device.DEFAULT
         if isinstance(error, ModuleNotFoundError):

@@ -7,9 +7,11 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 from tinygrad import Device, Tensor
@@ -19,7 +21,7 @@ from tinygrad.nn.state import get_state_dict
 
 import tinygpt
 from tinygpt import backend, hub
-from tinygpt.config import GPTConfig
+from tinygpt.config import GPTConfig, InputError
 from tinygpt.generate import Generator
 from tinygpt.model import GPT
 
@@ -40,11 +42,11 @@ def main(backends: bool) -> int:
         print(f"{name:<13}{value}")
     for device, state in devices.items():
         print(f"{'device':<13}{device}: {state}")
-    for advice in _advice(devices):
+    for advice in _advice():
         print(f"{'advice':<13}{advice}")
     if not backends:
         return 0
-    return max([_report_probe(target) for target in _targets(devices)])
+    return max([_report_probe(target) for target in _targets(devices)], default=1)
 
 
 def _versions() -> dict[str, str]:
@@ -83,11 +85,12 @@ def _clang() -> str:
 
 
 def _caches() -> dict[str, str]:
-    tiktoken = os.environ.get("TIKTOKEN_CACHE_DIR") or "tiktoken's default"
+    names = ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR")  # as tiktoken looks for its folder
+    tiktoken = next(filter(None, map(os.environ.get, names)), None)
     return {
         "models": _size(hub.cache_folder() / "models"),
         "kernels": _size(Path(CACHEDB)),
-        "vocabulary": tiktoken,
+        "vocabulary": _size(Path(tiktoken or Path(tempfile.gettempdir(), "data-gym-cache"))),
     }
 
 
@@ -98,28 +101,26 @@ def _size(path: Path) -> str:
 
 
 def _devices() -> dict[str, str]:
-    """What tinygrad can open: "works", or why not, in a few words."""
+    """What tinygrad can open: "found" with its name, or why not, in a few words."""
     states = {}
     for name in ALL_DEVICES:
         try:
             device = Device[name]
             states[name] = f"found, {getattr(device, 'device_name', None) or 'opens'}"
         except Exception as error:  # whatever a driver that is not there raises
-            states[name] = f"no ({(str(error) or type(error).__name__).splitlines()[0][:60]})"
+            reason = shorten(str(error) or type(error).__name__, 70, placeholder=" ...")
+            states[name] = f"no ({reason})"
     return states
 
 
-def _advice(devices: dict[str, str]) -> list[str]:
+def _advice() -> list[str]:
     advice = []
     if backend.find_clang() is None:
         advice.append("install clang: it compiles the fastest kernels for the CPU")
-    on_cpu = ("pthread", "cpu")  # how PoCL calls the processor
-    if (
-        any(name in devices.get("CL", "") for name in on_cpu)
-        and not os.environ.get("DEV")
-        and Device.DEFAULT == "CL"
-    ):
-        advice.append("set DEV=CPU: this OpenCL runs on the CPU, where DEV=CPU is faster")
+    try:
+        backend.check()
+    except InputError as error:
+        advice.append(str(error))
     free = backend.available_memory_bytes()
     if free is not None and free < 2e9:
         advice.append("free some memory: GPT-2 124M needs about 1.3 GB to load")
@@ -137,14 +138,14 @@ def _targets(devices: dict[str, str]) -> list[str]:
 def _report_probe(target: str) -> int:
     """Run `probe` in a process of its own, which a broken driver may end."""
     command = [sys.executable, "-c", "from tinygpt.doctor import probe; probe()"]
-    result = None
+    environment = {**os.environ, "DEV": target, "PYTHONPATH": os.pathsep.join(sys.path)}
+    result, reason = None, "it takes too long"
     with suppress(subprocess.TimeoutExpired, ValueError, IndexError):
-        output = subprocess.run(
-            command, env={**os.environ, "DEV": target}, capture_output=True, text=True, timeout=300
-        )
-        result = json.loads(output.stdout.splitlines()[-1])
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        reason = shorten(run.stderr.strip().rpartition("\n")[2], 70) or f"exit {run.returncode}"
+        result = json.loads(run.stdout.splitlines()[-1])
     if result is None:
-        print(f"{'backend':<13}{target}: FAILED to run")
+        print(f"{'backend':<13}{target}: FAILED to run ({reason})")
         return 1
     right = result["error"] <= TOLERANCE
     print(

@@ -1,12 +1,34 @@
-"""The few operations that tinygrad compiles badly as written, in a form it compiles well."""
+"""Fast CPU forms of the operations that take the time, each beside its plain tensor form.
+
+tinygrad compiles a graph of small kernels, and on a CPU starting one costs as much as a small one
+computes. So the forms here are C, in kernels.c, that tinygrad's own clang compiles and its own
+runtime starts, each doing as much as it can between two starts. They hold where the CPU is the
+device and clang its compiler; everywhere else, or with TINYGPT_KERNELS=0, the plain forms do.
+"""
 
 from __future__ import annotations
 
-from tinygrad import Tensor
+import functools
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from tinygrad import Device, Tensor, UOp, dtypes
+from tinygrad.helpers import CPU_COUNT, Context
+from tinygrad.renderer import Estimates
+from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo
 
 # tinygrad vectorises and threads a kernel along an axis whose length its factors divide. GPT-2's
 # 50257 rows are 29 * 1733: as they stand, that product runs several times slower.
-_ROWS = 64
+_EVEN = 64
+
+# Up to so many rows a product with weights is bound by reading them: see `few` in kernels.c.
+_FEW = 8
+
+_ACTIVATIONS = {None: 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
+# Starting a second thread takes about as long as this many floating-point operations of one.
+_THREAD_FLOPS = 1_500_000
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -20,10 +42,186 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         (..., out_features).
     """
     rows = weight.shape[0]
-    even = rows - rows % _ROWS
-    if even in (0, rows):
+    even = rows - rows % _EVEN
+    if fast(x, weight):
+        flat = x.reshape(-1, x.shape[-1])
+        y = matmul(flat, weight, b_transposed=True).reshape(*x.shape[:-1], rows)
+    elif even in (0, rows):
         y = x @ weight.transpose()
     else:
         parts = (weight[:even], weight[even:])
         y = Tensor.cat(*[(x @ part.transpose()).contiguous() for part in parts], dim=-1)
     return y if bias is None else y + bias
+
+
+def fast(*tensors: Tensor) -> bool:
+    """Whether tensors are where the C forms run: on the CPU, with clang, and not turned off."""
+    if os.environ.get("TINYGPT_KERNELS") == "0" or {t.device for t in tensors} != {"CPU"}:
+        return False
+    if not all(isinstance(size, int) for tensor in tensors for size in tensor.shape):
+        return False
+    return type(Device["CPU"].renderer).__name__ == "ClangJITRenderer"
+
+
+def matmul(a: Tensor, b: Tensor, a_transposed: bool = False, b_transposed: bool = False) -> Tensor:
+    """a @ b, of which either may be given transposed; gradients go through the same kernel.
+
+    Args:
+        a: float32 (..., M, K), or (..., K, M) if a_transposed.
+        b: float32 (..., K, N), or (..., N, K) if b_transposed; the same leading sizes as a.
+    Returns:
+        float32 (..., M, N).
+    """
+    *leading, M, K = a.shape if not a_transposed else (*a.shape[:-2], a.shape[-1], a.shape[-2])
+    N = b.shape[-2 if b_transposed else -1]
+    if not fast(a, b):
+        return (a.transpose(-2, -1) if a_transposed else a) @ (
+            b.transpose(-2, -1) if b_transposed else b
+        )
+    batch = math.prod(leading)
+    macros = {
+        "MATMUL": 1, "BATCH": batch, "SIZE_M": M, "SIZE_N": N, "SIZE_K": K, "WEIGHT": "float",
+        "A_TRANSPOSED": int(a_transposed), "B_TRANSPOSED": int(b_transposed),
+        "FEW": int(b_transposed and not a_transposed and batch == 1 and M <= _FEW),
+    }  # fmt: skip
+
+    def gradient(g: UOp, call: UOp) -> tuple[UOp | None, ...]:
+        d, (x, y) = Tensor(g), (Tensor(u) for u in call.src[2:4])
+        if a_transposed:
+            dx = matmul(y, d, b_transposed, True)
+        else:
+            dx = matmul(d, y, False, not b_transposed)
+        dy = matmul(d, x, True, a_transposed) if b_transposed else matmul(x, d, not a_transposed)
+        return None, dx.uop, dy.uop
+
+    flops = 2 * batch * M * N * K
+    buffers = {"c": Tensor.empty(*leading, M, N), "a": a, "b": b}
+    return _call("matmul", buffers, ("c",), macros, _threads(flops), flops, {}, gradient)
+
+
+def transformer_block(
+    x: Tensor,
+    weights: Mapping[str, Tensor],
+    cache: tuple[Tensor, Tensor],
+    start_pos: UOp,
+    padding: Tensor | None,
+    *,
+    n_head: int,
+    scale: float,
+    epsilon: float,
+    activation: str,
+    pre_norm: bool,
+    shortcut: bool,
+) -> Tensor:
+    """One transformer block in one kernel, without gradients or dropout.
+
+    Its plain form is `model.TransformerBlock`, whose arguments and weights (by their names there)
+    these are. The cache is written at start_pos.
+
+    Args:
+        x: float32 (B, T, C).
+        weights: float32; a bias may be absent.
+        cache: keys and values, each (B, H, S, D).
+        start_pos: a bound Variable.
+        padding: int32 (B,) or None.
+    Returns:
+        float32 (B, T, C).
+    """
+    (B, T, C), S = x.shape, cache[0].shape[2]
+    inner = weights["mlp.c_fc.weight"].shape[0]
+    flops = 2 * B * T * sum(w.numel() for w in weights.values())
+    threads = _threads(flops)
+    buffers = {
+        "out": Tensor.empty(B, T, C),
+        "scratch": Tensor.empty(B * T * (6 * C + inner) + threads * T * S),
+        "sync": _meeting_place(),
+        "x": x.contiguous(),
+        "keys": cache[0],
+        "values": cache[1],
+        "padding": padding,
+        **{name.replace(".", "_"): weights.get(name) for name in _block_names()},
+    }
+    macros = {
+        "BLOCK": 1, "B": B, "T": T, "H": n_head, "D": C // n_head, "F": inner, "S": S,
+        "PRE_NORM": int(pre_norm), "SHORTCUT": int(shortcut), "EPSILON": f"{epsilon!r}f",
+        "SCALE": f"{float(scale)!r}f", "ACTIVATION": _ACTIVATIONS[activation], "WEIGHT": "float",
+    }  # fmt: skip
+    written = ("out", "scratch", "sync", "keys", "values")
+    place = {"start_pos": start_pos.unbind()[0]}
+    return _call("block", buffers, written, macros, threads, flops, place)
+
+
+@functools.cache
+def _block_names() -> tuple[str, ...]:
+    """A block's weights, in the order in which the kernel takes them."""
+    linears = [f"attn.{name}_proj" for name in ("q", "k", "v", "out")] + ["mlp.c_fc", "mlp.c_proj"]
+    layers = [(name, ("weight", "bias")) for name in ("ln_1", "ln_2")]
+    layers += [(name, ("weight", "bias", "scale")) for name in linears]
+    return tuple(f"{layer}.{part}" for layer, parts in layers for part in parts)
+
+
+def _threads(flops: int) -> int:
+    return max(1, min(CPU_COUNT.value, flops // _THREAD_FLOPS))
+
+
+@functools.cache
+def _meeting_place() -> Tensor:
+    """Where a kernel's threads wait for each other: zeros, and zeros again after each kernel."""
+    with Context(CAPTURING=0):  # not a part of any JIT, whose planner might lend its memory out
+        return Tensor.zeros(32, dtype=dtypes.int32, device="CPU").contiguous().realize()
+
+
+@functools.cache
+def _source() -> str:
+    return Path(__file__).with_name("kernels.c").read_text()
+
+
+def _call(
+    kind: str,
+    buffers: Mapping[str, Tensor | None],
+    written: Sequence[str],
+    macros: Mapping[str, object],
+    threads: int,
+    flops: int,
+    variables: Mapping[str, UOp],
+    gradient: Callable[[UOp, UOp], tuple[UOp | None, ...]] | None = None,
+) -> Tensor:
+    """Call a function of kernels.c. Its parameters are the buffers by their names, then `core_id`
+    and the variables; a buffer that is None is a null pointer there. Gives the first buffer."""
+    present = {name: tensor for name, tensor in buffers.items() if tensor is not None}
+    names = list(present)
+    outs = tuple(names.index(name) for name in written)
+    types = {name: _c_type(name, tensor, name in written) for name, tensor in present.items()}
+    absent = [name for name in buffers if name not in present]
+    nulls = [f"static const {'int' if n == 'padding' else 'float'} *const {n} = 0;" for n in absent]
+    shape = "_".join(str(value) for value in present[names[0]].shape)
+    name = f"{kind}_{shape}"
+    numbers = "".join(f", int {name}" for name in variables)
+    pointers = ", ".join(f"{c_type} *{name}" for name, c_type in types.items())
+    defines = {**macros, "THREADS": threads}
+    lines = [f"#define {key} {value}" for key, value in defines.items()]
+    lines += [*nulls, f"#define ENTRY void {name}({pointers}, int core_id{numbers})", _source()]
+
+    size_bytes = sum(tensor.nbytes() for tensor in present.values())
+
+    def program(*params: UOp) -> UOp:
+        core = UOp.variable("core_id", 0, threads - 1, dtypes.int)
+        info = KernelInfo(name, estimates=Estimates(flops, size_bytes, size_bytes))
+        integers = (core, *variables.values())
+        sink = UOp.sink(*params, *integers, arg=info)
+        ins = tuple(i for i in range(len(params)) if i not in outs)
+        places = tuple(range(len(params)))
+        arg = ProgramInfo(name, (threads, 1, 1), None, integers, places, outs, ins)
+        order = UOp(Ops.LINEAR, src=(*params, *integers))
+        source = UOp(Ops.SOURCE, arg="\n".join(lines))
+        return UOp(Ops.PROGRAM, src=(sink, UOp(Ops.DEVICE, arg="CPU"), order, source), arg=arg)
+
+    sources = [tensor.uop for tensor in present.values()]
+    return Tensor(UOp.custom_kernel(*sources, fxn=program, grad_fxn=gradient)[0])
+
+
+def _c_type(name: str, tensor: Tensor, written: bool) -> str:
+    if name.endswith("_weight") and not name.startswith("ln_"):
+        return "const WEIGHT"
+    c_type = "int" if tensor.dtype == dtypes.int32 else "float"
+    return c_type if written else f"const {c_type}"

@@ -16,7 +16,7 @@ from tinygrad.nn.state import get_state_dict
 
 from tinygpt.backend import require_memory
 from tinygpt.config import GPTConfig, InputError
-from tinygpt.kernels import linear
+from tinygpt.kernels import fast, linear, matmul, transformer_block
 
 # One (keys, values) pair a block, each (B, H, cache length, D): see `GPT.empty_cache`.
 Cache = list[tuple[Tensor, Tensor]]
@@ -86,27 +86,20 @@ class MultiHeadAttention:
     def __call__(
         self,
         x: Tensor,
-        mask: Tensor | None,
         cache: tuple[Tensor, Tensor] | None = None,
         start_pos: int | UOp = 0,
+        padding: Tensor | None = None,
     ) -> Tensor:
-        """
-        Args:
-            x: (B, T, C).
-            mask: bool, broadcast to (B, H, T, S): true where a query may look; None is everywhere.
-            cache: this block's keys and values, which are written at start_pos and read from 0.
-            start_pos: the position of x[:, 0].
-        Returns:
-            (B, T, C).
-        """
+        """(B, T, C) -> (B, T, C); the arguments are those of GPT, the cache this block's part."""
         q, k, v = (self.split_heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if cache is not None:
             k, v = (_remember(new, old, start_pos) for new, old in zip((k, v), cache, strict=True))
-        scores = q @ k.transpose(-2, -1) * self.scale  # (B, H, T, S)
+        scores = matmul(q, k, b_transposed=True) * self.scale  # (B, H, T, S)
+        mask = _causal_mask(x.shape[1], start_pos, padding)
         if mask is not None:
             scores = mask.where(scores, -math.inf)
         weights = scores.softmax(-1).dropout(self.attn_pdrop)
-        y = (weights @ v).transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
+        y = matmul(weights, v).transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
         return self.out_proj(y).dropout(self.resid_pdrop)
 
 
@@ -156,16 +149,28 @@ class TransformerBlock:
         self.ln_2 = LayerNorm(config.n_embd, config.layer_norm_epsilon, config.bias)
         self.mlp = FeedForward(config)
         self.pre_norm, self.shortcut = config.norm == "pre", config.shortcut
+        self.form = {  # what the fast form of all this needs to know besides the weights
+            "n_head": config.n_head,
+            "scale": self.attn.scale,
+            "epsilon": config.layer_norm_epsilon,
+            "activation": config.activation,
+            "pre_norm": self.pre_norm,
+            "shortcut": self.shortcut,
+        }
 
     def __call__(
         self,
         x: Tensor,
-        mask: Tensor | None,
         cache: tuple[Tensor, Tensor] | None = None,
         start_pos: int | UOp = 0,
+        padding: Tensor | None = None,
     ) -> Tensor:
         """(B, T, C) -> (B, T, C); the arguments are those of MultiHeadAttention."""
-        x = self._sublayer(x, self.ln_1, lambda h: self.attn(h, mask, cache, start_pos))
+        weights = get_state_dict(self)
+        generating = cache is not None and isinstance(start_pos, UOp) and not Tensor.training
+        if generating and fast(x, *cache, *weights.values()):
+            return transformer_block(x, weights, cache, start_pos, padding, **self.form)
+        x = self._sublayer(x, self.ln_1, lambda h: self.attn(h, cache, start_pos, padding))
         return self._sublayer(x, self.ln_2, self.mlp)
 
     def _sublayer(self, x, norm, sublayer) -> Tensor:
@@ -292,9 +297,8 @@ class GPT:
         places = time if padding is None else (time - padding.reshape(-1, 1)).maximum(0)  # (B, T)
         x = self.wte(tokens) + self.encode_positions(places)
         x = x.dropout(self.config.embd_pdrop).contiguous()
-        mask = _causal_mask(T, start_pos, time, padding)
         for i, block in enumerate(self.blocks):
-            x = block(x, mask, None if cache is None else cache[i], start_pos)
+            x = block(x, None if cache is None else cache[i], start_pos, padding)
         return self.ln_f(x) if self.config.norm == "pre" else x
 
     def encode_positions(self, places: Tensor) -> Tensor:
@@ -312,14 +316,12 @@ class GPT:
         return linear(x.contiguous(), head.weight)
 
 
-def _causal_mask(
-    T: int, start_pos: int | UOp, time: Tensor, padding: Tensor | None
-) -> Tensor | None:
+def _causal_mask(T: int, start_pos: int | UOp, padding: Tensor | None) -> Tensor | None:
     """True where a query may look: at itself and before, but not at padding. (B or 1, 1, T, S)."""
     if T == 1 and padding is None:
         return None
     S = start_pos + T
-    query = time.reshape(1, 1, T, 1)
+    query = (Tensor.arange(T, dtype=dtypes.int32) + start_pos).reshape(1, 1, T, 1)
     key = Tensor.arange(S, dtype=dtypes.int32).reshape(1, 1, 1, S)
     mask = key <= query
     if padding is not None:

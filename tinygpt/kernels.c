@@ -1,0 +1,313 @@
+// Fast CPU forms, for clang with tinygrad's flags: freestanding, no libc, vectors by language extension
+// alone, so that AVX2, AVX-512 and NEON all come from this one text. Sizes and types are macros that
+// kernels.py puts in front: see there. Matrices are row-major; `ld` is the distance between rows.
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLLED(i, n) _Pragma("unroll") for (int i = 0; i < (n); i++)
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+
+typedef float vec __attribute__((vector_size(32), aligned(4)));
+typedef int ivec __attribute__((vector_size(32)));
+typedef WEIGHT wvec __attribute__((vector_size(8 * sizeof(WEIGHT)), aligned(1)));
+
+INLINE vec load(const float *p) { return *(const vec *)p; }
+INLINE void store(float *p, vec x) { *(vec *)p = x; }
+INLINE vec splat(float x) { return x - (vec){0}; }
+INLINE vec select(ivec yes, vec a, vec b) { return (vec)((yes & (ivec)a) | (~yes & (ivec)b)); }
+INLINE float sum(vec x) { return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7])); }
+
+INLINE vec widen(const WEIGHT *p) {
+#ifdef BFLOAT16
+  return (vec)(__builtin_convertvector(*(const wvec *)p, ivec) << 16);
+#else
+  return __builtin_convertvector(*(const wvec *)p, vec);
+#endif
+}
+INLINE float widen1(const WEIGHT *p) {
+#ifdef BFLOAT16
+  union { int bits; float value; } u = {(int)*p << 16};
+  return u.value;
+#else
+  return (float)*p;
+#endif
+}
+
+// e**x by 2**n * 2**f with |f| <= 1/2 and f's Taylor polynomial: relative error below 3e-7.
+INLINE vec vexp(vec x) {
+  x = select(x < -87.0f, splat(-87.0f), select(x > 88.0f, splat(88.0f), x)) * 1.44269504f;
+  vec shifted = x + 12582912.0f;  // 1.5 * 2**23: rounds to a whole number
+  vec f = (x - (shifted - 12582912.0f)) * 0.69314718f;
+  vec y = 1.0f + f * (1.0f + f * (0.5f + f * (1.6666667e-1f + f * (4.1666667e-2f + f * (8.3333333e-3f + f * 1.3888889e-3f)))));
+  return (vec)((ivec)y + (((ivec)shifted - 0x4b400000) << 23));
+}
+
+INLINE vec activate(vec x) {
+#if ACTIVATION == 1  // gelu, tanh form
+  return x / (1.0f + vexp(x * (-1.5957691f - 0.071354816f * x * x)));
+#elif ACTIVATION == 2  // gelu, exact; erf by Abramowitz and Stegun 7.1.26, absolute error below 1.5e-7
+  vec a = select(x < 0.0f, -x, x) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * a);
+  vec tail = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f)))) * vexp(-a * a);
+  return x * 0.5f * (1.0f + select(x < 0.0f, tail - 1.0f, 1.0f - tail));
+#elif ACTIVATION == 3
+  return select(x > 0.0f, x, splat(0.0f));
+#else
+  return x;
+#endif
+}
+
+// ---- matrix product: c[m][n] = sum over k of a[m][k] * b, b[n][k] if `transposed`, else b[k][n] ----
+
+enum { ROWS = 6, COLUMNS = 16 };            // of the tile held in registers
+enum { DEPTH = 256, BLOCK_ROWS = 40 * ROWS };  // of what is worked on at a time
+#if defined(MATMUL) && A_TRANSPOSED
+enum { PACKED = BLOCK_ROWS * DEPTH };
+#else
+enum { PACKED = 1 };
+#endif
+
+// A panel of b, its COLUMNS side by side for each k, zeros past its edge: panel[k][column].
+// Eight rows of b at a time go through registers, where they are transposed.
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+INLINE void transpose(vec r[8]) {
+  vec t[8];
+  UNROLLED(i, 4) { t[2 * i] = SHUFFLE(r[2 * i], r[2 * i + 1], 0, 8, 2, 10, 4, 12, 6, 14); t[2 * i + 1] = SHUFFLE(r[2 * i], r[2 * i + 1], 1, 9, 3, 11, 5, 13, 7, 15); }
+  UNROLLED(i, 2) UNROLLED(j, 2) {
+    r[4 * i + j] = SHUFFLE(t[4 * i + j], t[4 * i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+    r[4 * i + j + 2] = SHUFFLE(t[4 * i + j], t[4 * i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+  }
+  UNROLLED(i, 4) {
+    t[i] = SHUFFLE(r[i], r[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    t[i + 4] = SHUFFLE(r[i], r[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+  UNROLLED(i, 8) r[i] = t[i];
+}
+
+#define DEFINE_PACK(pack, TYPE, widen, widen1)                                                       \
+  static void pack(float *panel, const TYPE *b, long ld, int transposed, int columns, int depth) {  \
+    int k = 0;                                                                                       \
+    if (columns == COLUMNS && transposed)                                                            \
+      for (; k + 8 <= depth; k += 8) UNROLLED(half, 2) {                                             \
+        vec r[8];                                                                                    \
+        UNROLLED(i, 8) r[i] = widen(b + (half * 8 + i) * ld + k);                                    \
+        transpose(r);                                                                                \
+        UNROLLED(i, 8) store(panel + (k + i) * COLUMNS + half * 8, r[i]);                            \
+      }                                                                                              \
+    else if (columns == COLUMNS)                                                                     \
+      for (; k < depth; k++) UNROLLED(half, 2)                                                       \
+        store(panel + k * COLUMNS + half * 8, widen(b + k * ld + half * 8));                         \
+    for (; k < depth; k++) for (int n = 0; n < COLUMNS; n++)                                         \
+      panel[k * COLUMNS + n] = n < columns ? widen1(transposed ? b + n * ld + k : b + k * ld + n) : 0; \
+  }
+INLINE float value(const float *p) { return *p; }
+DEFINE_PACK(pack, float, load, value)
+DEFINE_PACK(pack_weights, WEIGHT, widen, widen1)
+
+// One tile: c[ROWS][COLUMNS] (+)= a[.][depth] times a panel; `rows` and `columns` of it are real.
+INLINE void tile(float *c, long ldc, const float *a, long row, long step, const float *panel, int rows, int columns, int depth, int add) {
+  vec acc[ROWS][2];
+  const float *r[ROWS];
+  UNROLLED(i, ROWS) { r[i] = a + MIN(i, rows - 1) * row; acc[i][0] = acc[i][1] = (vec){0}; }
+  _Pragma("clang loop unroll_count(2)")
+  for (int k = 0; k < depth; k++) {
+    vec b0 = load(panel + k * COLUMNS), b1 = load(panel + k * COLUMNS + 8);
+    UNROLLED(i, ROWS) { vec x = splat(r[i][k * step]); acc[i][0] += x * b0; acc[i][1] += x * b1; }
+  }
+  UNROLLED(i, ROWS) if (i < rows) {
+    float *p = c + i * ldc;
+    if (columns == COLUMNS) {
+      UNROLLED(h, 2) store(p + h * 8, add ? load(p + h * 8) + acc[i][h] : acc[i][h]);
+    } else {
+      float edge[COLUMNS];
+      UNROLLED(h, 2) store(edge + h * 8, acc[i][h]);
+      for (int n = 0; n < columns; n++) p[n] = add ? p[n] + edge[n] : edge[n];
+    }
+  }
+}
+
+// A block of a transposed a, tile by tile: packed[tile][k][row], so that a tile reads it in order.
+static void pack_rows(float *packed, const float *a, long ld, int rows, int depth) {
+  for (int m = 0; m < rows; m += ROWS) for (int k = 0; k < depth; k++)
+    UNROLLED(i, ROWS) packed[(long)m * depth + k * ROWS + i] = a[k * ld + MIN(m + i, rows - 1)];
+}
+
+// `a` is [m][k], or [k][m] if a_transposed. Blocks are cut so that a panel stays in the first
+// cache and a block of rows in the second.
+#define DEFINE_PRODUCT(product, pack, TYPE)                                                          \
+  static void product(float *c, long ldc, const float *a, long lda, int a_transposed, const TYPE *b, long ldb, int transposed, int M, int N, int K) { \
+    float panel[DEPTH * COLUMNS] __attribute__((aligned(64))), packed[PACKED];                       \
+    for (int k = 0; k < K; k += DEPTH) for (int m0 = 0; m0 < M; m0 += BLOCK_ROWS) {                  \
+      int depth = MIN(DEPTH, K - k), m1 = MIN(m0 + BLOCK_ROWS, M);                                   \
+      if (PACKED > 1 && a_transposed) pack_rows(packed, a + k * lda + m0, lda, m1 - m0, depth);      \
+      for (int n = 0; n < N; n += COLUMNS) {                                                         \
+        int columns = MIN(COLUMNS, N - n);                                                           \
+        pack(panel, transposed ? b + n * ldb + k : b + k * ldb + n, ldb, transposed, columns, depth); \
+        for (int m = m0; m < m1; m += ROWS) {                                                        \
+          int rows = MIN(ROWS, m1 - m);                                                              \
+          float *p = c + m * ldc + n;                                                                \
+          if (PACKED > 1 && a_transposed)                                                            \
+            tile(p, ldc, packed + (long)(m - m0) * depth, 1, ROWS, panel, rows, columns, depth, k > 0); \
+          else tile(p, ldc, a + m * lda + k, lda, 1, panel, rows, columns, depth, k > 0);            \
+        }                                                                                            \
+      }                                                                                              \
+    }                                                                                                \
+  }
+DEFINE_PRODUCT(product, pack, float)
+DEFINE_PRODUCT(product_weights, pack_weights, WEIGHT)
+
+// The same for at most 8 rows of a and weights [n][k]: bound by memory, so each weight is read once,
+// straight, and R rows of them at a time keep more reads under way.
+#define DEFINE_FEW(few, R)                                                                           \
+  INLINE void few(float *c, long ldc, const float *a, const WEIGHT *b, int M, int K) {               \
+    const int U = M == 1 ? 2 : 1;                                                                    \
+    vec acc[R][8][2];                                                                                \
+    UNROLLED(r, R) UNROLLED(m, 8) if (m < M) UNROLLED(u, 2) acc[r][m][u] = (vec){0};                  \
+    int k = 0;                                                                                       \
+    for (; k + 8 * U <= K; k += 8 * U) UNROLLED(u, 2) if (u < U) UNROLLED(r, R) {                     \
+      vec w = widen(b + (long)r * K + k + u * 8);                                                     \
+      UNROLLED(m, 8) if (m < M) acc[r][m][u] += w * load(a + (long)m * K + k + u * 8);                \
+    }                                                                                                \
+    UNROLLED(r, R) UNROLLED(m, 8) if (m < M) {                                                        \
+      float s = sum(U == 2 ? acc[r][m][0] + acc[r][m][1] : acc[r][m][0]);                             \
+      for (int i = k; i < K; i++) s += widen1(b + (long)r * K + i) * a[(long)m * K + i];              \
+      c[m * ldc + r] = s;                                                                            \
+    }                                                                                                \
+  }
+DEFINE_FEW(few4, 4)
+DEFINE_FEW(few1, 1)
+
+#ifdef BLOCK
+// ---- a transformer block without gradients, on B rows of T new tokens, all threads in step ----
+
+enum { C = H * D, R = B * T };
+
+// Waits for the other threads. sync[0] counts arrivals; sync[16], a cache line on, the meetings.
+static void barrier(int *sync) {
+  if (THREADS == 1) return;
+  int meeting = __atomic_load_n(sync + 16, __ATOMIC_ACQUIRE);
+  if (__atomic_add_fetch(sync, 1, __ATOMIC_ACQ_REL) == THREADS) {
+    __atomic_store_n(sync, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(sync + 16, meeting + 1, __ATOMIC_RELEASE);
+  } else while (__atomic_load_n(sync + 16, __ATOMIC_ACQUIRE) == meeting);
+}
+
+// Rows n0 to n1 of a linear layer: c = activation(a @ w.T * scale + bias) + residual.
+static void linear(float *c, long ldc, const float *a, const WEIGHT *w, const float *scale, const float *bias, const float *residual, int n0, int n1, int K, int active) {
+  int n = n0;
+  if (R > 8) product_weights(c + n0, ldc, a, K, 0, w + (long)n0 * K, K, 1, R, n1 - n0, K);
+  else {
+    for (; n + 4 <= n1; n += 4) few4(c + n, ldc, a, w + (long)n * K, R, K);
+    for (; n < n1; n++) few1(c + n, ldc, a, w + (long)n * K, R, K);
+  }
+  for (int m = 0; m < R; m++) for (n = n0; n < n1; n += 8) {
+    float edge[8], *p = c + m * ldc + n;
+    int whole = n + 8 <= n1;
+    vec x, s = splat(1), b = splat(0), r = splat(0);
+    if (whole) {
+      x = load(p);
+      if (scale) s = load(scale + n);
+      if (bias) b = load(bias + n);
+      if (residual) r = load(residual + m * ldc + n);
+    } else for (int i = 0; i < 8; i++) {
+      int j = MIN(i, n1 - n - 1);
+      x[i] = p[j];
+      if (scale) s[i] = scale[n + j];
+      if (bias) b[i] = bias[n + j];
+      if (residual) r[i] = residual[m * ldc + n + j];
+    }
+    x = x * s + b;
+    x = (active ? activate(x) : x) + r;
+    if (whole) store(p, x);
+    else for (int i = 0; i < n1 - n; i++) p[i] = x[i];
+  }
+}
+
+static void norm(float *y, const float *x, const float *weight, const float *bias, int core_id) {
+  for (int m = R * core_id / THREADS; m < R * (core_id + 1) / THREADS; m++) {
+    const float *p = x + (long)m * C;
+    vec total = splat(0), squares = splat(0);
+    float mean = 0, variance = 0;
+    int i = 0;
+    for (; i + 8 <= C; i += 8) total += load(p + i);
+    for (mean = sum(total); i < C; i++) mean += p[i];
+    mean /= C;
+    for (i = 0; i + 8 <= C; i += 8) { vec d = load(p + i) - mean; squares += d * d; }
+    for (variance = sum(squares); i < C; i++) variance += (p[i] - mean) * (p[i] - mean);
+    float scale = 1 / __builtin_sqrtf(variance / C + EPSILON);
+    for (i = 0; i < C; i++) y[(long)m * C + i] = (p[i] - mean) * scale * weight[i] + (bias ? bias[i] : 0);
+  }
+}
+
+// Turns scores p[first..last) into probabilities, and what lies around them in p[0..end) into zeros.
+static __attribute__((noinline, no_builtin)) void softmax(float *p, int first, int last, int end) {
+  float top = p[first], total = 0;
+  for (int i = first; i < last; i++) top = MAX(top, p[i]);
+  vec totals = splat(0);
+  int i = first;
+  for (; i + 8 <= last; i += 8) { vec e = vexp((load(p + i) - top) * SCALE); totals += e; store(p + i, e); }
+  for (total = sum(totals); i < last; i++) { vec e = vexp(splat((p[i] - top) * SCALE)); total += p[i] = e[0]; }
+  for (i = 0; i < end; i++) p[i] = i < first || i >= last ? 0 : p[i] / total;
+}
+
+// One head of one text: y, q (T rows, C apart); its keys and values (S, D); where the text begins.
+static void attend(float *y, const float *q, const float *keys, const float *values, float *scores, int first, int start) {
+  int end = start + T;
+  product(scores, S, q, C, 0, keys, D, 1, T, end, D);
+  for (int t = 0; t < T; t++) softmax(scores + (long)t * S, MIN(first, start + t), start + t + 1, end);
+  product(y, C, scores, S, 0, values, D, 0, T, D, end);
+}
+
+ENTRY {
+  float *h = scratch, *q = h + R * C, *k = q + R * C, *v = k + R * C, *y = v + R * C, *mid = y + R * C, *inner = mid + R * C;
+  float *scores = inner + R * F + (long)core_id * T * S;
+  const float *in = x;
+#define LAYER(name) name##_weight, name##_scale, name##_bias
+#define SHARE(n) (int)((long)(n) * core_id / THREADS), (int)((long)(n) * (core_id + 1) / THREADS)
+  if (PRE_NORM) { norm(h, x, ln_1_weight, ln_1_bias, core_id); barrier(sync); in = h; }
+  int h0 = H * core_id / THREADS, h1 = H * (core_id + 1) / THREADS;
+  linear(q, C, in, LAYER(attn_q_proj), 0, h0 * D, h1 * D, C, 0);
+  linear(k, C, in, LAYER(attn_k_proj), 0, h0 * D, h1 * D, C, 0);
+  linear(v, C, in, LAYER(attn_v_proj), 0, h0 * D, h1 * D, C, 0);
+  for (int b = 0; b < B; b++) for (int i = h0; i < h1; i++) {
+    long cache = ((long)b * H + i) * S * D, at = (long)b * T * C + i * D;
+    for (int t = 0; t < T; t++) for (int d = 0; d < D; d++) {
+      keys[cache + (start_pos + t) * D + d] = k[at + t * C + d];
+      values[cache + (start_pos + t) * D + d] = v[at + t * C + d];
+    }
+    attend(y + at, q + at, keys + cache, values + cache, scores, padding ? padding[b] : 0, start_pos);
+  }
+  barrier(sync);
+  float *sum_1 = PRE_NORM ? mid : h;
+  linear(sum_1, C, y, LAYER(attn_out_proj), SHORTCUT ? x : 0, SHARE(C), C, 0);
+  barrier(sync);
+  if (PRE_NORM) norm(h, mid, ln_2_weight, ln_2_bias, core_id);
+  else norm(mid, h, ln_1_weight, ln_1_bias, core_id);
+  barrier(sync);
+  linear(inner, F, PRE_NORM ? h : mid, LAYER(mlp_c_fc), 0, SHARE(F), C, 1);
+  barrier(sync);
+  linear(PRE_NORM ? out : h, C, inner, LAYER(mlp_c_proj), SHORTCUT ? mid : 0, SHARE(C), F, 0);
+  if (!PRE_NORM) { barrier(sync); norm(out, h, ln_2_weight, ln_2_bias, core_id); }
+}
+#endif
+
+#ifdef MATMUL
+// ---- c = a @ b for each of BATCH pairs; a is (M, K), or (K, M) if A_TRANSPOSED; b (K, N), or (N, K) ----
+
+ENTRY {
+  int b0 = 0, b1 = BATCH, m0 = 0, m1 = SIZE_M, n0 = 0, n1 = SIZE_N;
+  if (BATCH > 1) { b0 = BATCH * core_id / THREADS; b1 = BATCH * (core_id + 1) / THREADS; }
+  else {  // whole tiles to each thread, along N where it has enough of them
+    int tiles = (SIZE_N + COLUMNS - 1) / COLUMNS;
+    n0 = MIN(SIZE_N, tiles * core_id / THREADS * COLUMNS), n1 = MIN(SIZE_N, tiles * (core_id + 1) / THREADS * COLUMNS);
+  }
+#if FEW
+  int n = n0;
+  for (; n + 4 <= n1; n += 4) few4(c + n, SIZE_N, a, b + (long)n * SIZE_K, SIZE_M, SIZE_K);
+  for (; n < n1; n++) few1(c + n, SIZE_N, a, b + (long)n * SIZE_K, SIZE_M, SIZE_K);
+#else
+  for (long i = b0; i < b1; i++)
+    product_weights(c + i * SIZE_M * SIZE_N + m0 * SIZE_N + n0, SIZE_N, a + i * SIZE_M * SIZE_K, A_TRANSPOSED ? SIZE_M : SIZE_K, A_TRANSPOSED,
+                    b + i * SIZE_K * SIZE_N + (B_TRANSPOSED ? (long)n0 * SIZE_K : n0), B_TRANSPOSED ? SIZE_K : SIZE_N, B_TRANSPOSED, m1 - m0, n1 - n0, SIZE_K);
+#endif
+}
+#endif
