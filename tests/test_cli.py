@@ -172,7 +172,9 @@ def test_every_shape_flag_reaches_the_model(cli, monkeypatch):
     )
     config = GPTConfig(2, 2, 8, 4, 300, 12, "post", "sinusoidal", "relu", False, False, False)
     built = []
-    monkeypatch.setattr("tinygpt.cli.GPT", lambda config, seed: built.append(config) or GPT(config))
+    monkeypatch.setattr(
+        "tinygpt.sample.GPT", lambda config, seed: built.append(config) or GPT(config)
+    )
     status, _, err = cli("x", *flags.split(), "--max-new-tokens", 0)
     assert (status, built) == (0, [config])
     assert f"mini, {config.parameter_count:,} parameters" in err
@@ -219,6 +221,9 @@ BAD = {
     "--preset nanoo": "unknown preset 'nanoo': did you mean 'nano'?",
     "--heads 3": "--dim 128 is not divisible by --heads 3",
     "--layers 0": "--layers is 0: it must be a whole number, 1 or more",
+    "--layers 999999999": "GB are free: choose a smaller model",
+    f"--dim {'9' * 320}": "it must be a whole number, 1 or more, below 2**31",
+    "--num-samples 1000000": "GB are free",
     "--norm prre": "unknown --norm 'prre': did you mean 'pre'?",
     "--dim 10000000 --heads 1": "GB are free: choose a smaller model",
     "--tokenizer byte": "unknown tokenizer 'byte'",
@@ -241,7 +246,7 @@ def test_bad_input_is_one_line_and_exit_status_2(cli, monkeypatch, argv):
 
 
 def test_running_out_of_memory_is_one_line(cli, monkeypatch):
-    monkeypatch.setattr("tinygpt.cli.GPT", lambda *_: [0] * 2**62)
+    monkeypatch.setattr("tinygpt.sample.GPT", lambda *_: [0] * 2**62)
     assert is_refused(cli("x", *SHORT), "out of memory")
 
 

@@ -15,10 +15,11 @@ MODULES = {path.stem: path for path in (ROOT / "tinygpt").glob("*.py")}
 ROWS = [
     {"__main__"},
     {"cli"},
-    {"doctor"},
+    {"doctor", "sample"},
     {"generate", "weights"},
     {"hub", "model", "sampling", "tokenizer"},
-    {"kernels", "safetensors", "vocabulary"},
+    {"layers", "safetensors", "vocabulary"},
+    {"kernels", "terminal"},
     {"backend", "files"},
     {"config"},
 ]

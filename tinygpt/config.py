@@ -72,8 +72,9 @@ class GPTConfig:
             value = getattr(self, name)
             if value is None and name == "n_inner":
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} is {show(value)}: it must be a whole number, 1 or more")
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+                allowed = "a whole number, 1 or more, below 2**31"
+                raise InputError(f"{name} is {show(value)}: it must be {allowed}")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise unknown(name, getattr(self, name), allowed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -35,8 +36,14 @@ LOGITS = (
 TOLERANCE = 1e-4  # the largest error of a logit that counts as right, in float32
 
 
-def main(backends: bool) -> int:
-    """Print the report; with `backends`, also run the small model on each backend found."""
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    words = "also run a small model on each backend"
+    parser.add_argument("--backends", action="store_true", help=words)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report; with --backends, also run the small model on each backend found."""
     devices = _devices()
     for name, value in {**_versions(), **_machine(), **_caches()}.items():
         print(f"{name:<13}{value}")
@@ -44,7 +51,7 @@ def main(backends: bool) -> int:
         print(f"{'device':<13}{device}: {state}")
     for advice in _advice():
         print(f"{'advice':<13}{advice}")
-    if not backends:
+    if not args.backends:
         return 0
     return max([_report_probe(target) for target in _targets(devices)], default=1)
 

@@ -75,15 +75,16 @@ class Generator:
             At each step the next id of each row, None for a row that a stop token has ended.
         """
         settings = Sampling.of(**sampling)
-        rows = [self._check_prompt(prompt) for prompt in prompts]
-        if not rows:
+        if not prompts:
             raise InputError("no prompts: give at least one")
+        runner = self._runner(len(prompts))  # before so much as the prompts are copied
+        rows = [self._check_prompt(prompt) for prompt in prompts]
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
             raise InputError(f"max_new_tokens is {max_new_tokens!r}: it must be a whole number")
         if max_new_tokens < 0:
             raise InputError(f"max_new_tokens is {max_new_tokens}: it must be 0 or more")
         seeds = self._check_seeds(seed, len(rows))
-        return self._steps(rows, max_new_tokens, seeds, frozenset(stop_tokens), settings)
+        return self._steps(runner, rows, max_new_tokens, seeds, frozenset(stop_tokens), settings)
 
     def _check_prompt(self, prompt: Sequence[int]) -> list[int]:
         ids, vocab_size = [int(token) for token in prompt], self.model.config.vocab_size
@@ -108,8 +109,7 @@ class Generator:
                 raise InputError(f"seed is {value!r}: it must be a whole number from 0 to 2**64-1")
         return seeds
 
-    def _steps(self, rows, max_new_tokens, seeds, stop_tokens, settings):
-        runner = self._runner(len(rows))
+    def _steps(self, runner, rows, max_new_tokens, seeds, stop_tokens, settings):
         bounds = settings.bounds()
         seeds = None if settings.greedy else Tensor(seeds, dtype=dtypes.uint64).realize()
         counts = _count(rows, self.model.config.vocab_size) if settings.needs_counts else None

@@ -122,7 +122,7 @@ def transformer_block(
         x: float32 (B, T, C).
         weights: float32; a bias may be absent.
         cache: keys and values, each (B, H, S, D).
-        start_pos: a bound Variable.
+        start_pos: a bound Variable, whose value x's own graph brings (positions depend on it).
         padding: int32 (B,) or None.
     Returns:
         float32 (B, T, C).

@@ -1,8 +1,7 @@
-"""GPT-2 from its components: weights and a forward pass, nothing else.
+"""The assembled GPT: weights and a forward pass, nothing else.
 
-Shapes are written with `B` batch, `T` time (tokens given now), `S` time (tokens seen in all), `C`
-channels (n_embd), `H` heads, `D` head_dim, `V` vocabulary. What is generated, trained or loaded
-stands beside the model and calls it.
+What is generated, trained or loaded stands beside the model and calls it. Shapes are written as in
+`layers`, with `V` the vocabulary.
 """
 
 from __future__ import annotations
@@ -16,167 +15,11 @@ from tinygrad.nn.state import get_state_dict
 
 from tinygpt.backend import require_memory
 from tinygpt.config import GPTConfig, InputError
-from tinygpt.kernels import fast, linear, matmul, transformer_block
+from tinygpt.kernels import linear
+from tinygpt.layers import Embedding, LayerNorm, Linear, TransformerBlock
 
 # One (keys, values) pair a block, each (B, H, cache length, D): see `GPT.empty_cache`.
 Cache = list[tuple[Tensor, Tensor]]
-
-
-class Linear:
-    """y = x @ weight.T + bias."""
-
-    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
-        self.weight = Tensor.empty(out_features, in_features)
-        self.bias = Tensor.empty(out_features) if bias else None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
-class Embedding:
-    """A table of vectors: row i stands for id i."""
-
-    def __init__(self, rows: int, width: int) -> None:
-        self.weight = Tensor.empty(rows, width)
-
-    def __call__(self, ids: Tensor) -> Tensor:
-        return self.weight[ids]
-
-
-class LayerNorm:
-    """Each vector shifted to mean 0 and scaled to variance 1, then by a learned scale and shift.
-
-    Source: Ba, Kiros, Hinton 2016, "Layer Normalization", equation 4.
-    """
-
-    def __init__(self, width: int, epsilon: float, bias: bool) -> None:
-        self.weight = Tensor.empty(width)
-        self.bias = Tensor.empty(width) if bias else None
-        self.epsilon = epsilon
-
-    def __call__(self, x: Tensor) -> Tensor:
-        y = x.layernorm(eps=self.epsilon) * self.weight
-        return y if self.bias is None else y + self.bias
-
-
-class MultiHeadAttention:
-    """Causal self-attention with separate query, key and value weights.
-
-    Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.
-    """
-
-    def __init__(self, config: GPTConfig, layer: int) -> None:
-        C, bias = config.n_embd, config.bias
-        self.q_proj = Linear(C, C, bias)
-        self.k_proj = Linear(C, C, bias)
-        self.v_proj = Linear(C, C, bias)
-        self.out_proj = Linear(C, C, bias)
-        self.n_head = config.n_head
-        self.attn_pdrop, self.resid_pdrop = config.attn_pdrop, config.resid_pdrop
-        self.scale = 1.0
-        if config.scale_attn_weights:
-            self.scale /= math.sqrt(config.head_dim)
-        if config.scale_attn_by_inverse_layer_idx:
-            self.scale /= layer + 1
-
-    def split_heads(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, H, T, D)."""
-        return x.reshape(*x.shape[:2], self.n_head, -1).transpose(1, 2)
-
-    def __call__(
-        self,
-        x: Tensor,
-        cache: tuple[Tensor, Tensor] | None = None,
-        start_pos: int | UOp = 0,
-        padding: Tensor | None = None,
-    ) -> Tensor:
-        """(B, T, C) -> (B, T, C); the arguments are those of GPT, the cache this block's part."""
-        q, k, v = (self.split_heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        if cache is not None:
-            k, v = (_remember(new, old, start_pos) for new, old in zip((k, v), cache, strict=True))
-        scores = matmul(q, k, b_transposed=True) * self.scale  # (B, H, T, S)
-        mask = _causal_mask(x.shape[1], start_pos, padding)
-        if mask is not None:
-            scores = mask.where(scores, -math.inf)
-        weights = scores.softmax(-1).dropout(self.attn_pdrop)
-        y = matmul(weights, v).transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
-        return self.out_proj(y).dropout(self.resid_pdrop)
-
-
-def _remember(new: Tensor, cache: Tensor, start_pos: int | UOp) -> Tensor:
-    """`new` (B, H, T, D) written into the cache at start_pos; the cache up to there: (B, H, S, D).
-
-    The write happens when the result is computed: in place, so that a JIT sees one fixed buffer.
-    """
-    end = start_pos + new.shape[2]
-    write = cache[:, :, start_pos:end].uop.store(new.cast(cache.dtype).uop)
-    return Tensor(cache.uop.after(write))[:, :, :end]
-
-
-class FeedForward:
-    """Two linear layers with a nonlinearity between them, the same for every position.
-
-    Source: Vaswani et al. 2017, section 3.3; GELU: Hendrycks and Gimpel 2016, where "gelu_tanh",
-    which GPT-2 uses, is the approximation and "gelu" the exact form.
-    """
-
-    def __init__(self, config: GPTConfig) -> None:
-        self.c_fc = Linear(config.n_embd, config.inner_dim, config.bias)
-        self.c_proj = Linear(config.inner_dim, config.n_embd, config.bias)
-        self.activation, self.resid_pdrop = config.activation, config.resid_pdrop
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
-        x = self.c_fc(x)  # (B, T, inner_dim)
-        if self.activation == "relu":
-            x = x.relu()
-        else:
-            x = x.gelu("tanh" if self.activation == "gelu_tanh" else "none")
-        # contiguous: computed once, not again for each output channel
-        return self.c_proj(x.contiguous()).dropout(self.resid_pdrop)
-
-
-class TransformerBlock:
-    """Attention, then feed-forward, each within a shortcut connection and with a layer norm.
-
-    Pre-norm (GPT-2) normalises what goes into each sublayer; post-norm (the original Transformer)
-    normalises the sum that comes out. Without shortcuts the sum is the sublayer's output alone.
-    """
-
-    def __init__(self, config: GPTConfig, layer: int) -> None:
-        self.ln_1 = LayerNorm(config.n_embd, config.layer_norm_epsilon, config.bias)
-        self.attn = MultiHeadAttention(config, layer)
-        self.ln_2 = LayerNorm(config.n_embd, config.layer_norm_epsilon, config.bias)
-        self.mlp = FeedForward(config)
-        self.pre_norm, self.shortcut = config.norm == "pre", config.shortcut
-        self.form = {  # what the fast form of all this needs to know besides the weights
-            "n_head": config.n_head,
-            "scale": self.attn.scale,
-            "epsilon": config.layer_norm_epsilon,
-            "activation": config.activation,
-            "pre_norm": self.pre_norm,
-            "shortcut": self.shortcut,
-        }
-
-    def __call__(
-        self,
-        x: Tensor,
-        cache: tuple[Tensor, Tensor] | None = None,
-        start_pos: int | UOp = 0,
-        padding: Tensor | None = None,
-    ) -> Tensor:
-        """(B, T, C) -> (B, T, C); the arguments are those of MultiHeadAttention."""
-        weights = get_state_dict(self)
-        generating = cache is not None and isinstance(start_pos, UOp) and not Tensor.training
-        if generating and fast(x, *cache, *weights.values()):
-            return transformer_block(x, weights, cache, start_pos, padding, **self.form)
-        x = self._sublayer(x, self.ln_1, lambda h: self.attn(h, cache, start_pos, padding))
-        return self._sublayer(x, self.ln_2, self.mlp)
-
-    def _sublayer(self, x, norm, sublayer) -> Tensor:
-        y = sublayer(norm(x).contiguous() if self.pre_norm else x)
-        y = x + y if self.shortcut else y
-        return (y if self.pre_norm else norm(y.contiguous())).contiguous()
 
 
 class GPT:
@@ -314,17 +157,3 @@ class GPT:
         """The output projection: (..., C) -> logits (..., V)."""
         head = self.wte if self.config.tie_word_embeddings else self.lm_head
         return linear(x.contiguous(), head.weight)
-
-
-def _causal_mask(T: int, start_pos: int | UOp, padding: Tensor | None) -> Tensor | None:
-    """True where a query may look: at itself and before, but not at padding. (B or 1, 1, T, S)."""
-    if T == 1 and padding is None:
-        return None
-    S = start_pos + T
-    query = (Tensor.arange(T, dtype=dtypes.int32) + start_pos).reshape(1, 1, T, 1)
-    key = Tensor.arange(S, dtype=dtypes.int32).reshape(1, 1, 1, S)
-    mask = key <= query
-    if padding is not None:
-        # A padding query may see itself, since a softmax over nothing would be NaN.
-        mask = mask & (key >= padding.reshape(-1, 1, 1, 1).minimum(query))
-    return mask

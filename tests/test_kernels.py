@@ -1,0 +1,100 @@
+"""Each fast form against its plain one, over shapes that fit no tile, and against NumPy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import SMALL, randomize
+from tinygrad import Device, Tensor, Variable
+
+from tinygpt import GPT
+from tinygpt.kernels import fast, linear, matmul
+
+CLANG = type(Device["CPU"].renderer).__name__ == "ClangJITRenderer"
+# M, K, N: one, few rows, tiles and their edges, odd primes, more than one block of each size.
+SHAPES = [(1, 1, 1), (1, 7, 5), (8, 16, 3), (9, 17, 67), (13, 31, 37), (245, 259, 33)]
+RAGGED = {
+    "plain": {},
+    "odd sizes": {"n_embd": 21, "n_head": 3, "n_inner": 37},
+    "wide heads": {"n_embd": 36, "n_head": 2, "n_inner": 9},
+    "one narrow head": {"n_embd": 1, "n_head": 1},
+    "post-norm": {"norm": "post"},
+    "no bias": {"bias": False},
+    "no shortcut": {"shortcut": False},
+    "post-norm without bias": {"norm": "post", "bias": False, "n_embd": 21, "n_head": 3},
+    "gelu": {"activation": "gelu"},
+    "relu": {"activation": "relu"},
+    "scaled": {"scale_attn_by_inverse_layer_idx": True, "layer_norm_epsilon": 0.1},
+}
+
+
+def draw(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
+
+
+def test_the_fast_forms_hold_where_clang_compiles_for_the_cpu(monkeypatch):
+    x = Tensor.ones(2, 2, device="CPU")
+    assert fast(x) == CLANG
+    assert not fast(x, Tensor.ones(2, 2, device="PYTHON"))
+    monkeypatch.setenv("TINYGPT_KERNELS", "0")
+    assert not fast(x)
+
+
+@pytest.mark.backend
+@pytest.mark.parametrize("batch", [(), (3, 2)])
+@pytest.mark.parametrize("transposed", [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_product_and_its_gradients_are_those_of_numpy(shape, transposed, batch):
+    M, K, N = shape
+    a, b, d = draw(*batch, M, K), draw(*batch, K, N), draw(*batch, M, N, seed=1)
+    turned = [np.swapaxes(m, -1, -2) if t else m for m, t in zip((a, b), transposed, strict=True)]
+    x, y = (Tensor(np.ascontiguousarray(m)) for m in turned)
+    product = matmul(x, y, *transposed)
+    dx, dy = (product * Tensor(d)).sum().gradient(x, y)
+    assert close(matmul(x, y, *transposed), a @ b)
+    for gradient, true, t in ((dx, d @ np.swapaxes(b, -1, -2), transposed[0]),
+                              (dy, np.swapaxes(a, -1, -2) @ d, transposed[1])):  # fmt: skip
+        assert close(gradient, np.swapaxes(true, -1, -2) if t else true)
+
+
+def close(result: Tensor, true: np.ndarray) -> bool:
+    return np.allclose(result.numpy(), true, rtol=1e-4, atol=1e-4 * np.abs(true).max())
+
+
+@pytest.mark.backend
+@pytest.mark.parametrize(("rows", "out"), [((1,), 67), ((2, 4), 64), ((3, 5), 131)])
+def test_a_linear_layer_is_that_of_numpy(rows, out):
+    x, weight, bias = draw(*rows, 19), draw(out, 19), draw(out)
+    assert close(linear(Tensor(x), Tensor(weight), Tensor(bias)), x @ weight.T + bias)
+    assert close(linear(Tensor(x), Tensor(weight)), x @ weight.T)
+
+
+@pytest.mark.parametrize(("batch", "time", "padded"), [(1, 1, 0), (1, 9, 0), (3, 1, 1), (3, 5, 1)])
+@pytest.mark.parametrize("options", RAGGED.values(), ids=RAGGED)
+def test_a_block_equals_its_plain_form(options, batch, time, padded, monkeypatch):
+    config = replace(SMALL, n_layer=1, **options)
+    model, tokens = randomize(GPT(config)), np.arange(batch * time).reshape(batch, time)
+    old = draw(2, batch, config.n_head, 16, config.head_dim)
+    results = []
+    for kernels in "10":
+        monkeypatch.setenv("TINYGPT_KERNELS", kernels)
+        cache = [tuple(Tensor(part).realize() for part in old)]
+        padding = Tensor(np.arange(batch, dtype=np.int32) * 2).realize() if padded else None
+        start_pos = Variable("start_pos", 0, 15).bind(6)
+        y = model.embed_and_transform(Tensor(tokens), cache, start_pos, padding)
+        results.append([y.numpy(), *(part.numpy() for part in cache[0])])
+    for got, true in zip(*results, strict=True):
+        assert np.allclose(got, true, rtol=1e-4, atol=1e-4)
+    assert not np.allclose(results[0][1], old[0])  # new keys were written
+
+
+def test_two_threads_and_one_agree(monkeypatch):
+    a, b = draw(64, 512), draw(512, 640)
+    results = []
+    for flops in (1, 10**12):
+        monkeypatch.setattr("tinygpt.kernels._THREAD_FLOPS", flops)
+        results.append(matmul(Tensor(a), Tensor(b)).numpy())
+    assert np.array_equal(*results)
+    assert np.allclose(results[0], a @ b, atol=1e-3)
