@@ -226,6 +226,7 @@ BAD = {
     "--num-samples 1000000": "GB are free",
     "--norm prre": "unknown --norm 'prre': did you mean 'pre'?",
     "--dim 10000000 --heads 1": "GB are free: choose a smaller model",
+    "--dtype int9": "unknown dtype 'int9': did you mean 'int8'?",
     "--tokenizer byte": "unknown tokenizer 'byte'",
     "--vocab 100": "ids up to 256, outside the model's vocabulary of 100",
     "--temperature -1": "temperature is -1.0: it must be 0 (greedy) or more",

@@ -11,6 +11,7 @@ from tinygrad import Device, Tensor, Variable
 
 from tinygpt import GPT
 from tinygpt.kernels import fast, linear, matmul
+from tinygpt.precision import convert, supported
 
 CLANG = type(Device["CPU"].renderer).__name__ == "ClangJITRenderer"
 # M, K, N: one, few rows, tiles and their edges, odd primes, more than one block of each size.
@@ -88,6 +89,38 @@ def test_a_block_equals_its_plain_form(options, batch, time, padded, monkeypatch
     for got, true in zip(*results, strict=True):
         assert np.allclose(got, true, rtol=1e-4, atol=1e-4)
     assert not np.allclose(results[0][1], old[0])  # new keys were written
+
+
+@pytest.mark.parametrize("time", [1, 9])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
+def test_a_block_of_narrow_weights_equals_its_plain_form(dtype, time, monkeypatch):
+    config = replace(SMALL, n_layer=1, n_embd=42, n_inner=37)
+    model = convert(randomize(GPT(config)), dtype)
+    results = []
+    for kernels in "10":
+        monkeypatch.setenv("TINYGPT_KERNELS", kernels)
+        start_pos = Variable("start_pos", 0, 15).bind(0)
+        tokens = Tensor(np.arange(time).reshape(1, time))
+        results.append(model(tokens, model.empty_cache(1, 16), start_pos).numpy())
+    assert np.allclose(*results, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.backend
+@pytest.mark.parametrize("rows", [1, 5, 9])
+def test_a_linear_layer_of_narrow_weights_is_that_of_numpy(rows):
+    x, true, scale = draw(rows, 37), draw(67, 37), np.abs(draw(67))
+    for weight in (
+        true.astype(np.float16),
+        (true * 10).astype(np.int8),
+        (true.view(np.uint32) >> 16).astype(np.uint16),  # bfloat16, cut off
+    ):
+        if weight.dtype == np.float16 and not supported("float16"):
+            continue
+        wide = weight.astype(np.float32)
+        if weight.dtype == np.uint16:
+            wide = (weight.astype(np.uint32) << 16).view(np.float32)
+        y = linear(Tensor(x), Tensor(weight), scale=Tensor(scale))
+        assert close(y, x @ wide.T * scale)
 
 
 def test_two_threads_and_one_agree(monkeypatch):

@@ -17,6 +17,7 @@ ROWS = [
     {"cli"},
     {"doctor", "sample"},
     {"generate", "weights"},
+    {"precision"},
     {"hub", "model", "sampling", "tokenizer"},
     {"layers", "safetensors", "vocabulary"},
     {"kernels", "terminal"},

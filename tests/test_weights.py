@@ -20,6 +20,7 @@ from conftest import randomize, weights_of
 
 from tinygpt import GPT, GPTConfig, InputError
 from tinygpt.files import CheckpointError
+from tinygpt.precision import convert
 from tinygpt.safetensors import read_header, write
 from tinygpt.weights import read_config
 
@@ -277,12 +278,14 @@ def bfloat16(array: np.ndarray) -> np.ndarray:
         ("BF16", bfloat16),
     ],
 )
-def test_each_float_type_becomes_float32(folder, dtype, rounded):
+def test_each_float_type_is_read_exactly(folder, dtype, rounded):
     theirs = their_weights(np.float32 if dtype == "BF16" else np.float64)
     put(folder / WEIGHTS, theirs, dtype)
     assert {info.dtype for info in read_header(folder / WEIGHTS)[0].values()} == {dtype}
     expected = our_weights({name: rounded(array) for name, array in theirs.items()})
-    assert_same(weights_of(GPT.from_pretrained(folder)), expected)
+    assert_same(weights_of(GPT.from_pretrained(folder, "float32")), expected)
+    held = convert(GPT.from_pretrained(folder), "float32")  # in between as it is stored
+    assert_same(weights_of(held), expected)
 
 
 def test_zero_biases_are_let_go_where_config_has_none(folder):
@@ -510,7 +513,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: put_config(f, bias=False),
         "ln_1.bias is not zero, but config.json says no bias",
     ),
-    "layers without end": (lambda f: put_config(f, n_layer=10**12), "n_layer 1000000000000"),
+    "layers without end": (lambda f: put_config(f, n_layer=10**9), "n_layer 1000000000"),
 }
 
 

@@ -26,18 +26,28 @@ _EVEN = 64
 # Up to so many rows a product with weights is bound by reading them: see `few` in kernels.c.
 _FEW = 8
 
-_ACTIVATIONS = {None: 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
+# How C names what weights may be held in.
+_WEIGHTS = {
+    dtypes.float32: {"WEIGHT": "float"},
+    dtypes.float16: {"WEIGHT": "__fp16"},
+    dtypes.uint16: {"WEIGHT": "unsigned short", "BFLOAT16": 1},
+    dtypes.int8: {"WEIGHT": "signed char"},
+}
+_ACTIVATIONS = {"gelu_tanh": 1, "gelu": 2, "relu": 3}
 # Starting a second thread takes about as long as this many floating-point operations of one.
 _THREAD_FLOPS = 1_500_000
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias, with an awkward number of weight rows cut into an even part and a rest.
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor:
+    """x @ weight.T * scale + bias; the plain form cuts an awkward number of rows in two.
 
     Args:
-        x: (..., in_features).
-        weight: (out_features, in_features).
+        x: float32 (..., in_features).
+        weight: any dtype of `precision.DTYPES` (out_features, in_features).
         bias: (out_features,) or None.
+        scale: (out_features,) or None.
     Returns:
         (..., out_features).
     """
@@ -47,11 +57,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         y = matmul(flat, weight, b_transposed=True).reshape(*x.shape[:-1], rows)
     elif even in (0, rows):
-        y = x @ weight.transpose()
+        y = x @ widen(weight).transpose()
     else:
-        parts = (weight[:even], weight[even:])
+        parts = (widen(weight[:even]), widen(weight[even:]))
         y = Tensor.cat(*[(x @ part.transpose()).contiguous() for part in parts], dim=-1)
+    y = y if scale is None else y * scale
     return y if bias is None else y + bias
+
+
+def widen(weight: Tensor) -> Tensor:
+    """A weight of any dtype of `precision.DTYPES` as float32, its scale not yet applied.
+
+    bfloat16, the upper half of a float32, is held as uint16: so it works on every backend.
+    """
+    if weight.dtype == dtypes.uint16:
+        return (weight.cast(dtypes.uint32) * 2**16).bitcast(dtypes.float32)
+    return weight.float()
 
 
 def fast(*tensors: Tensor) -> bool:
@@ -68,19 +89,21 @@ def matmul(a: Tensor, b: Tensor, a_transposed: bool = False, b_transposed: bool 
 
     Args:
         a: float32 (..., M, K), or (..., K, M) if a_transposed.
-        b: float32 (..., K, N), or (..., N, K) if b_transposed; the same leading sizes as a.
+        b: (..., K, N), or (..., N, K) if b_transposed; the same leading sizes as a. A dtype
+            narrower than float32 is widened, and then there are no gradients.
     Returns:
         float32 (..., M, N).
     """
     *leading, M, K = a.shape if not a_transposed else (*a.shape[:-2], a.shape[-1], a.shape[-2])
     N = b.shape[-2 if b_transposed else -1]
     if not fast(a, b):
+        b = widen(b)
         return (a.transpose(-2, -1) if a_transposed else a) @ (
             b.transpose(-2, -1) if b_transposed else b
         )
     batch = math.prod(leading)
     macros = {
-        "MATMUL": 1, "BATCH": batch, "SIZE_M": M, "SIZE_N": N, "SIZE_K": K, "WEIGHT": "float",
+        "MATMUL": 1, "BATCH": batch, "SIZE_M": M, "SIZE_N": N, "SIZE_K": K, **_WEIGHTS[b.dtype],
         "A_TRANSPOSED": int(a_transposed), "B_TRANSPOSED": int(b_transposed),
         "FEW": int(b_transposed and not a_transposed and batch == 1 and M <= _FEW),
     }  # fmt: skip
@@ -96,6 +119,7 @@ def matmul(a: Tensor, b: Tensor, a_transposed: bool = False, b_transposed: bool 
 
     flops = 2 * batch * M * N * K
     buffers = {"c": Tensor.empty(*leading, M, N), "a": a, "b": b}
+    gradient = gradient if b.dtype == dtypes.float32 else None
     return _call("matmul", buffers, ("c",), macros, _threads(flops), flops, {}, gradient)
 
 
@@ -120,7 +144,7 @@ def transformer_block(
 
     Args:
         x: float32 (B, T, C).
-        weights: float32; a bias may be absent.
+        weights: the matrices of one dtype, the rest float32; a bias or scale may be absent.
         cache: keys and values, each (B, H, S, D).
         start_pos: a bound Variable, whose value x's own graph brings (positions depend on it).
         padding: int32 (B,) or None.
@@ -144,7 +168,8 @@ def transformer_block(
     macros = {
         "BLOCK": 1, "B": B, "T": T, "H": n_head, "D": C // n_head, "F": inner, "S": S,
         "PRE_NORM": int(pre_norm), "SHORTCUT": int(shortcut), "EPSILON": f"{epsilon!r}f",
-        "SCALE": f"{float(scale)!r}f", "ACTIVATION": _ACTIVATIONS[activation], "WEIGHT": "float",
+        "SCALE": f"{float(scale)!r}f", "ACTIVATION": _ACTIVATIONS[activation],
+        **_WEIGHTS[weights["mlp.c_fc.weight"].dtype],
     }  # fmt: skip
     written = ("out", "scratch", "sync", "keys", "values")
     place = {"start_pos": start_pos.unbind()[0]}
@@ -221,7 +246,7 @@ def _call(
 
 
 def _c_type(name: str, tensor: Tensor, written: bool) -> str:
-    if name.endswith("_weight") and not name.startswith("ln_"):
+    if name == "b" or (name.endswith("_weight") and not name.startswith("ln_")):
         return "const WEIGHT"
     c_type = "int" if tensor.dtype == dtypes.int32 else "float"
     return c_type if written else f"const {c_type}"

@@ -13,18 +13,19 @@ from tinygrad import Tensor, UOp, dtypes
 from tinygrad.nn.state import get_state_dict
 
 from tinygpt.config import GPTConfig
-from tinygpt.kernels import fast, linear, matmul, transformer_block
+from tinygpt.kernels import fast, linear, matmul, transformer_block, widen
 
 
 class Linear:
-    """y = x @ weight.T + bias."""
+    """y = x @ weight.T + bias. A weight of int8 has a scale for each row: see `precision`."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
         self.weight = Tensor.empty(out_features, in_features)
         self.bias = Tensor.empty(out_features) if bias else None
+        self.scale: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, self.scale)
 
 
 class Embedding:
@@ -32,9 +33,11 @@ class Embedding:
 
     def __init__(self, rows: int, width: int) -> None:
         self.weight = Tensor.empty(rows, width)
+        self.scale: Tensor | None = None
 
     def __call__(self, ids: Tensor) -> Tensor:
-        return self.weight[ids]
+        rows = widen(self.weight[ids])
+        return rows if self.scale is None else rows * self.scale[ids].unsqueeze(-1)
 
 
 class LayerNorm:
@@ -176,7 +179,8 @@ class TransformerBlock:
         """(B, T, C) -> (B, T, C); the arguments are those of MultiHeadAttention."""
         weights = get_state_dict(self)
         generating = cache is not None and isinstance(start_pos, UOp) and not Tensor.training
-        if generating and fast(x, *cache, *weights.values()):
+        one_type = len({weight.dtype for weight in weights.values() if weight.ndim == 2}) == 1
+        if generating and one_type and fast(x, *cache, *weights.values()):
             return transformer_block(x, weights, cache, start_pos, padding, **self.form)
         x = self._sublayer(x, self.ln_1, lambda h: self.attn(h, cache, start_pos, padding))
         return self._sublayer(x, self.ln_2, self.mlp)

@@ -50,11 +50,11 @@ class GPT:
             self.init_weights(seed)
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path) -> GPT:
+    def from_pretrained(cls, name_or_path: str | Path, dtype: str | None = None) -> GPT:
         """A model from a folder or a name in Hugging Face form: see `weights.load_pretrained`."""
         from tinygpt.weights import load_pretrained
 
-        return load_pretrained(name_or_path)
+        return load_pretrained(name_or_path, dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model in Hugging Face form: see `weights.save_pretrained`."""
@@ -156,4 +156,4 @@ class GPT:
     def project(self, x: Tensor) -> Tensor:
         """The output projection: (..., C) -> logits (..., V)."""
         head = self.wte if self.config.tie_word_embeddings else self.lm_head
-        return linear(x.contiguous(), head.weight)
+        return linear(x.contiguous(), head.weight, scale=head.scale)

@@ -166,7 +166,7 @@ def write(
             assert array.shape == tuple(shape), (name, array.shape, shape)
             try:
                 with np.errstate(over="raise"):
-                    array = _bfloat16(array) if dtype == "BF16" else array
+                    array = to_bfloat16(array) if dtype == "BF16" else array
                     rule = "same_kind" if dtype.startswith("F") else "safe"  # integers would wrap
                     array = array.astype(_DTYPES[dtype], casting=rule, copy=False)
             except FloatingPointError as error:
@@ -174,7 +174,7 @@ def write(
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
 
-def _bfloat16(array: np.ndarray) -> np.ndarray:
+def to_bfloat16(array: np.ndarray) -> np.ndarray:
     """The upper halves of float32 numbers, rounded to nearest, a tie to the even one; as uint16."""
     bits = np.ascontiguousarray(array, np.float32).view(np.uint32).reshape(array.shape)
     rounded = bits >> 16

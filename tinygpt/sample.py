@@ -20,6 +20,7 @@ from tinygpt import backend, hub
 from tinygpt.config import PRESETS, GPTConfig, InputError
 from tinygpt.generate import Generator
 from tinygpt.model import GPT
+from tinygpt.precision import DTYPES, check_dtype, convert
 from tinygpt.sampling import Sampling
 from tinygpt.terminal import KINDS, say
 from tinygpt.tokenizer import decode, decode_stream, encode, end_token, load_tokenizer
@@ -68,6 +69,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("prompt", nargs="?", metavar="PROMPT", help="text to continue; - or a pipe reads stdin")
     add("--model", metavar="NAME|PATH", help="a folder, or a name to fetch, such as gpt2")
+    bits = f"hold weights in {', '.join(DTYPES)} (default: as stored)"
+    add("--dtype", metavar="TYPE", help=bits)
     add("--json", action="store_true", help="print one JSON object instead of text")
     presets = f"where to start: {', '.join(PRESETS)} (default: {_DEFAULT_PRESET})"
     shape = {"--preset": ("P", presets), **_SHAPE}
@@ -103,11 +106,15 @@ def run(args: argparse.Namespace) -> int:
         signal.signal(signal.SIGINT, run.interrupt)
     try:
         backend.check()
+        check_dtype(args.dtype or "float32")
         folder, config, tokenizer = _plan(args)
         end = end_token(tokenizer)  # what stands before a text in training, and after it
         ids = encode(tokenizer, run.prompt, args.special_tokens) if run.prompt else [end or 0]
         run.tokenizer, run.prompt_ids = tokenizer, ids
-        model = GPT.from_pretrained(folder) if folder else GPT(config, seed)
+        if folder:
+            model = GPT.from_pretrained(folder, args.dtype)
+        else:
+            model = convert(GPT(config, seed), args.dtype or "float32")
         prompts, seeds = [ids] * args.num_samples, [seed + i for i in range(args.num_samples)]
         ends, count = [] if end is None else [end], args.max_new_tokens
         steps = Generator(model).generate_batch(prompts, count, seeds, ends, **sampling)

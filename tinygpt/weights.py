@@ -23,7 +23,9 @@ from tinygpt import hub, safetensors
 from tinygpt.backend import require_memory
 from tinygpt.config import GPTConfig, InputError, show, unknown
 from tinygpt.files import CheckpointError, atomic_file, read_json, reason
+from tinygpt.kernels import widen
 from tinygpt.model import GPT
+from tinygpt.precision import DTYPES, check_dtype, dtype_of, matrices, set_weight, supported
 from tinygpt.safetensors import TensorInfo
 
 # Their names for what is called otherwise here, older spellings first.
@@ -48,49 +50,74 @@ _ACTIVATIONS = {
 _UNSUPPORTED = ("add_cross_attention", "is_encoder_decoder", "quantization_config", "pruned_heads")
 # Causal masks, which older files carry along.
 _MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
-_FLOATS = ("F64", "F32", "F16", "BF16")
+# What a tensor may be stored in, and what the model then holds a matrix in.
+_FLOATS = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8"}
 
 
-def load_pretrained(name_or_path: str | Path) -> GPT:
-    """Load a GPT-2 checkpoint in Hugging Face form; weights become float32.
+def load_pretrained(name_or_path: str | Path, dtype: str | None = None) -> GPT:
+    """Load a GPT-2 checkpoint in Hugging Face form.
 
     Args:
         name_or_path: a folder, or a name on the Hugging Face Hub: see `hub.resolve`.
+        dtype: what to hold matrices in, one of `precision.DTYPES`; None takes what each is stored
+            in, or float32 where the backend cannot.
     Raises:
         InputError: when it cannot be found, fetched or held in memory.
         CheckpointError: when it is damaged, incomplete, or not a GPT-2.
     """
+    if dtype is not None:
+        check_dtype(dtype)
     folder = hub.resolve(name_or_path)
     config = read_config(folder)
     stored = _read_headers(folder)
     if config.n_layer > len(stored):  # before names are listed for each of a billion layers
         fact = f"{len(stored)} tensors, but config.json says n_layer {show(config.n_layer)}"
         raise CheckpointError(f"{folder} has {fact}")
-    layout = _layout(config)
+    layout = _layout(config, any(info.dtype == "I8" for _, info in stored.values()))
     _compare(folder, layout, {name: info for name, (_, info) in stored.items()}, config)
     largest = max(math.prod(shape) for shape, _ in layout.values())  # is in memory thrice
-    require_memory(4 * (config.parameter_count + 2 * largest), f"the model in {folder}")
+    held = {name: dtype or _as_stored(info.dtype) for name, (_, info) in stored.items()}
+    size_bytes = sum(
+        math.prod(shape) * DTYPES[held[name]].itemsize for name, (shape, _) in layout.items()
+    )
+    require_memory(size_bytes + 8 * largest, f"the model in {folder}")
     model = GPT(config, seed=None)
-    parameters = get_state_dict(model)
+    parameters, layers = get_state_dict(model), matrices(model)
+
+    def read(name: str) -> list[np.ndarray]:
+        array = safetensors.read_tensor(*stored[name])
+        return np.split(array.T if _is_transposed(name) else array, len(layout[name][1]))
+
     for name, (_, ours) in layout.items():
-        array = safetensors.read_tensor(*stored[name]).astype(np.float32, copy=False)
+        if name.endswith(".scale"):  # read with its weight
+            continue
+        parts, scale = read(name), name.removesuffix("weight") + "scale"
         if not config.bias and name.endswith(".bias"):
-            if array.any():
+            if any(part.any() for part in parts):
                 raise CheckpointError(f"{folder}: {name} is not zero, but config.json says no bias")
             continue
-        array = array.T if _is_transposed(name) else array
-        for part, our_name in zip(np.split(array, len(ours)), ours, strict=True):
-            value = Tensor(np.ascontiguousarray(part))
-            parameters[our_name].replace(value.to(parameters[our_name].device)).realize()
+        scales = read(scale) if scale in layout else [None] * len(ours)
+        for our_name, part, scale in zip(ours, parts, scales, strict=True):
+            if layer := layers.get(our_name.removesuffix(".weight")):
+                set_weight(layer, part, held[name], name, scale)
+            else:
+                value = Tensor(np.ascontiguousarray(part, np.float32))
+                parameters[our_name].replace(value.to(parameters[our_name].device)).realize()
     return model
 
 
+def _as_stored(dtype: str) -> str:
+    held = "int8" if dtype == "I8" else _FLOATS[dtype]
+    return held if supported(held) else "float32"
+
+
 def save_pretrained(model: GPT, folder: str | Path) -> None:
-    """Write `config.json` and `model.safetensors` (float32), each whole or not at all.
+    """Write `config.json` and `model.safetensors`, each whole or not at all, weights as held.
 
     `transformers` loads the folder as a GPT-2 with equal logits. A model that GPT-2's form cannot
-    express (post-norm, sinusoidal positions, no shortcuts) is marked as model_type "tinygpt", which
-    `transformers` refuses by name and `load_pretrained` reads.
+    express (post-norm, sinusoidal positions, no shortcuts, int8) is marked as model_type "tinygpt",
+    which `transformers` refuses by name and `load_pretrained` reads.
 
     Raises:
         InputError: when the folder cannot be written.
@@ -100,22 +127,31 @@ def save_pretrained(model: GPT, folder: str | Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write {folder}: {reason(error)}") from error
-    parameters, layout = get_state_dict(model), _layout(model.config)
+    parameters, layers = get_state_dict(model), matrices(model)
+    dtype = dtype_of(model.wte)
+    layout = _layout(model.config, dtype == "int8")
 
     def value(name: str) -> np.ndarray:
         shape, ours = layout[name.removeprefix("transformer.")]
         if ours[0] not in parameters:  # their form always has biases: without, they are zero
             return np.zeros(shape, np.float32)
-        array = np.concatenate([parameters[our_name].numpy() for our_name in ours])
+        tensors = [parameters[our_name] for our_name in ours]
+        if tensors[0].dtype == DTYPES["bfloat16"]:  # which NumPy does not have
+            tensors = [widen(tensor) for tensor in tensors]
+        array = np.concatenate([tensor.numpy() for tensor in tensors])
         return array.T if _is_transposed(name) else array
 
+    def stored_as(ours: str) -> str:
+        layer = layers.get(ours.removesuffix(".weight"))
+        return _STORED[dtype_of(layer) if layer else "float32"]
+
     entries = {
-        name if name.startswith("lm_head") else f"transformer.{name}": ("F32", shape)
-        for name, (shape, _) in layout.items()
+        name if name.startswith("lm_head") else f"transformer.{name}": (stored_as(ours[0]), shape)
+        for name, (shape, ours) in layout.items()
     }
     # One inside the other, so that a failure in either leaves both old files as they were.
     with atomic_file(folder / "config.json") as file:
-        file.write(json.dumps(_to_their_config(model.config), indent=2).encode() + b"\n")
+        file.write(json.dumps(_to_their_config(model.config, dtype), indent=2).encode() + b"\n")
         safetensors.write(folder / hub.WEIGHTS, entries, value, {"format": "pt"})
 
 
@@ -147,13 +183,13 @@ def read_config(folder: Path) -> GPTConfig:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _to_their_config(config: GPTConfig) -> dict[str, Any]:
+def _to_their_config(config: GPTConfig, dtype: str) -> dict[str, Any]:
     """GPTConfig -> what `config.json` holds."""
     ours = {field.name: getattr(config, field.name) for field in fields(config)}
     names = {v: k for k, v in reversed(_ACTIVATIONS.items())}  # the first spelling of each
     extra = {name: ours.pop(name) for name in ("norm", "position", "shortcut", "bias")}
     changed = {k: v for k, v in extra.items() if v != getattr(GPTConfig, k)}
-    is_gpt2 = changed.keys() <= {"bias"}
+    is_gpt2 = changed.keys() <= {"bias"} and dtype != "int8"
     end = 50256 if config.vocab_size > 50256 else None
     return {
         "model_type": "gpt2" if is_gpt2 else "tinygpt",
@@ -162,19 +198,25 @@ def _to_their_config(config: GPTConfig) -> dict[str, Any]:
         "activation_function": names[ours.pop("activation")],
         "bos_token_id": end,
         "eos_token_id": end,
-        "dtype": "float32",
+        "dtype": dtype,
         **ours,
         **changed,
     }
 
 
-def _layout(config: GPTConfig) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
-    """Each of their tensors: name -> (shape in the file, the names of ours it holds in order)."""
+def _layout(config: GPTConfig, int8: bool) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+    """Each of their tensors: name -> (shape in the file, the names of ours it holds in order).
+
+    In int8, which is our own addition, each matrix has a scale for each output beside it.
+    """
     C, inner = config.n_embd, config.inner_dim
     layout: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
 
     def add(theirs: str, shape: tuple[int, ...], *ours: str) -> None:
         layout[f"{theirs}.weight"] = shape, tuple(f"{name}.weight" for name in ours)
+        if int8 and len(shape) == 2 and theirs != "wpe":
+            rows = shape[1 if _is_transposed(f"{theirs}.weight") else 0]
+            layout[f"{theirs}.scale"] = (rows,), tuple(f"{name}.scale" for name in ours)
         if not theirs.startswith(("wte", "wpe", "lm_head")):
             layout[f"{theirs}.bias"] = shape[-1:], tuple(f"{name}.bias" for name in ours)
 
@@ -237,8 +279,9 @@ def _compare(folder: Path, layout: dict, stored: dict[str, TensorInfo], config: 
         if name in stored and stored[name].shape != shape:
             found = show(stored[name].shape)
             faults.append(f"{name} is {found}, config.json asks for {show(shape)}")
-        if name in stored and stored[name].dtype not in _FLOATS:
-            faults.append(f"{name} is {stored[name].dtype}, allowed are {', '.join(_FLOATS)}")
+        allowed = [*_FLOATS] if name.removesuffix("weight") + "scale" not in layout else ["I8"]
+        if name in stored and stored[name].dtype not in allowed:
+            faults.append(f"{name} is {stored[name].dtype}, allowed are {', '.join(allowed)}")
     if faults:
         raise CheckpointError(f"{folder}: {_some(faults, '; ')}")
 

@@ -1,0 +1,173 @@
+"""Weights in fewer bits: what rounding may change, what it may not, and the loss on real text."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SMALL, randomize, weights_of
+from reference import Reference
+from tinygrad import Tensor
+from tinygrad.nn.state import get_state_dict
+
+from tinygpt import GPT, InputError
+from tinygpt.files import CheckpointError
+from tinygpt.precision import DTYPES, convert, dtype_of, matrices, set_weight, supported, widened
+from tinygpt.safetensors import read_header, read_tensor, write
+
+README = Path(__file__).parents[1] / "README.md"
+TOKENS = np.arange(20, dtype=np.int32).reshape(2, 10)
+NARROW = [name for name in DTYPES if name != "float32" and supported(name)]
+# The largest error of a weight: half a unit in the last of 11 or 8 bits, or half a step of 127.
+ROUNDING = {"float16": 2**-11, "bfloat16": 2**-8, "int8": 0.5 / 127}
+
+
+def held_in(dtype: str, **options: object) -> GPT:
+    return convert(randomize(GPT(replace(SMALL, **options))), dtype)
+
+
+def reference_of(model: GPT) -> Reference:
+    wide = {f"{name}.weight": widened(layer) for name, layer in matrices(model).items()}
+    return Reference(model.config, {**weights_of(model), **wide})
+
+
+@pytest.mark.backend
+@pytest.mark.parametrize("dtype", NARROW)
+def test_a_model_in_fewer_bits_computes_what_its_rounded_weights_say(dtype):
+    for options in ({}, {"tie_word_embeddings": False, "norm": "post"}):
+        model = held_in(dtype, **options)
+        logits = model(Tensor(TOKENS)).numpy()
+        assert np.abs(logits - reference_of(model)(TOKENS)).max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_rounding_is_to_the_nearest(dtype):
+    wide, model = randomize(GPT(SMALL)), held_in(dtype)
+    for name, layer in matrices(model).items():
+        true = widened(matrices(wide)[name])
+        reach = np.abs(true).max(1, keepdims=True) if dtype == "int8" else np.abs(true)
+        assert (np.abs(widened(layer) - true) <= reach * ROUNDING[dtype] * 1.0001).all()
+        assert dtype_of(layer) == dtype
+
+
+def test_all_but_the_matrices_stays_float32():
+    model = held_in("int8")
+    narrow = {name for name, tensor in get_state_dict(model).items() if tensor.dtype.itemsize == 1}
+    assert narrow == {f"{name}.weight" for name in matrices(model)}
+    both = {f"{name}.{part}" for name in matrices(model) for part in ("weight", "scale")}
+    assert {n for n, t in get_state_dict(model).items() if t.ndim == 2} - both == {"wpe.weight"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_saved_is_loaded_as_such(dtype, tmp_path):
+    model = held_in(dtype, tie_word_embeddings=False)
+    model.save_pretrained(tmp_path)
+    again = weights_of(GPT.from_pretrained(tmp_path))
+    assert again.keys() == weights_of(model).keys()
+    for name, value in weights_of(model).items():
+        assert np.array_equal(again[name], value), name
+        assert again[name].dtype == value.dtype
+    wide = GPT.from_pretrained(tmp_path, "float32")
+    for name, layer in matrices(wide).items():
+        assert np.array_equal(widened(layer), widened(matrices(model)[name])), name
+    stored = {info.dtype for info in read_header(tmp_path / "model.safetensors")[0].values()}
+    assert stored == {
+        "F32",
+        {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}.get(dtype, "I8"),
+    }
+
+
+def test_a_backend_without_a_dtype_widens_what_is_stored_and_refuses_what_is_asked(
+    tmp_path, monkeypatch
+):
+    model = held_in("bfloat16")
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr("tinygpt.precision.supported", lambda _: False)
+    monkeypatch.setattr("tinygpt.weights.supported", lambda _: False)
+    wide = GPT.from_pretrained(tmp_path)
+    assert dtype_of(wide.wte) == "float32"
+    assert np.array_equal(widened(wide.wte), widened(model.wte))
+    with pytest.raises(InputError, match="does not work with float16: choose float32"):
+        GPT.from_pretrained(tmp_path, "float16")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "words"),
+    [
+        ("float16", 1e5, "lm_head has values too large for float16: choose float32 or bfloat16"),
+        ("int8", np.nan, "too large for int8"),
+        ("int8", np.inf, "too large for int8"),
+    ],
+)
+def test_values_that_do_not_fit_are_refused(dtype, value, words):
+    if not supported(dtype):
+        return
+    layer = GPT(SMALL, seed=None).wte
+    with pytest.raises(InputError, match=words):
+        set_weight(layer, np.full((67, 16), value, np.float32), dtype, "lm_head")
+
+
+def test_an_unknown_dtype_is_refused():
+    with pytest.raises(InputError, match="unknown dtype 'int4': did you mean 'int8'"):
+        convert(GPT(SMALL), "int4")
+
+
+def test_a_row_of_zeros_stays_zeros():
+    layer = GPT(SMALL, seed=None).wte
+    set_weight(layer, np.zeros((67, 16), np.float32), "int8", "wte")
+    assert not widened(layer).any()
+
+
+@pytest.mark.parametrize("lost", ["transformer.wte.scale", "transformer.h.1.attn.c_attn.scale"])
+def test_an_int8_file_without_a_scale_is_refused_by_name(lost, tmp_path):
+    held_in("int8").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    header = {name: info for name, info in read_header(path)[0].items() if name != lost}
+    arrays = {name: read_tensor(path, info) for name, info in header.items()}
+    write(path, {n: (i.dtype, i.shape) for n, i in header.items()}, arrays.__getitem__)
+    with pytest.raises(CheckpointError, match=f"missing {lost.removeprefix('transformer.')}"):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_the_loss_on_real_text_moves_by_at_most_half_a_percent(tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        n_layer=1, n_head=4, n_embd=64, n_positions=64, vocab_size=256, bos_token_id=0,
+        eos_token_id=0, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    theirs = transformers.GPT2LMHeadModel(config)
+    data = np.frombuffer(README.read_bytes(), np.uint8).astype(np.int64)  # real text, always here
+    optimizer, rng = torch.optim.AdamW(theirs.parameters(), 1e-2), np.random.default_rng(0)
+    for _ in range(150):
+        rows = rng.integers(0, len(data) - 64, (8, 1)) + np.arange(64)
+        batch = torch.tensor(data[rows])
+        optimizer.zero_grad()
+        theirs(batch, labels=batch).loss.backward()
+        optimizer.step()
+    theirs.save_pretrained(tmp_path)
+    batch = data[: 16 * 64].reshape(16, 64)
+
+    def loss(dtype: str) -> float:
+        model = GPT.from_pretrained(tmp_path, dtype)
+        logits = model(Tensor(batch.astype(np.int32)))[:, :-1]
+        return logits.sparse_categorical_crossentropy(Tensor(batch[:, 1:].astype(np.int32))).item()
+
+    true = theirs.eval()(torch.tensor(batch), labels=torch.tensor(batch)).loss.item()
+    assert true < 3.5  # against ln 256 = 5.5: it has learnt something that rounding can harm
+    assert abs(loss("float32") / true - 1) < 1e-4
+    for dtype in NARROW:
+        assert abs(loss(dtype) / true - 1) < 0.005, dtype
+
+
+@pytest.mark.parametrize("dtype", [name for name in NARROW if name != "int8"])
+def test_transformers_reads_what_is_saved_in_fewer_bits(dtype, tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    model = held_in(dtype)
+    model.save_pretrained(tmp_path)
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    logits = theirs(torch.tensor(TOKENS)).logits.detach().numpy()
+    assert np.abs(model(Tensor(TOKENS)).numpy() - logits).max() < 1e-4

@@ -1,0 +1,121 @@
+"""In how many bits the weights are held: float32, float16, bfloat16, or int8 with a scale per row.
+
+Only the matrices that are multiplied with are narrowed; norms, biases and positional encodings,
+which are a thousandth of the bytes, stay float32, as do the activations: a weight is widened where
+it is used.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from tinygrad import Device, Tensor, dtypes
+
+from tinygpt.config import InputError, unknown
+from tinygpt.kernels import widen
+from tinygpt.layers import Embedding, Linear
+from tinygpt.model import GPT
+from tinygpt.safetensors import to_bfloat16
+
+DTYPES = {
+    "float32": dtypes.float32,
+    "float16": dtypes.float16,
+    "bfloat16": dtypes.uint16,  # see `kernels.widen`
+    "int8": dtypes.int8,
+}
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse a dtype that does not exist, or that the backend cannot hold."""
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    if not supported(dtype):
+        device = Device.DEFAULT
+        raise InputError(f"{device} does not work with {dtype}: choose float32, or another DEV")
+
+
+def supported(dtype: str) -> bool:
+    """Whether tinygrad's backend can hold this dtype, one of DTYPES."""
+    return DTYPES[dtype] in Device[Device.DEFAULT].renderer.supported_dtypes()
+
+
+def matrices(model: GPT) -> dict[str, Linear | Embedding]:
+    """The layers whose weights are multiplied with, by their names in the model."""
+    found: dict[str, Linear | Embedding] = {"wte": model.wte}
+    if not model.config.tie_word_embeddings:
+        found["lm_head"] = model.lm_head
+    for i, block in enumerate(model.blocks):
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            found[f"blocks.{i}.attn.{part}"] = getattr(block.attn, part)
+        for part in ("c_fc", "c_proj"):
+            found[f"blocks.{i}.mlp.{part}"] = getattr(block.mlp, part)
+    return found
+
+
+def dtype_of(layer: Linear | Embedding) -> str:
+    """How a layer's weight is held: one of DTYPES."""
+    return next(name for name, dtype in DTYPES.items() if layer.weight.dtype == dtype)
+
+
+def convert(model: GPT, dtype: str) -> GPT:
+    """Hold the model's matrices in this dtype from now on; the model itself, changed.
+
+    Args:
+        dtype: one of DTYPES.
+    Raises:
+        InputError: for an unknown dtype, or a weight too large for it.
+    """
+    check_dtype(dtype)
+    for name, layer in matrices(model).items():
+        if dtype_of(layer) != dtype:
+            set_weight(layer, widened(layer), dtype, name)
+    return model
+
+
+def widened(layer: Linear | Embedding) -> np.ndarray:
+    """A layer's weight as float32 (out_features, in_features), whatever it is held in."""
+    weight = widen(layer.weight).numpy()
+    return weight if layer.scale is None else weight * layer.scale.numpy()[:, None]
+
+
+def set_weight(
+    layer: Linear | Embedding,
+    weight: np.ndarray,
+    dtype: str,
+    name: str,
+    scale: np.ndarray | None = None,
+) -> None:
+    """Give a layer a weight, to be held in this dtype.
+
+    int8 is round(weight / scale) with scale = max |row| / 127 for each row, so that the largest
+    number of a row is exact. Source: Dettmers et al. 2022, "LLM.int8()", equation 1, by rows.
+
+    Args:
+        weight: (out_features, in_features), a float, or int8 with its scale (out_features,).
+        dtype: one of DTYPES.
+        name: of the weight, for the error.
+    Raises:
+        InputError: for values that the dtype cannot hold.
+    """
+    if scale is not None and dtype != "int8":
+        weight, scale = weight * scale[:, None], None
+    if dtype == "int8" and scale is None:
+        largest = np.abs(weight).max(1).astype(np.float32)
+        _need_finite(name, largest, dtype)
+        scale = np.maximum(largest / 127, np.finfo(np.float32).tiny)
+        weight = np.rint(weight / scale[:, None]).astype(np.int8)
+    elif dtype == "float16" and weight.dtype != np.float16:
+        with np.errstate(over="ignore"):
+            weight = weight.astype(np.float16)
+        _need_finite(name, weight, dtype)
+    elif dtype == "bfloat16":
+        weight = to_bfloat16(weight)
+    elif dtype == "float32":
+        weight = weight.astype(np.float32, copy=False)
+    device = layer.weight.device
+    layer.weight = Tensor(np.ascontiguousarray(weight)).to(device).realize()
+    layer.scale = None if scale is None else Tensor(scale).to(device).realize()
+
+
+def _need_finite(name: str, values: np.ndarray, dtype: str) -> None:
+    if not np.isfinite(values).all():
+        raise InputError(f"{name} has values too large for {dtype}: choose float32 or bfloat16")
