@@ -167,6 +167,7 @@ class _Runner:
         self.padding: Tensor | None = None
         self._read = _captured(self._read_chunk)
         self._next: dict[tuple, Callable[..., Tensor]] = {}  # one graph for each set of settings
+        self._inputs: dict[tuple[int, ...], Tensor] = {}  # by shape: see `_input`
 
     @property
     def full(self) -> bool:
@@ -187,7 +188,7 @@ class _Runner:
         # before a query can see them.
         for start in range(0, longest - 1, self.chunk_size):
             start = min(start, max(0, longest - 1 - self.chunk_size))
-            chunk = Tensor(tokens[:, start : start + self.chunk_size]).realize()
+            chunk = self._input(tokens[:, start : start + self.chunk_size])
             place = self._place(start, self.block_size - self.chunk_size)
             self._read(chunk, place, self.padding)
         self.position = longest - 1
@@ -198,16 +199,28 @@ class _Runner:
         if key not in self._next:
             self._next[key] = _captured(self._next_tokens)
         chosen = self._next[key](
-            Tensor([[token] for token in last], dtype=dtypes.int32).realize(),
+            self._input(np.array(last, np.int32).reshape(-1, 1)),
             self._place(self.position, self.block_size - 1),
             self.padding,
             bounds,
             seeds,
             Variable("step", 0, 2**31 - 1).bind(step),
-            None if counts is None else Tensor(counts).realize(),
+            None if counts is None else self._input(counts),
         )
         self.position += 1
         return chosen.tolist()
+
+    def _input(self, values: np.ndarray) -> Tensor:
+        """The values on the device, in the one tensor that this runner has for their shape.
+
+        Its memory is written directly: making a tensor anew would have tinygrad's scheduler look
+        at every weight, which for GPT-2 takes longer than a block of it.
+        """
+        if values.shape not in self._inputs:
+            self._inputs[values.shape] = Tensor(values).contiguous().realize()
+        tensor = self._inputs[values.shape]
+        tensor.uop.buffer.copyin(memoryview(np.ascontiguousarray(values)))
+        return tensor
 
     @staticmethod
     def _place(position: int, largest: int) -> UOp:

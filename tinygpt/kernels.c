@@ -156,25 +156,42 @@ DEFINE_PRODUCT(product, pack, float)
 DEFINE_PRODUCT(product_weights, pack_weights, WEIGHT)
 
 // The same for at most 8 rows of a and weights [n][k]: bound by memory, so each weight is read once,
-// straight, and R rows of them at a time keep more reads under way.
-#define DEFINE_FEW(few, R)                                                                           \
+// straight. Rows of float32 are read four at a time, which keeps more reads under way; narrower ones
+// one at a time, far ahead. More rows of a leave fewer registers: 8 sums of them are held at most.
+#define DEFINE_FEW(few, R, U)                                                                        \
   INLINE void few(float *c, long ldc, const float *a, const WEIGHT *b, int M, int K) {               \
-    const int U = M == 1 ? 2 : 1;                                                                    \
-    vec acc[R][8][2];                                                                                \
-    UNROLLED(r, R) UNROLLED(m, 8) if (m < M) UNROLLED(u, 2) acc[r][m][u] = (vec){0};                  \
+    vec acc[R][8][U];                                                                                \
+    UNROLLED(r, R) UNROLLED(m, 8) if (m < M) UNROLLED(u, U) acc[r][m][u] = (vec){0};                  \
     int k = 0;                                                                                       \
-    for (; k + 8 * U <= K; k += 8 * U) UNROLLED(u, 2) if (u < U) UNROLLED(r, R) {                     \
-      vec w = widen(b + (long)r * K + k + u * 8);                                                     \
-      UNROLLED(m, 8) if (m < M) acc[r][m][u] += w * load(a + (long)m * K + k + u * 8);                \
+    for (; k + 8 * U <= K; k += 8 * U) UNROLLED(r, R) {                                               \
+      if (AHEAD) __builtin_prefetch((const char *)(b + (long)r * K + k) + AHEAD);                     \
+      UNROLLED(u, U) {                                                                               \
+        vec w = widen(b + (long)r * K + k + u * 8);                                                   \
+        UNROLLED(m, 8) if (m < M) acc[r][m][u] += w * load(a + (long)m * K + k + u * 8);              \
+      }                                                                                              \
     }                                                                                                \
     UNROLLED(r, R) UNROLLED(m, 8) if (m < M) {                                                        \
-      float s = sum(U == 2 ? acc[r][m][0] + acc[r][m][1] : acc[r][m][0]);                             \
+      vec total = acc[r][m][0];                                                                      \
+      for (int u = 1; u < U; u++) total += acc[r][m][u];                                             \
+      float s = sum(total);                                                                          \
       for (int i = k; i < K; i++) s += widen1(b + (long)r * K + i) * a[(long)m * K + i];              \
       c[m * ldc + r] = s;                                                                            \
     }                                                                                                \
   }
-DEFINE_FEW(few4, 4)
-DEFINE_FEW(few1, 1)
+enum { AHEAD = sizeof(WEIGHT) < 4 ? 1024 : 0 };
+DEFINE_FEW(few4, 4, 2)
+DEFINE_FEW(few2, 2, 1)
+DEFINE_FEW(few1, 1, 1)
+DEFINE_FEW(few1_ahead, 1, 4)
+
+// Columns n0 to n1 of c = a @ b.T for M rows of a, M a constant.
+INLINE void few(float *c, long ldc, const float *a, const WEIGHT *b, int M, int n0, int n1, int K) {
+  int n = n0;
+  if (M == 1 && AHEAD) for (; n < n1; n++) few1_ahead(c + n, ldc, a, b + (long)n * K, M, K);
+  if (M == 1) for (; n + 4 <= n1; n += 4) few4(c + n, ldc, a, b + (long)n * K, M, K);
+  if (M <= 4) for (; n + 2 <= n1; n += 2) few2(c + n, ldc, a, b + (long)n * K, M, K);
+  for (; n < n1; n++) few1(c + n, ldc, a, b + (long)n * K, M, K);
+}
 
 #ifdef BLOCK
 // ---- a transformer block without gradients, on B rows of T new tokens, all threads in step ----
@@ -193,13 +210,9 @@ static void barrier(int *sync) {
 
 // Rows n0 to n1 of a linear layer: c = activation(a @ w.T * scale + bias) + residual.
 static void linear(float *c, long ldc, const float *a, const WEIGHT *w, const float *scale, const float *bias, const float *residual, int n0, int n1, int K, int active) {
-  int n = n0;
   if (R > 8) product_weights(c + n0, ldc, a, K, 0, w + (long)n0 * K, K, 1, R, n1 - n0, K);
-  else {
-    for (; n + 4 <= n1; n += 4) few4(c + n, ldc, a, w + (long)n * K, R, K);
-    for (; n < n1; n++) few1(c + n, ldc, a, w + (long)n * K, R, K);
-  }
-  for (int m = 0; m < R; m++) for (n = n0; n < n1; n += 8) {
+  else few(c, ldc, a, w, R, n0, n1, K);
+  for (int m = 0; m < R; m++) for (int n = n0; n < n1; n += 8) {
     float edge[8], *p = c + m * ldc + n;
     int whole = n + 8 <= n1;
     vec x, s = splat(1), b = splat(0), r = splat(0);
@@ -301,9 +314,7 @@ ENTRY {
     n0 = MIN(SIZE_N, tiles * core_id / THREADS * COLUMNS), n1 = MIN(SIZE_N, tiles * (core_id + 1) / THREADS * COLUMNS);
   }
 #if FEW
-  int n = n0;
-  for (; n + 4 <= n1; n += 4) few4(c + n, SIZE_N, a, b + (long)n * SIZE_K, SIZE_M, SIZE_K);
-  for (; n < n1; n++) few1(c + n, SIZE_N, a, b + (long)n * SIZE_K, SIZE_M, SIZE_K);
+  few(c, SIZE_N, a, b, SIZE_M, n0, n1, SIZE_K);
 #else
   for (long i = b0; i < b1; i++)
     product_weights(c + i * SIZE_M * SIZE_N + m0 * SIZE_N + n0, SIZE_N, a + i * SIZE_M * SIZE_K, A_TRANSPOSED ? SIZE_M : SIZE_K, A_TRANSPOSED,
