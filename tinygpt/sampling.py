@@ -177,7 +177,7 @@ def gumbel(seeds: Tensor, step: int | UOp, size: int) -> Tensor:
         float32 (B, size).
     """
     places = Tensor.arange((size + 1) // 2, dtype=dtypes.uint32).cast(dtypes.uint64)
-    counter = places + (Tensor([0], dtype=dtypes.uint64) + step) * 2**32
+    counter = places + (Tensor.zeros(1, dtype=dtypes.uint64) + step) * 2**32
     pairs = counter.reshape(1, -1).threefry(seeds.reshape(-1, 1))  # (B, size / 2) of 64 bits
     bits = Tensor.cat((pairs & 0xFFFFFFFF), pairs.rshift(32), dim=-1)[:, :size]
     # 24 bits, the middle of 2**24 equal steps: never 0 or 1, where the logarithms end
