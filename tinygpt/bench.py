@@ -1,0 +1,343 @@
+"""How fast this machine generates, as a share of what it can do, and beside other programs.
+
+All read the same weights with as many threads, and take turns, so that what else the machine does
+meets them alike. Numbers are medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+import tinygpt
+from tinygpt import backend, hub
+from tinygpt.config import GPTConfig, InputError, unknown
+from tinygpt.model import GPT
+from tinygpt.peers import GGUF_TYPES, Contender, environment
+from tinygpt.terminal import KINDS, say
+from tinygpt.tokenizer import load_tokenizer
+from tinygpt.weights import read_config
+
+_WEIGHT_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "int8": 1.0}
+_PACKAGES = ("tinygrad", "numpy", "torch", "transformers", "llama-cpp-python", "gguf")
+_STREAM_BYTES = 1 << 30  # far more than a cache holds
+_PROMPT = "The most important thing about a machine is"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is timed: reading a prompt, or where `count` is more than 1, each token after it."""
+
+    name: str
+    batch_size: int
+    prompt_length: int
+    count: int  # of tokens to choose
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are read or made in the time that `seconds` gives."""
+        return self.batch_size * (self.prompt_length if self.count == 1 else 1)
+
+    def seconds(self, reply: dict[str, Any]) -> float:
+        """The time, from what a contender says."""
+        return reply["first_s"] if self.count == 1 else reply["rest_s"] / (self.count - 1)
+
+
+WORKS = (
+    Work("decode", 1, 16, 33),
+    Work("decode of 8", 8, 16, 17),
+    *(Work(f"prefill of {length}", 1, length, 1) for length in (64, 512, 1000)),
+)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
+    add = parser.add_argument
+    add("--model", metavar="NAME|PATH", help="which to run (default: gpt2 with random weights)")
+    types = ", ".join(_WEIGHT_BYTES)
+    add("--dtype", metavar="T", help=f"its weights: {types} (default: float32, float16, int8)")
+    add("--peers", help="also stock tinygrad, transformers and llama.cpp", **KINDS[True])
+    add("--rounds", default=5, help="how many turns each takes (default: 5)", **KINDS[int])
+    add("--json", help="print only the line of JSON, not the tables", **KINDS[True])
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print. The exit status is 1 when tinygpt itself failed at something."""
+    if args.rounds < 1:
+        raise InputError(f"--rounds is {args.rounds}: it must be 1 or more")
+    if args.dtype not in (None, *_WEIGHT_BYTES):
+        raise unknown("dtype", args.dtype, _WEIGHT_BYTES)
+    backend.check()
+    families = [("tinygpt", t) for t in ([args.dtype] if args.dtype else GGUF_TYPES)]
+    if args.peers:
+        families += [("stock tinygrad", "float32"), ("transformers", "float32")]
+        families += [("llama.cpp", dtype) for dtype in GGUF_TYPES]
+    with tempfile.TemporaryDirectory(prefix="tinygpt-bench-") as temporary:
+        if args.model:
+            folder = hub.resolve(args.model)
+        else:
+            say("making GPT-2 124M of random weights")
+            folder = Path(temporary, "gpt2")
+            GPT(GPTConfig.preset("gpt2"), seed=0).save_pretrained(folder)
+        result = measure(folder, families, args.rounds, Path(temporary, "kernels.db"))
+    result["conditions"]["model"] = args.model or "gpt2, random weights"
+    if not args.json:
+        print(_report(result))
+    print(json.dumps(result))
+    return int(any(name.startswith("tinygpt") for name in result["failures"]))
+
+
+def measure(
+    folder: Path, families: Sequence[tuple[str, str]], rounds: int, kernel_cache: Path
+) -> dict[str, Any]:
+    """All that the command measures, in the form of its JSON.
+
+    Args:
+        folder: of a model in Hugging Face form.
+        families: who is compared: (one of peers.FAMILIES, type of weights) each.
+        kernel_cache: where a first run is to keep its kernels: no file yet.
+    """
+    config, conditions = read_config(folder), _conditions(rounds)
+    works = [w for w in WORKS if w.prompt_length + w.count - 1 <= config.block_size]
+    failures: dict[str, str] = {}
+    with ExitStack() as stack:
+        contenders = [Contender(*family, folder, _threads()) for family in families]
+        for contender in contenders:
+            stack.callback(contender.close)
+        replies, machine = take_turns(contenders, works, rounds, config.vocab_size, failures)
+    results = {
+        contender.name: summarize(contender, replies[contender.name], config, machine)
+        for contender in contenders
+        if contender.name not in failures
+    }
+    return {
+        "conditions": conditions,
+        "machine": machine,
+        "first_token": _first_token(folder, config, kernel_cache, failures),
+        "results": results,
+        "ratios": compare(results),
+        "failures": failures,
+    }
+
+
+def take_turns(
+    contenders: Sequence[Contender],
+    works: Sequence[Work],
+    rounds: int,
+    vocab_size: int,
+    failures: dict[str, str],
+) -> tuple[dict[str, dict[Work, list[dict]]], dict[str, float]]:
+    """Let each do each work: once to warm up, then once a round, one after the other.
+
+    Args:
+        failures: who fails is put here, with the reason, and not asked again.
+    Returns:
+        the replies, by name and work, and what the machine reached between the rounds.
+    """
+    replies = {contender.name: {work: [] for work in works} for contender in contenders}
+    machine: dict[str, float] = {}
+    rng = np.random.default_rng(0)
+    for number in range(rounds + 1):
+        for work in works:
+            shape = (work.batch_size, work.prompt_length)
+            prompts = rng.integers(vocab_size, size=shape).tolist()
+            say(f"round {number} of {rounds}: {work.name}" if number else f"warm-up: {work.name}")
+            for contender in contenders:
+                if contender.name in failures:
+                    continue
+                try:
+                    reply = contender.ask(prompts, work.count)
+                except Exception as error:  # whatever others' packages raise
+                    failures[contender.name] = " ".join(str(error).split())
+                    say(f"{contender.name} fails: {failures[contender.name]}")
+                    continue
+                if number:
+                    replies[contender.name][work].append(reply)
+        for name, rate in machine_limits().items():
+            machine[name] = max(rate, machine.get(name, 0))
+    return replies, machine
+
+
+def machine_limits() -> dict[str, float]:
+    """What this machine reaches now in reading a large array, and in a matmul: best of a few."""
+    rates, flops = [], []
+    # The sum of two halves' products: a plain sum is bound by its additions before the memory is.
+    halves = np.split(np.ones(_STREAM_BYTES // 4, np.float32), 2)
+    pieces = [np.array_split(half, 16 * _threads()) for half in halves]
+    with ThreadPoolExecutor(_threads()) as pool:
+        for _ in range(5):
+            start = time.perf_counter()
+            list(pool.map(np.dot, *pieces))
+            rates.append(_STREAM_BYTES / (time.perf_counter() - start))
+    for size in (1024, 1536, 2048) * 3:
+        square = np.ones((size, size), np.float32)
+        start = time.perf_counter()
+        np.matmul(square, square)
+        flops.append(2 * size**3 / (time.perf_counter() - start))
+    return {"gb_per_s": max(rates) / 1e9, "gflop_per_s": max(flops) / 1e9}
+
+
+def summarize(
+    contender: Contender,
+    replies: dict[Work, list[dict]],
+    config: GPTConfig,
+    machine: dict[str, float],
+) -> dict[str, Any]:
+    """A contender's medians, peak memory, and rates as shares of the machine's.
+
+    GB/s count the weights that a step of `decode` reads; GFLOP/s are those of its best prefill.
+    """
+    works, rates = {}, dict.fromkeys(machine, 0.0)
+    weight_bytes = _WEIGHT_BYTES[contender.dtype]
+    if contender.name == "llama.cpp int8":
+        weight_bytes = 34 / 32  # Q8_0 has a float16 scale for each 32
+    for work, answers in replies.items():
+        times = [work.seconds(reply) for reply in answers]
+        middle = median(times)
+        tokens_per_s = work.tokens / middle
+        works[work.name] = {"median_s": middle, "tokens_per_s": tokens_per_s, "rounds_s": times}
+        if work.count == 1:
+            rate = prefill_flops(config, work.prompt_length) / middle / 1e9
+            rates["gflop_per_s"] = max(rate, rates["gflop_per_s"])
+        elif work.batch_size == 1:
+            rates["gb_per_s"] = weight_bytes * weights_read(config) / middle / 1e9
+    peaks = [reply["peak_memory_bytes"] for answers in replies.values() for reply in answers]
+    shares = {f"{name}_share": rate / machine[name] for name, rate in rates.items()}
+    return {"works": works, "peak_memory_bytes": max(peaks, default=None), **rates, **shares}
+
+
+def weights_read(config: GPTConfig) -> int:
+    """How many weights the next token takes: all, but a row of tables that are only looked up."""
+    rows = config.block_size * (config.position == "learned")
+    rows += config.vocab_size * (not config.tie_word_embeddings)
+    return config.parameter_count - rows * config.n_embd
+
+
+def prefill_flops(config: GPTConfig, length: int) -> int:
+    """Multiplications and additions from a prompt of that length to the next token's logits."""
+    C = config.n_embd
+    linears = 2 * length * (4 * C * C + 2 * C * config.inner_dim)
+    attention = 2 * length * length * C  # two (T, T) products, of which the mask leaves half
+    return config.n_layer * (linears + attention) + 2 * C * config.vocab_size
+
+
+def compare(results: dict[str, dict]) -> dict[str, dict[str, dict[str, float]]]:
+    """How many times as fast ours are: ours -> peer -> work -> ratio of medians.
+
+    A peer is taken with the same type of weights, or in float32 where it has no such.
+    """
+    split = [name.rpartition(" ")[::2] for name in results]
+    peers = dict.fromkeys(family for family, _ in split if family != "tinygpt")
+    ratios: dict[str, dict] = {}
+    for name in (f"tinygpt {dtype}" for family, dtype in split if family == "tinygpt"):
+        ours, ratios[name] = results[name]["works"], {}
+        for family in peers:
+            same = f"{family} {name.split()[1]}"
+            peer = same if same in results else f"{family} float32"
+            if peer in results:
+                theirs = results[peer]["works"]
+                ratios[name][peer] = {w: theirs[w]["median_s"] / ours[w]["median_s"] for w in ours}
+    return ratios
+
+
+def _first_token(
+    folder: Path, config: GPTConfig, kernel_cache: Path, failures: dict[str, str]
+) -> dict[str, float]:
+    """Seconds from starting the program to its first new text: without any compiled kernel, then
+    with those of that first time."""
+    command = [sys.executable, "-m", "tinygpt", _PROMPT, "--model", str(folder)]
+    command += ["--max-new-tokens", "1"]
+    try:
+        load_tokenizer(folder, config.vocab_size)
+    except InputError:  # GPT-2's, and no network to fetch it with
+        command += ["--tokenizer", "bytes"]
+    times = {}
+    for name in ("cold_s", "warm_s"):
+        say(f"first token, {name.removesuffix('_s')}")
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**environment(), "CACHEDB": str(kernel_cache)},
+        )
+        process.stdout.read(len(_PROMPT) + 1)  # the program shows the prompt first
+        times[name] = time.perf_counter() - start
+        _, errors = process.communicate()
+        if process.returncode:
+            failures["tinygpt first token"] = errors.decode(errors="replace").strip()
+            return {}
+    return times
+
+
+def _threads() -> int:
+    has = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if has else os.cpu_count() or 1
+
+
+def _conditions(rounds: int) -> dict[str, Any]:
+    packages = {"tinygpt": tinygpt.__version__}
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            packages[name] = version(name)
+    cpu = platform.processor() or platform.machine()
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(x for x in lines if x.startswith("model name")).partition(": ")[2]
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "cpu": cpu,
+        "threads": _threads(),
+        "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "device": backend.describe(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "packages": packages,
+        "rounds": rounds,
+    }
+
+
+def _report(result: dict[str, Any]) -> str:
+    """The result as tables."""
+    machine, c, results = result["machine"], result["conditions"], result["results"]
+    works = list(next(iter(results.values()), {"works": {}})["works"])
+    speeds, shares = [["tokens/s", *works]], [["of the machine's"]]
+    shares[0] += [f"{machine['gb_per_s']:.1f} GB/s", f"{machine['gflop_per_s']:.0f} GFLOP/s"]
+    shares[0] += ["peak memory"]
+    for name, one in results.items():
+        speeds.append([name, *(f"{one['works'][work]['tokens_per_s']:.1f}" for work in works)])
+        rates = (f"{one[key]:.1f} ({one[f'{key}_share']:.0%})" for key in machine)
+        shares.append([name, *rates, f"{(one['peak_memory_bytes'] or 0) / 1e9:.2f} GB"])
+    ratios = [["times as fast as", *works]]
+    for name, peers in result["ratios"].items():
+        for peer, ratio in peers.items():
+            ratios.append([f"{name} / {peer}", *(f"{ratio[work]:.2f}" for work in works)])
+    parts = [f"{c['model']}: {c['threads']} threads of {c['cpu']}, tinygrad on {c['device']}"]
+    parts += [_table(rows) for rows in (speeds, shares, ratios) if len(rows) > 1]
+    if first := result["first_token"]:
+        cold, warm = first["cold_s"], first["warm_s"]
+        parts.append(f"a new process's first token: cold caches {cold:.2f} s, warm {warm:.2f} s")
+    parts += [f"failed: {name}: {reason}" for name, reason in result["failures"].items()]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+    return "\n".join("  ".join(line) for line in lines)
