@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,9 +20,11 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
+from subprocess import PIPE, Popen
 from typing import Any
 
 import numpy as np
+from tinygrad.helpers import CPU_COUNT
 
 import tinygpt
 from tinygpt import backend, hub
@@ -37,6 +38,7 @@ from tinygpt.weights import read_config
 _WEIGHT_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "int8": 1.0}
 _PACKAGES = ("tinygrad", "numpy", "torch", "transformers", "llama-cpp-python", "gguf")
 _STREAM_BYTES = 1 << 30  # far more than a cache holds
+_MATMUL_SIZES = (1024, 1536, 2048)
 _PROMPT = "The most important thing about a machine is"
 
 
@@ -48,15 +50,6 @@ class Work:
     batch_size: int
     prompt_length: int
     count: int  # of tokens to choose
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens are read or made in the time that `seconds` gives."""
-        return self.batch_size * (self.prompt_length if self.count == 1 else 1)
-
-    def seconds(self, reply: dict[str, Any]) -> float:
-        """The time, from what a contender says."""
-        return reply["first_s"] if self.count == 1 else reply["rest_s"] / (self.count - 1)
 
 
 WORKS = (
@@ -95,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
             say("making GPT-2 124M of random weights")
             folder = Path(temporary, "gpt2")
             GPT(GPTConfig.preset("gpt2"), seed=0).save_pretrained(folder)
-        result = measure(folder, families, args.rounds, Path(temporary, "kernels.db"))
+        result = measure(folder, families, args.rounds)
     result["conditions"]["model"] = args.model or "gpt2, random weights"
     if not args.json:
         print(_report(result))
@@ -103,21 +96,18 @@ def run(args: argparse.Namespace) -> int:
     return int(any(name.startswith("tinygpt") for name in result["failures"]))
 
 
-def measure(
-    folder: Path, families: Sequence[tuple[str, str]], rounds: int, kernel_cache: Path
-) -> dict[str, Any]:
+def measure(folder: Path, families: Sequence[tuple[str, str]], rounds: int) -> dict[str, Any]:
     """All that the command measures, in the form of its JSON.
 
     Args:
         folder: of a model in Hugging Face form.
         families: who is compared: (one of peers.FAMILIES, type of weights) each.
-        kernel_cache: where a first run is to keep its kernels: no file yet.
     """
     config, conditions = read_config(folder), _conditions(rounds)
     works = [w for w in WORKS if w.prompt_length + w.count - 1 <= config.block_size]
     failures: dict[str, str] = {}
     with ExitStack() as stack:
-        contenders = [Contender(*family, folder, _threads()) for family in families]
+        contenders = [Contender(*family, folder, CPU_COUNT.value) for family in families]
         for contender in contenders:
             stack.callback(contender.close)
         replies, machine = take_turns(contenders, works, rounds, config.vocab_size, failures)
@@ -129,7 +119,7 @@ def measure(
     return {
         "conditions": conditions,
         "machine": machine,
-        "first_token": _first_token(folder, config, kernel_cache, failures),
+        "first_token": _first_token(folder, config.vocab_size, failures),
         "results": results,
         "ratios": compare(results),
         "failures": failures,
@@ -151,27 +141,28 @@ def take_turns(
         the replies, by name and work, and what the machine reached between the rounds.
     """
     replies = {contender.name: {work: [] for work in works} for contender in contenders}
-    machine: dict[str, float] = {}
+    limits: list[dict[str, float]] = []
     rng = np.random.default_rng(0)
     for number in range(rounds + 1):
         for work in works:
-            shape = (work.batch_size, work.prompt_length)
-            prompts = rng.integers(vocab_size, size=shape).tolist()
+            prompts = rng.integers(vocab_size, size=(work.batch_size, work.prompt_length)).tolist()
             say(f"round {number} of {rounds}: {work.name}" if number else f"warm-up: {work.name}")
             for contender in contenders:
                 if contender.name in failures:
                     continue
                 try:
-                    reply = contender.ask(prompts, work.count)
+                    replies[contender.name][work].append(contender.ask(prompts, work.count))
                 except Exception as error:  # whatever others' packages raise
-                    failures[contender.name] = " ".join(str(error).split())
-                    say(f"{contender.name} fails: {failures[contender.name]}")
-                    continue
-                if number:
-                    replies[contender.name][work].append(reply)
-        for name, rate in machine_limits().items():
-            machine[name] = max(rate, machine.get(name, 0))
-    return replies, machine
+                    reason = " ".join(str(error).split())
+                    if "No module named" in reason:
+                        reason += "; pip install 'tinygpt[bench]' brings it"
+                    failures[contender.name] = reason
+                    say(f"{contender.name} fails: {reason}")
+        limits.append(machine_limits())
+    for by_work in replies.values():
+        for answers in by_work.values():
+            del answers[:1]  # the warm-up
+    return replies, {name: max(limit[name] for limit in limits) for name in limits[0]}
 
 
 def machine_limits() -> dict[str, float]:
@@ -179,13 +170,13 @@ def machine_limits() -> dict[str, float]:
     rates, flops = [], []
     # The sum of two halves' products: a plain sum is bound by its additions before the memory is.
     halves = np.split(np.ones(_STREAM_BYTES // 4, np.float32), 2)
-    pieces = [np.array_split(half, 16 * _threads()) for half in halves]
-    with ThreadPoolExecutor(_threads()) as pool:
+    pieces = [np.array_split(half, 16 * CPU_COUNT.value) for half in halves]
+    with ThreadPoolExecutor(CPU_COUNT.value) as pool:
         for _ in range(5):
             start = time.perf_counter()
             list(pool.map(np.dot, *pieces))
             rates.append(_STREAM_BYTES / (time.perf_counter() - start))
-    for size in (1024, 1536, 2048) * 3:
+    for size in _MATMUL_SIZES * 3:
         square = np.ones((size, size), np.float32)
         start = time.perf_counter()
         np.matmul(square, square)
@@ -208,18 +199,22 @@ def summarize(
     if contender.name == "llama.cpp int8":
         weight_bytes = 34 / 32  # Q8_0 has a float16 scale for each 32
     for work, answers in replies.items():
-        times = [work.seconds(reply) for reply in answers]
+        if work.count == 1:
+            times, tokens = [reply["first_s"] for reply in answers], work.prompt_length
+        else:
+            times = [reply["rest_s"] / (work.count - 1) for reply in answers]
+            tokens = 1
         middle = median(times)
-        tokens_per_s = work.tokens / middle
-        works[work.name] = {"median_s": middle, "tokens_per_s": tokens_per_s, "rounds_s": times}
+        speed = {"median_s": middle, "tokens_per_s": work.batch_size * tokens / middle}
+        works[work.name] = speed | {"rounds_s": times}
         if work.count == 1:
             rate = prefill_flops(config, work.prompt_length) / middle / 1e9
             rates["gflop_per_s"] = max(rate, rates["gflop_per_s"])
         elif work.batch_size == 1:
             rates["gb_per_s"] = weight_bytes * weights_read(config) / middle / 1e9
-    peaks = [reply["peak_memory_bytes"] for answers in replies.values() for reply in answers]
+    peaks = [reply["peak_memory_bytes"] or 0 for answers in replies.values() for reply in answers]
     shares = {f"{name}_share": rate / machine[name] for name, rate in rates.items()}
-    return {"works": works, "peak_memory_bytes": max(peaks, default=None), **rates, **shares}
+    return {"works": works, "peak_memory_bytes": max(peaks, default=0), **rates, **shares}
 
 
 def weights_read(config: GPTConfig) -> int:
@@ -242,13 +237,12 @@ def compare(results: dict[str, dict]) -> dict[str, dict[str, dict[str, float]]]:
 
     A peer is taken with the same type of weights, or in float32 where it has no such.
     """
-    split = [name.rpartition(" ")[::2] for name in results]
-    peers = dict.fromkeys(family for family, _ in split if family != "tinygpt")
+    families = dict.fromkeys(name.rpartition(" ")[0] for name in results)
     ratios: dict[str, dict] = {}
-    for name in (f"tinygpt {dtype}" for family, dtype in split if family == "tinygpt"):
+    for name in (name for name in results if name.startswith("tinygpt ")):
         ours, ratios[name] = results[name]["works"], {}
-        for family in peers:
-            same = f"{family} {name.split()[1]}"
+        for family in (family for family in families if family != "tinygpt"):
+            same = name.replace("tinygpt", family)
             peer = same if same in results else f"{family} float32"
             if peer in results:
                 theirs = results[peer]["works"]
@@ -256,43 +250,33 @@ def compare(results: dict[str, dict]) -> dict[str, dict[str, dict[str, float]]]:
     return ratios
 
 
-def _first_token(
-    folder: Path, config: GPTConfig, kernel_cache: Path, failures: dict[str, str]
-) -> dict[str, float]:
+def _first_token(folder: Path, vocab_size: int, failures: dict[str, str]) -> dict[str, float]:
     """Seconds from starting the program to its first new text: without any compiled kernel, then
     with those of that first time."""
     command = [sys.executable, "-m", "tinygpt", _PROMPT, "--model", str(folder)]
     command += ["--max-new-tokens", "1"]
     try:
-        load_tokenizer(folder, config.vocab_size)
+        load_tokenizer(folder, vocab_size)
     except InputError:  # GPT-2's, and no network to fetch it with
         command += ["--tokenizer", "bytes"]
     times = {}
-    for name in ("cold_s", "warm_s"):
-        say(f"first token, {name.removesuffix('_s')}")
-        start = time.perf_counter()
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={**environment(), "CACHEDB": str(kernel_cache)},
-        )
-        process.stdout.read(len(_PROMPT) + 1)  # the program shows the prompt first
-        times[name] = time.perf_counter() - start
-        _, errors = process.communicate()
-        if process.returncode:
-            failures["tinygpt first token"] = errors.decode(errors="replace").strip()
-            return {}
+    with tempfile.TemporaryDirectory(prefix="tinygpt-bench-") as empty:
+        settings = {**environment(), "CACHEDB": str(Path(empty, "kernels.db"))}
+        for name in ("cold_s", "warm_s"):
+            say(f"first token, {name.removesuffix('_s')}")
+            start = time.perf_counter()
+            with Popen(command, env=settings, stdout=PIPE, stderr=PIPE) as process:
+                process.stdout.read(len(_PROMPT) + 1)  # the program shows the prompt first
+                times[name] = time.perf_counter() - start
+                _, errors = process.communicate()
+            if process.returncode:
+                failures["tinygpt first token"] = errors.decode(errors="replace").strip()
+                return {}
     return times
 
 
-def _threads() -> int:
-    has = hasattr(os, "sched_getaffinity")
-    return len(os.sched_getaffinity(0)) if has else os.cpu_count() or 1
-
-
 def _conditions(rounds: int) -> dict[str, Any]:
-    packages = {"tinygpt": tinygpt.__version__}
+    packages = {"python": platform.python_version(), "tinygpt": tinygpt.__version__}
     for name in _PACKAGES:
         with suppress(PackageNotFoundError):
             packages[name] = version(name)
@@ -303,11 +287,10 @@ def _conditions(rounds: int) -> dict[str, Any]:
     return {
         "date": time.strftime("%Y-%m-%d"),
         "cpu": cpu,
-        "threads": _threads(),
-        "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "threads": CPU_COUNT.value,
+        "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "device": backend.describe(),
         "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
         "packages": packages,
         "rounds": rounds,
     }
@@ -315,20 +298,20 @@ def _conditions(rounds: int) -> dict[str, Any]:
 
 def _report(result: dict[str, Any]) -> str:
     """The result as tables."""
-    machine, c, results = result["machine"], result["conditions"], result["results"]
+    c, machine, results = (result[key] for key in ("conditions", "machine", "results"))
     works = list(next(iter(results.values()), {"works": {}})["works"])
-    speeds, shares = [["tokens/s", *works]], [["of the machine's"]]
-    shares[0] += [f"{machine['gb_per_s']:.1f} GB/s", f"{machine['gflop_per_s']:.0f} GFLOP/s"]
-    shares[0] += ["peak memory"]
+    limits = f"{machine['gb_per_s']:.1f} GB/s", f"{machine['gflop_per_s']:.0f} GFLOP/s"
+    speeds, shares = [["tokens/s", *works]], [["of the machine's", *limits, "peak memory"]]
     for name, one in results.items():
         speeds.append([name, *(f"{one['works'][work]['tokens_per_s']:.1f}" for work in works)])
         rates = (f"{one[key]:.1f} ({one[f'{key}_share']:.0%})" for key in machine)
-        shares.append([name, *rates, f"{(one['peak_memory_bytes'] or 0) / 1e9:.2f} GB"])
+        shares.append([name, *rates, f"{one['peak_memory_bytes'] / 1e9:.2f} GB"])
     ratios = [["times as fast as", *works]]
     for name, peers in result["ratios"].items():
         for peer, ratio in peers.items():
             ratios.append([f"{name} / {peer}", *(f"{ratio[work]:.2f}" for work in works)])
-    parts = [f"{c['model']}: {c['threads']} threads of {c['cpu']}, tinygrad on {c['device']}"]
+    where = f"{c['threads']} threads of {c['cpu']} (load before: {c['load_before']})"
+    parts = [f"{c['model']}: {where}, tinygrad on {c['device']}"]
     parts += [_table(rows) for rows in (speeds, shares, ratios) if len(rows) > 1]
     if first := result["first_token"]:
         cold, warm = first["cold_s"], first["warm_s"]
