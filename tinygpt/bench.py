@@ -28,14 +28,14 @@ from tinygrad.helpers import CPU_COUNT
 
 import tinygpt
 from tinygpt import backend, hub
-from tinygpt.config import GPTConfig, InputError, unknown
+from tinygpt.config import GPTConfig, InputError
 from tinygpt.model import GPT
 from tinygpt.peers import GGUF_TYPES, Contender, environment
+from tinygpt.precision import DTYPES, check_dtype
 from tinygpt.terminal import KINDS, say
 from tinygpt.tokenizer import load_tokenizer
 from tinygpt.weights import read_config
 
-_WEIGHT_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "int8": 1.0}
 _PACKAGES = ("tinygrad", "numpy", "torch", "transformers", "llama-cpp-python", "gguf")
 _STREAM_BYTES = 1 << 30  # far more than a cache holds
 _MATMUL_SIZES = (1024, 1536, 2048)
@@ -63,8 +63,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     add = parser.add_argument
     add("--model", metavar="NAME|PATH", help="which to run (default: gpt2 with random weights)")
-    types = ", ".join(_WEIGHT_BYTES)
-    add("--dtype", metavar="T", help=f"its weights: {types} (default: float32, float16, int8)")
+    types = f"{', '.join(DTYPES)} (default: {', '.join(GGUF_TYPES)})"
+    add("--dtype", metavar="T", help=f"of its weights: {types}")
     add("--peers", help="also stock tinygrad, transformers and llama.cpp", **KINDS[True])
     add("--rounds", default=5, help="how many turns each takes (default: 5)", **KINDS[int])
     add("--json", help="print only the line of JSON, not the tables", **KINDS[True])
@@ -74,9 +74,9 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print. The exit status is 1 when tinygpt itself failed at something."""
     if args.rounds < 1:
         raise InputError(f"--rounds is {args.rounds}: it must be 1 or more")
-    if args.dtype not in (None, *_WEIGHT_BYTES):
-        raise unknown("dtype", args.dtype, _WEIGHT_BYTES)
     backend.check()
+    if args.dtype:
+        check_dtype(args.dtype)
     families = [("tinygpt", t) for t in ([args.dtype] if args.dtype else GGUF_TYPES)]
     if args.peers:
         families += [("stock tinygrad", "float32"), ("transformers", "float32")]
@@ -97,12 +97,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure(folder: Path, families: Sequence[tuple[str, str]], rounds: int) -> dict[str, Any]:
-    """All that the command measures, in the form of its JSON.
-
-    Args:
-        folder: of a model in Hugging Face form.
-        families: who is compared: (one of peers.FAMILIES, type of weights) each.
-    """
+    """What the command prints as JSON: `families` are pairs of peers.FAMILIES and dtypes."""
     config, conditions = read_config(folder), _conditions(rounds)
     works = [w for w in WORKS if w.prompt_length + w.count - 1 <= config.block_size]
     failures: dict[str, str] = {}
@@ -151,7 +146,8 @@ def take_turns(
                 if contender.name in failures:
                     continue
                 try:
-                    replies[contender.name][work].append(contender.ask(prompts, work.count))
+                    reply = contender.ask(prompts, work.count)
+                    replies[contender.name][work] += [reply] if number else []
                 except Exception as error:  # whatever others' packages raise
                     reason = " ".join(str(error).split())
                     if "No module named" in reason:
@@ -159,9 +155,6 @@ def take_turns(
                     failures[contender.name] = reason
                     say(f"{contender.name} fails: {reason}")
         limits.append(machine_limits())
-    for by_work in replies.values():
-        for answers in by_work.values():
-            del answers[:1]  # the warm-up
     return replies, {name: max(limit[name] for limit in limits) for name in limits[0]}
 
 
@@ -195,7 +188,7 @@ def summarize(
     GB/s count the weights that a step of `decode` reads; GFLOP/s are those of its best prefill.
     """
     works, rates = {}, dict.fromkeys(machine, 0.0)
-    weight_bytes = _WEIGHT_BYTES[contender.dtype]
+    weight_bytes = DTYPES[contender.dtype].itemsize
     if contender.name == "llama.cpp int8":
         weight_bytes = 34 / 32  # Q8_0 has a float16 scale for each 32
     for work, answers in replies.items():
@@ -205,8 +198,8 @@ def summarize(
             times = [reply["rest_s"] / (work.count - 1) for reply in answers]
             tokens = 1
         middle = median(times)
-        speed = {"median_s": middle, "tokens_per_s": work.batch_size * tokens / middle}
-        works[work.name] = speed | {"rounds_s": times}
+        tokens_per_s = work.batch_size * tokens / middle
+        works[work.name] = {"median_s": middle, "tokens_per_s": tokens_per_s, "rounds_s": times}
         if work.count == 1:
             rate = prefill_flops(config, work.prompt_length) / middle / 1e9
             rates["gflop_per_s"] = max(rate, rates["gflop_per_s"])

@@ -6,7 +6,6 @@ implementations, and GPT-2 as a GGUF file, which is what llama.cpp reads.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import subprocess
@@ -92,9 +91,8 @@ class LlamaCpp:
         if not self.model:
             raise RuntimeError("llama.cpp cannot load the GGUF file")
         self.window = llama_cpp.llama_model_n_ctx_train(self.model)
-        self.vocab_size = llama_cpp.llama_vocab_n_tokens(
-            llama_cpp.llama_model_get_vocab(self.model)
-        )
+        vocabulary = llama_cpp.llama_model_get_vocab(self.model)
+        self.vocab_size = llama_cpp.llama_vocab_n_tokens(vocabulary)
 
     def generate(self, prompts: list[list[int]], count: int) -> Iterator[list[int]]:
         """As `Ours.generate`."""
@@ -134,9 +132,7 @@ class LlamaCpp:
 
     def _logits(self, context: Any, i: int) -> np.ndarray:
         pointer = self.lib.llama_get_logits_ith(context, i)
-        return np.ctypeslib.as_array(
-            ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float)), (self.vocab_size,)
-        )
+        return np.ctypeslib.as_array(pointer, (self.vocab_size,))
 
 
 FAMILIES = {
@@ -189,7 +185,7 @@ class Contender:
         self.place, path = Path(self.temporary.name), self.folder
         if self.family == "llama.cpp":
             path = self.place / "gguf"
-            write_gguf(GPT.from_pretrained(self.folder), path, self.dtype)
+            write_gguf(GPT.from_pretrained(self.folder, dtype="float32"), path, self.dtype)
         # tinygrad's number of threads, and that of libraries which want to know it beforehand
         changes = {"CPU_COUNT": str(self.threads), "OMP_NUM_THREADS": str(self.threads)}
         if self.family == "stock tinygrad":
