@@ -1,0 +1,319 @@
+"""How fast this machine generates, as a share of what it can do, and beside other programs.
+
+All read the same weights with as many threads, and take turns, so that what else the machine does
+meets them alike. Numbers are medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from subprocess import PIPE, Popen
+from typing import Any
+
+import numpy as np
+from tinygrad.helpers import CPU_COUNT
+
+import tinygpt
+from tinygpt import backend, hub
+from tinygpt.config import GPTConfig, InputError
+from tinygpt.model import GPT
+from tinygpt.peers import GGUF_TYPES, Contender, environment
+from tinygpt.precision import DTYPES, check_dtype
+from tinygpt.terminal import KINDS, say
+from tinygpt.tokenizer import load_tokenizer
+from tinygpt.weights import read_config
+
+_PACKAGES = ("tinygrad", "numpy", "torch", "transformers", "llama-cpp-python", "gguf")
+_STREAM_BYTES = 1 << 30  # far more than a cache holds
+_MATMUL_SIZES = (1024, 1536, 2048)
+_PROMPT = "The most important thing about a machine is"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is timed: reading a prompt, or where `count` is more than 1, each token after it."""
+
+    name: str
+    batch_size: int
+    prompt_length: int
+    count: int  # of tokens to choose
+
+
+WORKS = (
+    Work("decode", 1, 16, 33),
+    Work("decode of 8", 8, 16, 17),
+    *(Work(f"prefill of {length}", 1, length, 1) for length in (64, 512, 1000)),
+)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
+    add = parser.add_argument
+    add("--model", metavar="NAME|PATH", help="which to run (default: gpt2 with random weights)")
+    types = f"{', '.join(DTYPES)} (default: {', '.join(GGUF_TYPES)})"
+    add("--dtype", metavar="T", help=f"of its weights: {types}")
+    add("--peers", help="also stock tinygrad, transformers and llama.cpp", **KINDS[True])
+    add("--rounds", default=5, help="how many turns each takes (default: 5)", **KINDS[int])
+    add("--json", help="print only the line of JSON, not the tables", **KINDS[True])
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print. The exit status is 1 when tinygpt itself failed at something."""
+    if args.rounds < 1:
+        raise InputError(f"--rounds is {args.rounds}: it must be 1 or more")
+    backend.check()
+    if args.dtype:
+        check_dtype(args.dtype)
+    families = [("tinygpt", t) for t in ([args.dtype] if args.dtype else GGUF_TYPES)]
+    if args.peers:
+        families += [("stock tinygrad", "float32"), ("transformers", "float32")]
+        families += [("llama.cpp", dtype) for dtype in GGUF_TYPES]
+    with tempfile.TemporaryDirectory(prefix="tinygpt-bench-") as temporary:
+        if args.model:
+            folder = hub.resolve(args.model)
+        else:
+            say("making GPT-2 124M of random weights")
+            folder = Path(temporary, "gpt2")
+            GPT(GPTConfig.preset("gpt2"), seed=0).save_pretrained(folder)
+        result = measure(folder, families, args.rounds)
+    result["conditions"]["model"] = args.model or "gpt2, random weights"
+    if not args.json:
+        print(_report(result))
+    print(json.dumps(result))
+    return int(any(name.startswith("tinygpt") for name in result["failures"]))
+
+
+def measure(folder: Path, families: Sequence[tuple[str, str]], rounds: int) -> dict[str, Any]:
+    """What the command prints as JSON: `families` are pairs of peers.FAMILIES and dtypes."""
+    config, conditions = read_config(folder), _conditions(rounds)
+    works = [w for w in WORKS if w.prompt_length + w.count - 1 <= config.block_size]
+    failures: dict[str, str] = {}
+    with ExitStack() as stack:
+        contenders = [Contender(*family, folder, CPU_COUNT.value) for family in families]
+        for contender in contenders:
+            stack.callback(contender.close)
+        replies, machine = take_turns(contenders, works, rounds, config.vocab_size, failures)
+    results = {
+        contender.name: summarize(contender, replies[contender.name], config, machine)
+        for contender in contenders
+        if contender.name not in failures
+    }
+    return {
+        "conditions": conditions,
+        "machine": machine,
+        "first_token": _first_token(folder, config.vocab_size, failures),
+        "results": results,
+        "ratios": compare(results),
+        "failures": failures,
+    }
+
+
+def take_turns(
+    contenders: Sequence[Contender],
+    works: Sequence[Work],
+    rounds: int,
+    vocab_size: int,
+    failures: dict[str, str],
+) -> tuple[dict[str, dict[Work, list[dict]]], dict[str, float]]:
+    """Let each do each work: once to warm up, then once a round, one after the other.
+
+    Args:
+        failures: who fails is put here, with the reason, and not asked again.
+    Returns:
+        the replies, by name and work, and what the machine reached between the rounds.
+    """
+    replies = {contender.name: {work: [] for work in works} for contender in contenders}
+    limits: list[dict[str, float]] = []
+    rng = np.random.default_rng(0)
+    for number in range(rounds + 1):
+        for work in works:
+            prompts = rng.integers(vocab_size, size=(work.batch_size, work.prompt_length)).tolist()
+            say(f"round {number} of {rounds}: {work.name}" if number else f"warm-up: {work.name}")
+            for contender in contenders:
+                if contender.name in failures:
+                    continue
+                try:
+                    reply = contender.ask(prompts, work.count)
+                    replies[contender.name][work] += [reply] if number else []
+                except Exception as error:  # whatever others' packages raise
+                    reason = " ".join(str(error).split())
+                    if "No module named" in reason:
+                        reason += "; pip install 'tinygpt[bench]' brings it"
+                    failures[contender.name] = reason
+                    say(f"{contender.name} fails: {reason}")
+        limits.append(machine_limits())
+    return replies, {name: max(limit[name] for limit in limits) for name in limits[0]}
+
+
+def machine_limits() -> dict[str, float]:
+    """What this machine reaches now in reading a large array, and in a matmul: best of a few."""
+    rates, flops = [], []
+    # The sum of two halves' products: a plain sum is bound by its additions before the memory is.
+    halves = np.split(np.ones(_STREAM_BYTES // 4, np.float32), 2)
+    pieces = [np.array_split(half, 16 * CPU_COUNT.value) for half in halves]
+    with ThreadPoolExecutor(CPU_COUNT.value) as pool:
+        for _ in range(5):
+            start = time.perf_counter()
+            list(pool.map(np.dot, *pieces))
+            rates.append(_STREAM_BYTES / (time.perf_counter() - start))
+    for size in _MATMUL_SIZES * 3:
+        square = np.ones((size, size), np.float32)
+        start = time.perf_counter()
+        np.matmul(square, square)
+        flops.append(2 * size**3 / (time.perf_counter() - start))
+    return {"gb_per_s": max(rates) / 1e9, "gflop_per_s": max(flops) / 1e9}
+
+
+def summarize(
+    contender: Contender,
+    replies: dict[Work, list[dict]],
+    config: GPTConfig,
+    machine: dict[str, float],
+) -> dict[str, Any]:
+    """A contender's medians, peak memory, and rates as shares of the machine's.
+
+    GB/s count the weights that a step of `decode` reads; GFLOP/s are those of its best prefill.
+    """
+    works, rates = {}, dict.fromkeys(machine, 0.0)
+    weight_bytes = DTYPES[contender.dtype].itemsize
+    if contender.name == "llama.cpp int8":
+        weight_bytes = 34 / 32  # Q8_0 has a float16 scale for each 32
+    for work, answers in replies.items():
+        if work.count == 1:
+            times, tokens = [reply["first_s"] for reply in answers], work.prompt_length
+        else:
+            times = [reply["rest_s"] / (work.count - 1) for reply in answers]
+            tokens = 1
+        middle = median(times)
+        tokens_per_s = work.batch_size * tokens / middle
+        works[work.name] = {"median_s": middle, "tokens_per_s": tokens_per_s, "rounds_s": times}
+        if work.count == 1:
+            rate = prefill_flops(config, work.prompt_length) / middle / 1e9
+            rates["gflop_per_s"] = max(rate, rates["gflop_per_s"])
+        elif work.batch_size == 1:
+            rates["gb_per_s"] = weight_bytes * weights_read(config) / middle / 1e9
+    peaks = [reply["peak_memory_bytes"] or 0 for answers in replies.values() for reply in answers]
+    shares = {f"{name}_share": rate / machine[name] for name, rate in rates.items()}
+    return {"works": works, "peak_memory_bytes": max(peaks, default=0), **rates, **shares}
+
+
+def weights_read(config: GPTConfig) -> int:
+    """How many weights the next token takes: all, but a row of tables that are only looked up."""
+    rows = config.block_size * (config.position == "learned")
+    rows += config.vocab_size * (not config.tie_word_embeddings)
+    return config.parameter_count - rows * config.n_embd
+
+
+def prefill_flops(config: GPTConfig, length: int) -> int:
+    """Multiplications and additions from a prompt of that length to the next token's logits."""
+    C = config.n_embd
+    linears = 2 * length * (4 * C * C + 2 * C * config.inner_dim)
+    attention = 2 * length * length * C  # two (T, T) products, of which the mask leaves half
+    return config.n_layer * (linears + attention) + 2 * C * config.vocab_size
+
+
+def compare(results: dict[str, dict]) -> dict[str, dict[str, dict[str, float]]]:
+    """How many times as fast ours are: ours -> peer -> work -> ratio of medians.
+
+    A peer is taken with the same type of weights, or in float32 where it has no such.
+    """
+    families = dict.fromkeys(name.rpartition(" ")[0] for name in results)
+    ratios: dict[str, dict] = {}
+    for name in (name for name in results if name.startswith("tinygpt ")):
+        ours, ratios[name] = results[name]["works"], {}
+        for family in (family for family in families if family != "tinygpt"):
+            same = name.replace("tinygpt", family)
+            peer = same if same in results else f"{family} float32"
+            if peer in results:
+                theirs = results[peer]["works"]
+                ratios[name][peer] = {w: theirs[w]["median_s"] / ours[w]["median_s"] for w in ours}
+    return ratios
+
+
+def _first_token(folder: Path, vocab_size: int, failures: dict[str, str]) -> dict[str, float]:
+    """Seconds from starting the program to its first new text: without any compiled kernel, then
+    with those of that first time."""
+    command = [sys.executable, "-m", "tinygpt", _PROMPT, "--model", str(folder)]
+    command += ["--max-new-tokens", "1"]
+    try:
+        load_tokenizer(folder, vocab_size)
+    except InputError:  # GPT-2's, and no network to fetch it with
+        command += ["--tokenizer", "bytes"]
+    times = {}
+    with tempfile.TemporaryDirectory(prefix="tinygpt-bench-") as empty:
+        settings = {**environment(), "CACHEDB": str(Path(empty, "kernels.db"))}
+        for name in ("cold_s", "warm_s"):
+            say(f"first token, {name.removesuffix('_s')}")
+            start = time.perf_counter()
+            with Popen(command, env=settings, stdout=PIPE, stderr=PIPE) as process:
+                process.stdout.read(len(_PROMPT) + 1)  # the program shows the prompt first
+                times[name] = time.perf_counter() - start
+                _, errors = process.communicate()
+            if process.returncode:
+                failures["tinygpt first token"] = errors.decode(errors="replace").strip()
+                return {}
+    return times
+
+
+def _conditions(rounds: int) -> dict[str, Any]:
+    packages = {"python": platform.python_version(), "tinygpt": tinygpt.__version__}
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            packages[name] = version(name)
+    cpu = platform.processor() or platform.machine()
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(x for x in lines if x.startswith("model name")).partition(": ")[2]
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "cpu": cpu,
+        "threads": CPU_COUNT.value,
+        "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "device": backend.describe(),
+        "system": f"{platform.system()} {platform.release()}",
+        "packages": packages,
+        "rounds": rounds,
+    }
+
+
+def _report(result: dict[str, Any]) -> str:
+    """The result as tables."""
+    c, machine, results = (result[key] for key in ("conditions", "machine", "results"))
+    works = list(next(iter(results.values()), {"works": {}})["works"])
+    limits = f"{machine['gb_per_s']:.1f} GB/s", f"{machine['gflop_per_s']:.0f} GFLOP/s"
+    speeds, shares = [["tokens/s", *works]], [["of the machine's", *limits, "peak memory"]]
+    for name, one in results.items():
+        speeds.append([name, *(f"{one['works'][work]['tokens_per_s']:.1f}" for work in works)])
+        rates = (f"{one[key]:.1f} ({one[f'{key}_share']:.0%})" for key in machine)
+        shares.append([name, *rates, f"{one['peak_memory_bytes'] / 1e9:.2f} GB"])
+    ratios = [["times as fast as", *works]]
+    for name, peers in result["ratios"].items():
+        for peer, ratio in peers.items():
+            ratios.append([f"{name} / {peer}", *(f"{ratio[work]:.2f}" for work in works)])
+    where = f"{c['threads']} threads of {c['cpu']} (load before: {c['load_before']})"
+    parts = [f"{c['model']}: {where}, tinygrad on {c['device']}"]
+    parts += [_table(rows) for rows in (speeds, shares, ratios) if len(rows) > 1]
+    if first := result["first_token"]:
+        cold, warm = first["cold_s"], first["warm_s"]
+        parts.append(f"a new process's first token: cold caches {cold:.2f} s, warm {warm:.2f} s")
+    parts += [f"failed: {name}: {reason}" for name, reason in result["failures"].items()]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+    return "\n".join("  ".join(line) for line in lines)

@@ -1,0 +1,304 @@
+"""Those that `bench` compares, each in a process of its own that answers how fast it was.
+
+Both ends are here: `Contender` asks, `serve` answers, each with a line of JSON. So are the other
+implementations, and GPT-2 as a GGUF file, which is what llama.cpp reads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tinygrad.nn.state import get_state_dict
+
+from tinygpt.config import GPTConfig, InputError
+from tinygpt.generate import Generator
+from tinygpt.model import GPT
+
+# GGUF's name for each type of weights that it shares with us.
+GGUF_TYPES = {"float32": "F32", "float16": "F16", "int8": "Q8_0"}
+# Ours -> theirs. Source: GGUF's `MODEL_TENSORS` and `TENSOR_NAMES` for the architecture "gpt2".
+_GGUF_NAMES = {
+    "wte": "token_embd",
+    "wpe": "position_embd",
+    "ln_1": "attn_norm",
+    "attn.out_proj": "attn_output",
+    "ln_2": "ffn_norm",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+    "ln_f": "output_norm",
+    "lm_head": "output",
+}
+
+
+class Ours:
+    """tinygpt itself; with TINYGPT_KERNELS=0 in the environment, stock tinygrad."""
+
+    def __init__(self, folder: str, dtype: str, threads: int) -> None:
+        # CPU_COUNT, in the environment, has told tinygrad the number of threads.
+        self.generator = Generator(GPT.from_pretrained(folder, dtype=dtype))
+
+    def generate(self, prompts: list[list[int]], count: int) -> Iterator[list[int]]:
+        """At each of `count` steps the likeliest next id of each row; prompts of one length."""
+        return self.generator.generate_batch(prompts, count, temperature=0)
+
+
+class Transformers:
+    """The `transformers` package, on the CPU: its model in a loop, without `generate`'s extras."""
+
+    def __init__(self, folder: str, dtype: str, threads: int) -> None:
+        import torch
+        from transformers import GPT2LMHeadModel
+
+        torch.set_num_threads(threads)
+        self.torch = torch
+        model = GPT2LMHeadModel.from_pretrained(folder, local_files_only=True)
+        self.model = model.to(getattr(torch, dtype)).eval()
+
+    def generate(self, prompts: list[list[int]], count: int) -> Iterator[list[int]]:
+        """As `Ours.generate`."""
+        tokens, past = self.torch.tensor(prompts), None
+        for _ in range(count):
+            with self.torch.inference_mode():  # not around the yield, which leaves this function
+                out = self.model(tokens, past_key_values=past, use_cache=True, logits_to_keep=1)
+                past, tokens = out.past_key_values, out.logits[:, -1:].argmax(-1)  # (B, 1)
+            yield tokens[:, 0].tolist()
+
+
+class LlamaCpp:
+    """llama.cpp, on the CPU, through the C functions in the package `llama-cpp-python`.
+
+    `Llama`, that package's class, has no batches, and takes memory for logits nobody asks for.
+    """
+
+    def __init__(self, path: str, dtype: str, threads: int) -> None:
+        import llama_cpp
+
+        self.lib, self.threads, self.contexts = llama_cpp, threads, {}
+        llama_cpp.llama_backend_init()
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = 0
+        self.model = llama_cpp.llama_model_load_from_file(path.encode(), params)
+        if not self.model:
+            raise RuntimeError("llama.cpp cannot load the GGUF file")
+        self.window = llama_cpp.llama_model_n_ctx_train(self.model)
+        vocabulary = llama_cpp.llama_model_get_vocab(self.model)
+        self.vocab_size = llama_cpp.llama_vocab_n_tokens(vocabulary)
+
+    def generate(self, prompts: list[list[int]], count: int) -> Iterator[list[int]]:
+        """As `Ours.generate`."""
+        context = self._context(len(prompts))
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(context), False)
+        rows, position = prompts, 0
+        for _ in range(count):
+            chosen = self._decode(context, rows, position)
+            rows, position = [[token] for token in chosen], position + len(rows[0])
+            yield chosen
+
+    def _context(self, batch_size: int) -> Any:
+        """What holds the KV cache: a window for each row, all else as llama.cpp has it."""
+        if batch_size not in self.contexts:
+            params = self.lib.llama_context_default_params()
+            params.n_ctx, params.n_seq_max = self.window * batch_size, batch_size
+            params.n_threads = params.n_threads_batch = self.threads
+            self.contexts[batch_size] = self.lib.llama_init_from_model(self.model, params)
+        return self.contexts[batch_size]
+
+    def _decode(self, context: Any, rows: list[list[int]], position: int) -> list[int]:
+        length = len(rows[0])
+        batch = self.lib.llama_batch_init(len(rows) * length, 0, 1)
+        batch.n_tokens = len(rows) * length
+        for i in range(batch.n_tokens):
+            row, column = divmod(i, length)
+            batch.token[i], batch.pos[i] = rows[row][column], position + column
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, row
+            batch.logits[i] = column == length - 1
+        try:
+            if status := self.lib.llama_decode(context, batch):
+                raise RuntimeError(f"llama_decode gives {status}")
+        finally:
+            self.lib.llama_batch_free(batch)
+        ends = range(length - 1, len(rows) * length, length)
+        return [int(self._logits(context, i).argmax()) for i in ends]
+
+    def _logits(self, context: Any, i: int) -> np.ndarray:
+        pointer = self.lib.llama_get_logits_ith(context, i)
+        return np.ctypeslib.as_array(pointer, (self.vocab_size,))
+
+
+FAMILIES = {
+    "tinygpt": Ours,
+    "stock tinygrad": Ours,
+    "transformers": Transformers,
+    "llama.cpp": LlamaCpp,
+}
+
+
+class Contender:
+    """One of those compared: a process that starts, and loads its model, when first asked."""
+
+    def __init__(self, family: str, dtype: str, folder: Path, threads: int) -> None:
+        """
+        Args:
+            family: one of FAMILIES.
+            dtype: of the weights.
+            folder: the model's, in Hugging Face form.
+        """
+        self.name, self.family, self.dtype = f"{family} {dtype}", family, dtype
+        self.folder, self.threads = folder, threads
+        self.process: subprocess.Popen[bytes] | None = None
+        self.temporary: tempfile.TemporaryDirectory | None = None
+
+    def ask(self, prompts: list[list[int]], count: int) -> dict[str, Any]:
+        """Let it continue the prompts, all of one length, by `count` greedy tokens.
+
+        Returns:
+            the seconds `first_s` and, for the later tokens, `rest_s`; `tokens`, a row for each
+            step; `peak_memory_bytes`, or None where the system does not say.
+        Raises:
+            RuntimeError: when it dies instead, with its last words.
+            Exception: what the package `gguf` raises.
+        """
+        if self.process is None:
+            self._start()
+        with suppress(BrokenPipeError):
+            line = json.dumps({"prompts": prompts, "count": count}) + "\n"
+            self.process.stdin.write(line.encode())
+            self.process.stdin.flush()
+        if reply := self.process.stdout.readline():
+            return json.loads(reply)
+        status = self.process.wait()
+        lines = (self.place / "stderr").read_text(errors="replace").splitlines()
+        raise RuntimeError(next(filter(str.strip, reversed(lines)), f"exit status {status}"))
+
+    def _start(self) -> None:
+        self.temporary = tempfile.TemporaryDirectory(prefix="tinygpt-bench-")
+        self.place, path = Path(self.temporary.name), self.folder
+        if self.family == "llama.cpp":
+            path = self.place / "gguf"
+            write_gguf(GPT.from_pretrained(self.folder, dtype="float32"), path, self.dtype)
+        # tinygrad's number of threads, and that of libraries which want to know it beforehand
+        changes = {"CPU_COUNT": str(self.threads), "OMP_NUM_THREADS": str(self.threads)}
+        if self.family == "stock tinygrad":
+            changes["TINYGPT_KERNELS"] = "0"
+        arguments = [self.family, str(path), self.dtype, str(self.threads)]
+        with open(self.place / "stderr", "wb") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tinygpt.peers", *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env={**environment(), **changes},
+            )
+
+    def close(self) -> None:
+        """End the process, whatever it is doing, and remove its files."""
+        if self.process:
+            self.process.kill()
+            with suppress(BrokenPipeError):  # a request that it did not read
+                self.process.communicate()
+        if self.temporary:
+            self.temporary.cleanup()
+
+
+def environment() -> dict[str, str]:
+    """For a Python that is to find the packages that this one has found."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def write_gguf(model: GPT, path: Path, dtype: str) -> None:
+    """Write a float32 model as a GGUF file without a vocabulary: ids in, ids out.
+
+    Args:
+        dtype: one of `GGUF_TYPES`, for the matrices; the rest stays float32, as llama.cpp's own
+            `convert_hf_to_gguf.py` has it.
+    Raises:
+        InputError: for a model that llama.cpp's GPT-2 is not.
+    """
+    import gguf
+
+    config = model.config
+    for name in ("norm", "position", "activation", "bias", "shortcut", "scale_attn_weights",
+                 "scale_attn_by_inverse_layer_idx"):  # fmt: skip
+        if getattr(config, name) != getattr(GPTConfig, name):
+            raise InputError(f"{name} is {getattr(config, name)!r}: llama.cpp's GPT-2 has no such")
+    writer = gguf.GGUFWriter(path, "gpt2")
+    writer.add_context_length(config.block_size)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_feed_forward_length(config.inner_dim)
+    writer.add_block_count(config.n_layer)
+    writer.add_head_count(config.n_head)
+    writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    for name, array in _gguf_tensors(model):
+        full = array.ndim == 1 or name.startswith("position_embd")
+        kind = gguf.GGMLQuantizationType[GGUF_TYPES["float32" if full else dtype]]
+        writer.add_tensor(name, gguf.quantize(array, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _gguf_tensors(model: GPT) -> Iterator[tuple[str, np.ndarray]]:
+    """A GGUF's tensors by their names there: as ours, but query, key and value in one."""
+    parameters = get_state_dict(model)
+    for full, parameter in parameters.items():
+        *place, last = full.split(".")
+        layer = f"blk.{place[1]}." if place[0] == "blocks" else ""
+        name = ".".join(place[2:] if layer else place)
+        if name in ("attn.k_proj", "attn.v_proj"):
+            continue
+        if name == "attn.q_proj":
+            parts = [parameters[full.replace("q_proj", f"{x}_proj")].numpy() for x in "qkv"]
+            yield f"{layer}attn_qkv.{last}", np.concatenate(parts)
+        else:
+            yield f"{layer}{_GGUF_NAMES[name]}.{last}", parameter.numpy()
+
+
+def serve(family: str, path: str, dtype: str, threads: str) -> None:
+    """Load a model, then do and time what each line on stdin asks for: see `Contender.ask`."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is no reply
+    contender = FAMILIES[family](path, dtype, int(threads))
+    for line in sys.stdin:
+        print(json.dumps(_timed(contender, **json.loads(line))), file=replies, flush=True)
+
+
+def _timed(contender: Any, prompts: list[list[int]], count: int) -> dict[str, Any]:
+    start = time.perf_counter()
+    steps = contender.generate(prompts, count)
+    tokens = [next(steps)]
+    first = time.perf_counter()
+    tokens += steps
+    end = time.perf_counter()
+    times = {"first_s": first - start, "rest_s": end - first}
+    return {**times, "tokens": tokens, "peak_memory_bytes": _peak_memory_bytes()}
+
+
+def _peak_memory_bytes() -> int | None:
+    """The most memory this process has had at once; None if the system does not say."""
+    with suppress(OSError, StopIteration):
+        # Before getrusage, whose number on Linux counts in the process that started this one.
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(x for x in lines if x.startswith("VmHWM:")).split()[1]) * 1024
+    with suppress(ImportError):
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    return None
+
+
+if __name__ == "__main__":
+    serve(*sys.argv[1:])
