@@ -155,42 +155,25 @@ static void pack_rows(float *packed, const float *a, long ld, int rows, int dept
 DEFINE_PRODUCT(product, pack, float)
 DEFINE_PRODUCT(product_weights, pack_weights, WEIGHT)
 
-// The same for at most 8 rows of a and weights [n][k]: bound by memory, so each weight is read once,
-// straight. Rows of float32 are read four at a time, which keeps more reads under way; narrower ones
-// one at a time, far ahead. More rows of a leave fewer registers: 8 sums of them are held at most.
-#define DEFINE_FEW(few, R, U)                                                                        \
-  INLINE void few(float *c, long ldc, const float *a, const WEIGHT *b, int M, int K) {               \
-    vec acc[R][8][U];                                                                                \
-    UNROLLED(r, R) UNROLLED(m, 8) if (m < M) UNROLLED(u, U) acc[r][m][u] = (vec){0};                  \
-    int k = 0;                                                                                       \
-    for (; k + 8 * U <= K; k += 8 * U) UNROLLED(r, R) {                                               \
-      if (AHEAD) __builtin_prefetch((const char *)(b + (long)r * K + k) + AHEAD);                     \
-      UNROLLED(u, U) {                                                                               \
-        vec w = widen(b + (long)r * K + k + u * 8);                                                   \
-        UNROLLED(m, 8) if (m < M) acc[r][m][u] += w * load(a + (long)m * K + k + u * 8);              \
-      }                                                                                              \
-    }                                                                                                \
-    UNROLLED(r, R) UNROLLED(m, 8) if (m < M) {                                                        \
-      vec total = acc[r][m][0];                                                                      \
-      for (int u = 1; u < U; u++) total += acc[r][m][u];                                             \
-      float s = sum(total);                                                                          \
-      for (int i = k; i < K; i++) s += widen1(b + (long)r * K + i) * a[(long)m * K + i];              \
-      c[m * ldc + r] = s;                                                                            \
-    }                                                                                                \
-  }
-enum { AHEAD = sizeof(WEIGHT) < 4 ? 1024 : 0 };
-DEFINE_FEW(few4, 4, 2)
-DEFINE_FEW(few2, 2, 1)
-DEFINE_FEW(few1, 1, 1)
-DEFINE_FEW(few1_ahead, 1, 4)
-
-// Columns n0 to n1 of c = a @ b.T for M rows of a, M a constant.
+// Columns n0 to n1 of c = a @ b.T for M rows of a, a constant of at most 8, and weights b[n][k]: bound
+// by memory, so each weight is read once, straight, into as many sums as the registers hold.
 INLINE void few(float *c, long ldc, const float *a, const WEIGHT *b, int M, int n0, int n1, int K) {
-  int n = n0;
-  if (M == 1 && AHEAD) for (; n < n1; n++) few1_ahead(c + n, ldc, a, b + (long)n * K, M, K);
-  if (M == 1) for (; n + 4 <= n1; n += 4) few4(c + n, ldc, a, b + (long)n * K, M, K);
-  if (M <= 4) for (; n + 2 <= n1; n += 2) few2(c + n, ldc, a, b + (long)n * K, M, K);
-  for (; n < n1; n++) few1(c + n, ldc, a, b + (long)n * K, M, K);
+  const int U = M == 1 ? 4 : M <= 4 ? 2 : 1;
+  for (int n = n0; n < n1; n++) {
+    const WEIGHT *row = b + (long)n * K;
+    vec acc[8][4];
+    UNROLLED(m, 8) UNROLLED(u, 4) acc[m][u] = (vec){0};
+    int k = 0;
+    for (; k + 8 * U <= K; k += 8 * U) UNROLLED(u, 4) if (u < U) {
+      vec w = widen(row + k + u * 8);
+      UNROLLED(m, 8) if (m < M) acc[m][u] += w * load(a + (long)m * K + k + u * 8);
+    }
+    UNROLLED(m, 8) if (m < M) {
+      float s = sum((acc[m][0] + acc[m][1]) + (acc[m][2] + acc[m][3]));
+      for (int i = k; i < K; i++) s += widen1(row + i) * a[(long)m * K + i];
+      c[m * ldc + n] = s;
+    }
+  }
 }
 
 #ifdef BLOCK
@@ -198,14 +181,18 @@ INLINE void few(float *c, long ldc, const float *a, const WEIGHT *b, int M, int 
 
 enum { C = H * D, R = B * T };
 
-// Waits for the other threads. sync[0] counts arrivals; sync[16], a cache line on, the meetings.
+// Waits for the other threads. sync[0] counts arrivals; sync[16], a cache line on, the meetings;
+// sync[32] holds the address of the system's sched_yield, or 0: where another program has taken a
+// core, the thread that is late needs the one on which the others wait.
 static void barrier(int *sync) {
   if (THREADS == 1) return;
+  int (*yield)(void) = *(int (**)(void))(sync + 32);
   int meeting = __atomic_load_n(sync + 16, __ATOMIC_ACQUIRE);
   if (__atomic_add_fetch(sync, 1, __ATOMIC_ACQ_REL) == THREADS) {
     __atomic_store_n(sync, 0, __ATOMIC_RELAXED);
     __atomic_store_n(sync + 16, meeting + 1, __ATOMIC_RELEASE);
-  } else while (__atomic_load_n(sync + 16, __ATOMIC_ACQUIRE) == meeting);
+  } else for (int turns = 0; __atomic_load_n(sync + 16, __ATOMIC_ACQUIRE) == meeting; turns++)
+    if (turns > 2000 && yield) yield();
 }
 
 // Rows n0 to n1 of a linear layer: c = activation(a @ w.T * scale + bias) + residual.
