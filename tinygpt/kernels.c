@@ -176,10 +176,18 @@ INLINE void few(float *c, long ldc, const float *a, const WEIGHT *b, int M, int 
   }
 }
 
-#ifdef BLOCK
-// ---- a transformer block without gradients, on B rows of T new tokens, all threads in step ----
+#ifdef BLOCKS
+// ---- transformer blocks without gradients, on B rows of T new tokens, all threads in step ----
 
 enum { C = H * D, R = B * T };
+
+// A block's weights, in the order of _layer_names in kernels.py; what it lacks is 0.
+struct linear { const WEIGHT *weight; const float *bias, *scale; };
+struct layer {
+  const float *ln_1_weight, *ln_1_bias, *ln_2_weight, *ln_2_bias;
+  struct linear q_proj, k_proj, v_proj, out_proj, c_fc, c_proj;
+  float *keys, *values, attention_scale;
+};
 
 // Waits for the other threads. sync[0] counts arrivals; sync[16], a cache line on, the meetings;
 // sync[32] holds the address of the system's sched_yield, or 0: where another program has taken a
@@ -195,8 +203,10 @@ static void barrier(int *sync) {
     if (turns > 2000 && yield) yield();
 }
 
-// Rows n0 to n1 of a linear layer: c = activation(a @ w.T * scale + bias) + residual.
-static void linear(float *c, long ldc, const float *a, const WEIGHT *w, const float *scale, const float *bias, const float *residual, int n0, int n1, int K, int active) {
+// Columns n0 to n1 of a linear layer: c = activation(a @ w.T * scale + bias) + residual.
+static void linear(float *c, long ldc, const float *a, const struct linear *l, const float *residual, int n0, int n1, int K, int active) {
+  const WEIGHT *w = l->weight;
+  const float *scale = l->scale, *bias = l->bias;
   if (R > 8) product_weights(c + n0, ldc, a, K, 0, w + (long)n0 * K, K, 1, R, n1 - n0, K);
   else few(c, ldc, a, w, R, n0, n1, K);
   for (int m = 0; m < R; m++) for (int n = n0; n < n1; n += 8) {
@@ -239,54 +249,62 @@ static void norm(float *y, const float *x, const float *weight, const float *bia
 }
 
 // Turns scores p[first..last) into probabilities, and what lies around them in p[0..end) into zeros.
-static __attribute__((noinline, no_builtin)) void softmax(float *p, int first, int last, int end) {
+static __attribute__((noinline, no_builtin)) void softmax(float *p, float scale, int first, int last, int end) {
   float top = p[first], total = 0;
   for (int i = first; i < last; i++) top = MAX(top, p[i]);
   vec totals = splat(0);
   int i = first;
-  for (; i + 8 <= last; i += 8) { vec e = vexp((load(p + i) - top) * SCALE); totals += e; store(p + i, e); }
-  for (total = sum(totals); i < last; i++) { vec e = vexp(splat((p[i] - top) * SCALE)); total += p[i] = e[0]; }
+  for (; i + 8 <= last; i += 8) { vec e = vexp((load(p + i) - top) * scale); totals += e; store(p + i, e); }
+  for (total = sum(totals); i < last; i++) { vec e = vexp(splat((p[i] - top) * scale)); total += p[i] = e[0]; }
   for (i = 0; i < end; i++) p[i] = i < first || i >= last ? 0 : p[i] / total;
 }
 
 // One head of one text: y, q (T rows, C apart); its keys and values (S, D); where the text begins.
-static void attend(float *y, const float *q, const float *keys, const float *values, float *scores, int first, int start) {
+static void attend(float *y, const float *q, const float *keys, const float *values, float *scores, float scale, int first, int start) {
   int end = start + T;
   product(scores, S, q, C, 0, keys, D, 1, T, end, D);
-  for (int t = 0; t < T; t++) softmax(scores + (long)t * S, MIN(first, start + t), start + t + 1, end);
+  for (int t = 0; t < T; t++) softmax(scores + (long)t * S, scale, MIN(first, start + t), start + t + 1, end);
   product(y, C, scores, S, 0, values, D, 0, T, D, end);
 }
 
-ENTRY {
+// One block: out may be x, which is read for the last time before out is written. Every thread has
+// `scores` of its own, T rows of S.
+static void block(float *out, const float *x, const struct layer *l, const int *padding, float *scratch, float *scores, int *sync, int core_id, int start) {
   float *h = scratch, *q = h + R * C, *k = q + R * C, *v = k + R * C, *y = v + R * C, *mid = y + R * C, *inner = mid + R * C;
-  float *scores = inner + R * F + (long)core_id * T * S;
   const float *in = x;
-#define LAYER(name) name##_weight, name##_scale, name##_bias
 #define SHARE(n) (int)((long)(n) * core_id / THREADS), (int)((long)(n) * (core_id + 1) / THREADS)
-  if (PRE_NORM) { norm(h, x, ln_1_weight, ln_1_bias, core_id); barrier(sync); in = h; }
+  if (PRE_NORM) { norm(h, x, l->ln_1_weight, l->ln_1_bias, core_id); barrier(sync); in = h; }
   int h0 = H * core_id / THREADS, h1 = H * (core_id + 1) / THREADS;
-  linear(q, C, in, LAYER(attn_q_proj), 0, h0 * D, h1 * D, C, 0);
-  linear(k, C, in, LAYER(attn_k_proj), 0, h0 * D, h1 * D, C, 0);
-  linear(v, C, in, LAYER(attn_v_proj), 0, h0 * D, h1 * D, C, 0);
+  linear(q, C, in, &l->q_proj, 0, h0 * D, h1 * D, C, 0);
+  linear(k, C, in, &l->k_proj, 0, h0 * D, h1 * D, C, 0);
+  linear(v, C, in, &l->v_proj, 0, h0 * D, h1 * D, C, 0);
   for (int b = 0; b < B; b++) for (int i = h0; i < h1; i++) {
     long cache = ((long)b * H + i) * S * D, at = (long)b * T * C + i * D;
     for (int t = 0; t < T; t++) for (int d = 0; d < D; d++) {
-      keys[cache + (start_pos + t) * D + d] = k[at + t * C + d];
-      values[cache + (start_pos + t) * D + d] = v[at + t * C + d];
+      l->keys[cache + (start + t) * D + d] = k[at + t * C + d];
+      l->values[cache + (start + t) * D + d] = v[at + t * C + d];
     }
-    attend(y + at, q + at, keys + cache, values + cache, scores, padding ? padding[b] : 0, start_pos);
+    attend(y + at, q + at, l->keys + cache, l->values + cache, scores, l->attention_scale, padding ? padding[b] : 0, start);
   }
   barrier(sync);
   float *sum_1 = PRE_NORM ? mid : h;
-  linear(sum_1, C, y, LAYER(attn_out_proj), SHORTCUT ? x : 0, SHARE(C), C, 0);
+  linear(sum_1, C, y, &l->out_proj, SHORTCUT ? x : 0, SHARE(C), C, 0);
   barrier(sync);
-  if (PRE_NORM) norm(h, mid, ln_2_weight, ln_2_bias, core_id);
-  else norm(mid, h, ln_1_weight, ln_1_bias, core_id);
+  if (PRE_NORM) norm(h, mid, l->ln_2_weight, l->ln_2_bias, core_id);
+  else norm(mid, h, l->ln_1_weight, l->ln_1_bias, core_id);
   barrier(sync);
-  linear(inner, F, PRE_NORM ? h : mid, LAYER(mlp_c_fc), 0, SHARE(F), C, 1);
+  linear(inner, F, PRE_NORM ? h : mid, &l->c_fc, 0, SHARE(F), C, 1);
   barrier(sync);
-  linear(PRE_NORM ? out : h, C, inner, LAYER(mlp_c_proj), SHORTCUT ? mid : 0, SHARE(C), F, 0);
-  if (!PRE_NORM) { barrier(sync); norm(out, h, ln_2_weight, ln_2_bias, core_id); }
+  linear(PRE_NORM ? out : h, C, inner, &l->c_proj, SHORTCUT ? mid : 0, SHARE(C), F, 0);
+  barrier(sync);
+  if (!PRE_NORM) { norm(out, h, l->ln_2_weight, l->ln_2_bias, core_id); barrier(sync); }
+}
+
+ENTRY {
+  const struct layer layers[] = {LAYERS};
+  float *scores = scratch + (long)R * (6 * C + F) + (long)core_id * T * S;
+  for (int i = 0; i < (int)(sizeof layers / sizeof *layers); i++)
+    block(out, i ? out : x, layers + i, padding, scratch, scores, sync, core_id, start_pos);
 }
 #endif
 

@@ -37,6 +37,8 @@ _WEIGHTS = {
     dtypes.int8: {"WEIGHT": "signed char"},
 }
 _ACTIVATIONS = {"gelu_tanh": 1, "gelu": 2, "relu": 3}
+# So many blocks in one kernel at most: their pointers are the arguments of one C call.
+_MOST_LAYERS = 16
 # Starting a second thread takes about as long as this many floating-point operations of one.
 _THREAD_FLOPS = 1_500_000
 
@@ -126,62 +128,91 @@ def matmul(a: Tensor, b: Tensor, a_transposed: bool = False, b_transposed: bool 
     return _call("matmul", buffers, ("c",), macros, _threads(flops), flops, {}, gradient)
 
 
-def transformer_block(
+def fast_blocks(x: Tensor, layers: Sequence[Mapping[str, Tensor]]) -> bool:
+    """Whether `transformer_blocks` holds: as `fast`, and with all matrices of one dtype."""
+    weights = [weight for layer in layers for weight in layer.values()]
+    return fast(x, *weights) and len({w.dtype for w in weights if w.ndim == 2}) == 1
+
+
+def transformer_blocks(
     x: Tensor,
-    weights: Mapping[str, Tensor],
-    cache: tuple[Tensor, Tensor],
+    layers: Sequence[Mapping[str, Tensor]],
+    cache: Sequence[tuple[Tensor, Tensor]],
     start_pos: UOp,
     padding: Tensor | None,
     *,
-    n_head: int,
-    scale: float,
+    scales: Sequence[float],
     epsilon: float,
     activation: str,
     pre_norm: bool,
     shortcut: bool,
 ) -> Tensor:
-    """One transformer block in one kernel, without gradients or dropout.
+    """Transformer blocks one after the other in one kernel, without gradients or dropout.
 
-    Its plain form is `model.TransformerBlock`, whose arguments and weights (by their names there)
-    these are. The cache is written at start_pos.
+    One kernel, because starting one on two threads takes tinygrad 0.14 ms. Their plain form is
+    `layers.TransformerBlock`, whose arguments and weights (by their names there) these are. The
+    cache is written at start_pos.
 
     Args:
         x: float32 (B, T, C).
-        weights: the matrices of one dtype, the rest float32; a bias or scale may be absent.
-        cache: keys and values, each (B, H, S, D).
+        layers: each block's weights, the matrices of one dtype, the rest float32; a bias or scale
+            may be absent.
+        cache: keys and values for each block, each (B, H, S, D).
         start_pos: a bound Variable, whose value x's own graph brings (positions depend on it).
         padding: int32 (B,) or None.
+        scales: of each block's attention scores.
     Returns:
         float32 (B, T, C).
     """
-    (B, T, C), S = x.shape, cache[0].shape[2]
-    inner = weights["mlp.c_fc.weight"].shape[0]
-    flops = 2 * B * T * sum(w.numel() for w in weights.values())
+    macros = {
+        "EPSILON": f"{epsilon!r}f", "ACTIVATION": _ACTIVATIONS[activation],
+        "PRE_NORM": int(pre_norm), "SHORTCUT": int(shortcut),
+    }  # fmt: skip
+    for start in range(0, len(layers), _MOST_LAYERS):
+        some = slice(start, start + _MOST_LAYERS)
+        x = _blocks(x, layers[some], cache[some], scales[some], start_pos, padding, macros)
+    return x
+
+
+def _blocks(
+    x: Tensor,
+    layers: Sequence[Mapping[str, Tensor]],
+    cache: Sequence[tuple[Tensor, Tensor]],
+    scales: Sequence[float],
+    start_pos: UOp,
+    padding: Tensor | None,
+    macros: Mapping[str, object],
+) -> Tensor:
+    (B, T, C), (_, H, S, D) = x.shape, cache[0][0].shape
+    inner = layers[0]["mlp.c_fc.weight"].shape[0]
+    flops = 2 * B * T * sum(w.numel() for weights in layers for w in weights.values())
     threads = _threads(flops)
     buffers = {
         "out": Tensor.empty(B, T, C),
         "scratch": Tensor.empty(B * T * (6 * C + inner) + threads * T * S),
         "sync": _meeting_place(),
         "x": x.contiguous(),
-        "keys": cache[0],
-        "values": cache[1],
         "padding": padding,
-        **{name.replace(".", "_"): weights.get(name) for name in _block_names()},
     }
+    written, rows = ["out", "scratch", "sync"], []
+    for i, (weights, pair, scale) in enumerate(zip(layers, cache, scales, strict=True)):
+        row = {f"l{i}_{name.replace('.', '_')}": weights.get(name) for name in _layer_names()}
+        row |= {f"l{i}_keys": pair[0], f"l{i}_values": pair[1]}
+        buffers |= {name: tensor for name, tensor in row.items() if tensor is not None}
+        written += [f"l{i}_keys", f"l{i}_values"]
+        names = ["0" if tensor is None else name for name, tensor in row.items()]
+        rows.append(f"{{{', '.join(names)}, {float(scale)!r}f}}")
     macros = {
-        "BLOCK": 1, "B": B, "T": T, "H": n_head, "D": C // n_head, "F": inner, "S": S,
-        "PRE_NORM": int(pre_norm), "SHORTCUT": int(shortcut), "EPSILON": f"{epsilon!r}f",
-        "SCALE": f"{float(scale)!r}f", "ACTIVATION": _ACTIVATIONS[activation],
-        **_WEIGHTS[weights["mlp.c_fc.weight"].dtype],
+        **macros, "BLOCKS": 1, "B": B, "T": T, "H": H, "D": D, "F": inner, "S": S,
+        "LAYERS": ", ".join(rows), **_WEIGHTS[layers[0]["mlp.c_fc.weight"].dtype],
     }  # fmt: skip
-    written = ("out", "scratch", "sync", "keys", "values")
     place = {"start_pos": start_pos.unbind()[0]}
-    return _call("block", buffers, written, macros, threads, flops, place)
+    return _call("blocks", buffers, written, macros, threads, flops, place)
 
 
 @functools.cache
-def _block_names() -> tuple[str, ...]:
-    """A block's weights, in the order in which the kernel takes them."""
+def _layer_names() -> tuple[str, ...]:
+    """A block's weights, in the order of `struct layer` in kernels.c."""
     linears = [f"attn.{name}_proj" for name in ("q", "k", "v", "out")] + ["mlp.c_fc", "mlp.c_proj"]
     layers = [(name, ("weight", "bias")) for name in ("ln_1", "ln_2")]
     layers += [(name, ("weight", "bias", "scale")) for name in linears]
@@ -224,8 +255,7 @@ def _call(
     names = list(present)
     outs = tuple(names.index(name) for name in written)
     types = {name: _c_type(name, tensor, name in written) for name, tensor in present.items()}
-    absent = [name for name in buffers if name not in present]
-    nulls = [f"static const {'int' if n == 'padding' else 'float'} *const {n} = 0;" for n in absent]
+    nulls = [f"static const int *const {name} = 0;" for name in buffers if name not in present]
     shape = "_".join(str(value) for value in present[names[0]].shape)
     name = f"{kind}_{shape}"
     numbers = "".join(f", int {name}" for name in variables)
@@ -253,7 +283,7 @@ def _call(
 
 
 def _c_type(name: str, tensor: Tensor, written: bool) -> str:
-    if name == "b" or (name.endswith("_weight") and not name.startswith("ln_")):
+    if name == "b" or (name.endswith("_weight") and "_ln_" not in name):
         return "const WEIGHT"
     c_type = "int" if tensor.dtype == dtypes.int32 else "float"
     return c_type if written else f"const {c_type}"

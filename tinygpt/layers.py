@@ -10,10 +10,9 @@ from __future__ import annotations
 import math
 
 from tinygrad import Tensor, UOp, dtypes
-from tinygrad.nn.state import get_state_dict
 
 from tinygpt.config import GPTConfig
-from tinygpt.kernels import fast, linear, matmul, transformer_block, widen
+from tinygpt.kernels import linear, matmul, widen
 
 
 class Linear:
@@ -160,14 +159,6 @@ class TransformerBlock:
         self.ln_2 = LayerNorm(config.n_embd, config.layer_norm_epsilon, config.bias)
         self.mlp = FeedForward(config)
         self.pre_norm, self.shortcut = config.norm == "pre", config.shortcut
-        self.form = {  # what the fast form of all this needs to know besides the weights
-            "n_head": config.n_head,
-            "scale": self.attn.scale,
-            "epsilon": config.layer_norm_epsilon,
-            "activation": config.activation,
-            "pre_norm": self.pre_norm,
-            "shortcut": self.shortcut,
-        }
 
     def __call__(
         self,
@@ -177,11 +168,6 @@ class TransformerBlock:
         padding: Tensor | None = None,
     ) -> Tensor:
         """(B, T, C) -> (B, T, C); the arguments are those of MultiHeadAttention."""
-        weights = get_state_dict(self)
-        generating = cache is not None and isinstance(start_pos, UOp) and not Tensor.training
-        one_type = len({weight.dtype for weight in weights.values() if weight.ndim == 2}) == 1
-        if generating and one_type and fast(x, *cache, *weights.values()):
-            return transformer_block(x, weights, cache, start_pos, padding, **self.form)
         x = self._sublayer(x, self.ln_1, lambda h: self.attn(h, cache, start_pos, padding))
         return self._sublayer(x, self.ln_2, self.mlp)
 

@@ -15,7 +15,7 @@ from tinygrad.nn.state import get_state_dict
 
 from tinygpt.backend import require_memory
 from tinygpt.config import GPTConfig, InputError
-from tinygpt.kernels import linear
+from tinygpt.kernels import fast_blocks, linear, transformer_blocks
 from tinygpt.layers import Embedding, LayerNorm, Linear, TransformerBlock
 
 # One (keys, values) pair a block, each (B, H, cache length, D): see `GPT.empty_cache`.
@@ -140,9 +140,27 @@ class GPT:
         places = time if padding is None else (time - padding.reshape(-1, 1)).maximum(0)  # (B, T)
         x = self.wte(tokens) + self.encode_positions(places)
         x = x.dropout(self.config.embd_pdrop).contiguous()
+        x = self.transform(x, cache, start_pos, padding)
+        return self.ln_f(x) if self.config.norm == "pre" else x
+
+    def transform(
+        self, x: Tensor, cache: Cache | None, start_pos: int | UOp, padding: Tensor | None
+    ) -> Tensor:
+        """Through all blocks, which when generating may be one kernel: (B, T, C) -> (B, T, C)."""
+        generating = cache is not None and isinstance(start_pos, UOp) and not Tensor.training
+        layers, config = [get_state_dict(block) for block in self.blocks], self.config
+        if generating and fast_blocks(x, layers):
+            return transformer_blocks(
+                x, layers, cache, start_pos, padding,
+                scales=[block.attn.scale for block in self.blocks],
+                epsilon=config.layer_norm_epsilon,
+                activation=config.activation,
+                pre_norm=config.norm == "pre",
+                shortcut=config.shortcut,
+            )  # fmt: skip
         for i, block in enumerate(self.blocks):
             x = block(x, None if cache is None else cache[i], start_pos, padding)
-        return self.ln_f(x) if self.config.norm == "pre" else x
+        return x
 
     def encode_positions(self, places: Tensor) -> Tensor:
         """int (..., T) -> (..., T, C): learned rows, or the fixed waves of Vaswani et al. 3.5."""
