@@ -164,9 +164,12 @@ INLINE void few(float *c, long ldc, const float *a, const WEIGHT *b, int M, int 
     vec acc[8][4];
     UNROLLED(m, 8) UNROLLED(u, 4) acc[m][u] = (vec){0};
     int k = 0;
-    for (; k + 8 * U <= K; k += 8 * U) UNROLLED(u, 4) if (u < U) {
-      vec w = widen(row + k + u * 8);
-      UNROLLED(m, 8) if (m < M) acc[m][u] += w * load(a + (long)m * K + k + u * 8);
+    for (; k + 8 * U <= K; k += 8 * U) {
+      if (sizeof(WEIGHT) < 4) __builtin_prefetch((const char *)(row + k) + 1024);
+      UNROLLED(u, 4) if (u < U) {
+        vec w = widen(row + k + u * 8);
+        UNROLLED(m, 8) if (m < M) acc[m][u] += w * load(a + (long)m * K + k + u * 8);
+      }
     }
     UNROLLED(m, 8) if (m < M) {
       float s = sum((acc[m][0] + acc[m][1]) + (acc[m][2] + acc[m][3]));
@@ -259,12 +262,41 @@ static __attribute__((noinline, no_builtin)) void softmax(float *p, float scale,
   for (i = 0; i < end; i++) p[i] = i < first || i >= last ? 0 : p[i] / total;
 }
 
+INLINE float dot(const float *a, const float *b, int n) {
+  vec total = splat(0);
+  int i = 0;
+  for (; i + 8 <= n; i += 8) total += load(a + i) * load(b + i);
+  float s = sum(total);
+  for (; i < n; i++) s += a[i] * b[i];
+  return s;
+}
+
+// y = the sum over s in [first, last) of p[s] * values[s], for 8 * W of D columns.
+INLINE void mix(float *y, const float *p, const float *values, int first, int last, int W) {
+  vec acc[8];
+  UNROLLED(i, 8) acc[i] = splat(0);
+  for (int s = first; s < last; s++) UNROLLED(i, 8) if (i < W) acc[i] += p[s] * load(values + (long)s * D + i * 8);
+  UNROLLED(i, 8) if (i < W) store(y + i * 8, acc[i]);
+}
+
 // One head of one text: y, q (T rows, C apart); its keys and values (S, D); where the text begins.
-static void attend(float *y, const float *q, const float *keys, const float *values, float *scores, float scale, int first, int start) {
-  int end = start + T;
-  product(scores, S, q, C, 0, keys, D, 1, T, end, D);
-  for (int t = 0; t < T; t++) softmax(scores + (long)t * S, scale, MIN(first, start + t), start + t + 1, end);
-  product(y, C, scores, S, 0, values, D, 0, T, D, end);
+static void attend(float *y, const float *q, const float *keys, const float *values, float *scores, float scale, int text, int start) {
+  if (T > 8) {
+    product(scores, S, q, C, 0, keys, D, 1, T, start + T, D);
+    for (int t = 0; t < T; t++) softmax(scores + (long)t * S, scale, MIN(text, start + t), start + t + 1, start + T);
+    product(y, C, scores, S, 0, values, D, 0, T, D, start + T);
+  } else for (int t = 0; t < T; t++) {
+    int first = MIN(text, start + t), last = start + t + 1, d = 0;
+    for (int s = first; s < last; s++) scores[s] = dot(q + t * C, keys + (long)s * D, D);
+    softmax(scores, scale, first, last, last);
+    for (; d + 64 <= D; d += 64) mix(y + t * C + d, scores, values + d, first, last, 8);
+    for (; d + 8 <= D; d += 8) mix(y + t * C + d, scores, values + d, first, last, 1);
+    for (; d < D; d++) {
+      float total = 0;
+      for (int s = first; s < last; s++) total += scores[s] * values[(long)s * D + d];
+      y[t * C + d] = total;
+    }
+  }
 }
 
 // One block: out may be x, which is read for the last time before out is written. Every thread has
