@@ -121,8 +121,9 @@ class Generator:
                     self._window(ids) if alive else [0]
                     for ids, alive in zip(contexts, live, strict=True)
                 ]
-                runner.read(contexts)
-            chosen = runner.next([ids[-1] for ids in contexts], bounds, seeds, step, counts)
+                chosen = runner.read(contexts, bounds, seeds, step, counts)
+            else:
+                chosen = runner.next([ids[-1] for ids in contexts], bounds, seeds, step, counts)
             for row, token in enumerate(chosen):
                 live[row] = live[row] and token not in stop_tokens
                 if live[row]:
@@ -174,41 +175,53 @@ class _Runner:
         """Whether no position is left in the cache."""
         return self.position == self.block_size
 
-    def read(self, contexts: list[list[int]]) -> None:
-        """Fill the cache with all but each row's last token, which `next` reads."""
-        longest = max(map(len, contexts))
+    def read(self, contexts: list[list[int]], *settings: Any) -> list[int]:
+        """Fill the cache with each row's tokens, chunk by chunk, and choose the token after them.
+
+        Args:
+            settings: bounds, seeds, step and counts: see `sampling.choose`.
+        """
+        longest, size = max(map(len, contexts)), self.chunk_size
         padding = [longest - len(ids) for ids in contexts]
         if self.batch_size > 1:
             self.padding = Tensor(padding, dtype=dtypes.int32).realize()
-        tokens = np.zeros((self.batch_size, max(longest - 1, self.chunk_size)), np.int32)
+        if longest == 1:
+            size = 1
+        tokens = np.zeros((self.batch_size, max(longest, size)), np.int32)
         for row, ids in enumerate(contexts):
-            tokens[row, padding[row] : longest - 1] = ids[:-1]
+            tokens[row, padding[row] : longest] = ids
         # The last chunk ends where the text does, and so may read some tokens twice. Of a text
         # shorter than a chunk the rest is zeros: the positions they fill are written again
         # before a query can see them.
-        for start in range(0, longest - 1, self.chunk_size):
-            start = min(start, max(0, longest - 1 - self.chunk_size))
-            chunk = self._input(tokens[:, start : start + self.chunk_size])
-            place = self._place(start, self.block_size - self.chunk_size)
-            self._read(chunk, place, self.padding)
-        self.position = longest - 1
+        for start in range(0, longest - size, size):
+            chunk = self._input(tokens[:, start : start + size])
+            self._read(chunk, self._place(start, size), self.padding)
+        start = max(0, longest - size)
+        self.position = longest
+        return self._choose(tokens[:, start:], start, longest - 1 - start, *settings)
 
-    def next(self, last, bounds, seeds, step, counts) -> list[int]:
-        """Read each row's last token and choose the one after it: see `sampling.choose`."""
-        key = (*bounds, seeds is not None)
+    def next(self, last: list[int], *settings: Any) -> list[int]:
+        """Read one more token of each row, and choose the one after it."""
+        tokens = np.array(last, np.int32).reshape(-1, 1)
+        self.position += 1
+        return self._choose(tokens, self.position - 1, 0, *settings)
+
+    def _choose(self, tokens, start, end, bounds, seeds, step, counts) -> list[int]:
+        """Read tokens (B, T) at start, and choose what follows the one in column `end`."""
+        length = tokens.shape[1]
+        key = (length, *bounds, seeds is not None)
         if key not in self._next:
             self._next[key] = _captured(self._next_tokens)
-        chosen = self._next[key](
-            self._input(np.array(last, np.int32).reshape(-1, 1)),
-            self._place(self.position, self.block_size - 1),
+        return self._next[key](
+            self._input(tokens),
+            self._place(start, length),
+            Variable("end", 0, max(1, length - 1)).bind(end),
             self.padding,
             bounds,
             seeds,
             Variable("step", 0, 2**31 - 1).bind(step),
             None if counts is None else self._input(counts),
-        )
-        self.position += 1
-        return chosen.tolist()
+        ).tolist()
 
     def _input(self, values: np.ndarray) -> Tensor:
         """The values on the device, in the one tensor that this runner has for their shape.
@@ -222,17 +235,16 @@ class _Runner:
         tensor.uop.buffer.copyin(memoryview(np.ascontiguousarray(values)))
         return tensor
 
-    @staticmethod
-    def _place(position: int, largest: int) -> UOp:
-        return Variable("start_pos", 0, max(1, largest)).bind(position)
+    def _place(self, start: int, length: int) -> UOp:
+        return Variable("start_pos", 0, max(1, self.block_size - length)).bind(start)
 
     def _read_chunk(self, tokens: Tensor, start_pos: UOp, padding: Tensor | None) -> Tensor:
         return self.model.embed_and_transform(tokens, self.cache, start_pos, padding)
 
-    def _next_tokens(self, tokens, start_pos, padding, bounds, seeds, step, counts) -> Tensor:
+    def _next_tokens(self, tokens, start_pos, end, padding, bounds, seeds, step, counts) -> Tensor:
         x = self.model.embed_and_transform(tokens, self.cache, start_pos, padding)
-        logits = self.model.project(x[:, -1]).float()  # (B, V)
-        return choose(logits, bounds, seeds, step, counts)
+        x = x[:, 0] if tokens.shape[1] == 1 else x[:, end : end + 1].squeeze(1)  # (B, C)
+        return choose(self.model.project(x).float(), bounds, seeds, step, counts)
 
 
 def _captured(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
