@@ -12,7 +12,9 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 from tinygrad import Device, Tensor
+from tinygrad.dtype import _from_np_dtype
 from tinygrad.helpers import DEV, Context
 
 from tinygpt.config import InputError
@@ -144,3 +146,26 @@ def require_memory(needed_bytes: int, what: str) -> None:
             f"{what} needs {needed_bytes / 1e9:.1f} GB of memory, of which {free / 1e9:.1f} GB "
             "are free: choose a smaller model, or close other programs"
         )
+
+
+def tensor(values: np.ndarray, device: str | None = None) -> Tensor:
+    """The values in the memory of a device (by default the one in use), written there directly.
+
+    `Tensor(values).realize()` would have tinygrad's scheduler look at every tensor there is, which
+    for the 148 of a GPT-2 takes half of the time to load them.
+    """
+    made = Tensor.empty(*values.shape, dtype=_from_np_dtype(values.dtype), device=device)
+    write(made, values)
+    return made
+
+
+def write(target: Tensor, values: np.ndarray) -> None:
+    """Replace the values of a tensor that has memory of its own by others of its shape and type."""
+    buffer = target.uop.buffer.ensure_allocated()
+    if (
+        target.device == "CPU"
+    ):  # straight into its memory, in whatever order the values lie in theirs
+        memory = np.frombuffer(buffer.as_memoryview(force_zero_copy=True), values.dtype)
+        np.copyto(memory.reshape(values.shape), values)
+    else:
+        buffer.copyin(memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8)))

@@ -7,8 +7,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from tinygrad import Tensor, TinyJit, UOp, Variable, dtypes
+from tinygrad import Tensor, TinyJit, UOp, Variable
 
+from tinygpt import backend
 from tinygpt.config import InputError
 from tinygpt.model import GPT
 from tinygpt.sampling import Sampling, choose
@@ -111,7 +112,7 @@ class Generator:
 
     def _steps(self, runner, rows, max_new_tokens, seeds, stop_tokens, settings):
         bounds = settings.bounds()
-        seeds = None if settings.greedy else Tensor(seeds, dtype=dtypes.uint64).realize()
+        seeds = None if settings.greedy else backend.tensor(np.array(seeds, np.uint64))
         counts = _count(rows, self.model.config.vocab_size) if settings.needs_counts else None
         live = [True] * len(rows)
         contexts = rows
@@ -184,7 +185,7 @@ class _Runner:
         longest, size = max(map(len, contexts)), self.chunk_size
         padding = [longest - len(ids) for ids in contexts]
         if self.batch_size > 1:
-            self.padding = Tensor(padding, dtype=dtypes.int32).realize()
+            self.padding = self._input(np.array(padding, np.int32))
         if longest == 1:
             size = 1
         tokens = np.zeros((self.batch_size, max(longest, size)), np.int32)
@@ -224,16 +225,11 @@ class _Runner:
         ).tolist()
 
     def _input(self, values: np.ndarray) -> Tensor:
-        """The values on the device, in the one tensor that this runner has for their shape.
-
-        Its memory is written directly: making a tensor anew would have tinygrad's scheduler look
-        at every weight, which for GPT-2 takes longer than a block of it.
-        """
+        """The values on the device, in the one tensor that this runner has for their shape."""
         if values.shape not in self._inputs:
-            self._inputs[values.shape] = Tensor(values).contiguous().realize()
-        tensor = self._inputs[values.shape]
-        tensor.uop.buffer.copyin(memoryview(np.ascontiguousarray(values)))
-        return tensor
+            self._inputs[values.shape] = backend.tensor(values)
+        backend.write(self._inputs[values.shape], values)
+        return self._inputs[values.shape]
 
     def _place(self, start: int, length: int) -> UOp:
         return Variable("start_pos", 0, max(1, self.block_size - length)).bind(start)

@@ -13,7 +13,7 @@ import numpy as np
 from tinygrad import Tensor, UOp, dtypes
 from tinygrad.nn.state import get_state_dict
 
-from tinygpt.backend import require_memory
+from tinygpt.backend import require_memory, tensor, write
 from tinygpt.config import GPTConfig, InputError
 from tinygpt.kernels import fast_blocks, linear, transformer_blocks
 from tinygpt.layers import Embedding, LayerNorm, Linear, TransformerBlock
@@ -79,7 +79,7 @@ class GPT:
                 value *= scale
             else:
                 value = np.full(parameter.shape, float(name.endswith("weight")), np.float32)
-            parameter.replace(Tensor(value).to(parameter.device)).realize()
+            write(parameter, value)
 
     def empty_cache(self, batch_size: int, length: int) -> Cache:
         """Room for the keys and values of `length` positions: a zeroed (B, H, length, D) pair each.
@@ -93,12 +93,8 @@ class GPT:
         shape = (batch_size, self.config.n_head, length, self.config.head_dim)
         size_bytes = 8 * self.config.n_layer * math.prod(shape)
         require_memory(size_bytes, f"the cache for a batch of {batch_size}")
-        pairs = [
-            tuple(Tensor.zeros(*shape).contiguous() for _ in range(2))
-            for _ in range(self.config.n_layer)
-        ]
-        Tensor.realize(*[tensor for pair in pairs for tensor in pair])
-        return pairs
+        zeros = np.zeros(shape, np.float32)
+        return [(tensor(zeros), tensor(zeros)) for _ in range(self.config.n_layer)]
 
     def __call__(
         self,

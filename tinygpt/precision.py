@@ -8,8 +8,9 @@ it is used.
 from __future__ import annotations
 
 import numpy as np
-from tinygrad import Device, Tensor, dtypes
+from tinygrad import Device, dtypes
 
+from tinygpt.backend import tensor
 from tinygpt.config import InputError, unknown
 from tinygpt.kernels import widen
 from tinygpt.layers import Embedding, Linear
@@ -112,8 +113,8 @@ def set_weight(
     elif dtype == "float32":
         weight = weight.astype(np.float32, copy=False)
     device = layer.weight.device
-    layer.weight = Tensor(np.ascontiguousarray(weight)).to(device).realize()
-    layer.scale = None if scale is None else Tensor(scale).to(device).realize()
+    layer.weight = tensor(weight, device)
+    layer.scale = None if scale is None else tensor(scale, device)
 
 
 def _need_finite(name: str, values: np.ndarray, dtype: str) -> None:

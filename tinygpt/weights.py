@@ -10,17 +10,16 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tinygrad import Tensor
 from tinygrad.nn.state import get_state_dict
 
-from tinygpt import hub, safetensors
-from tinygpt.backend import require_memory
+from tinygpt import backend, hub, safetensors
 from tinygpt.config import GPTConfig, InputError, show, unknown
 from tinygpt.files import CheckpointError, atomic_file, read_json, reason
 from tinygpt.kernels import widen
@@ -81,7 +80,7 @@ def load_pretrained(name_or_path: str | Path, dtype: str | None = None) -> GPT:
     size_bytes = sum(
         math.prod(shape) * DTYPES[held[name]].itemsize for name, (shape, _) in layout.items()
     )
-    require_memory(size_bytes + 8 * largest, f"the model in {folder}")
+    backend.require_memory(size_bytes + 8 * largest, f"the model in {folder}")
     model = GPT(config, seed=None)
     parameters, layers = get_state_dict(model), matrices(model)
 
@@ -89,10 +88,9 @@ def load_pretrained(name_or_path: str | Path, dtype: str | None = None) -> GPT:
         array = safetensors.read_tensor(*stored[name])
         return np.split(array.T if _is_transposed(name) else array, len(layout[name][1]))
 
-    for name, (_, ours) in layout.items():
-        if name.endswith(".scale"):  # read with its weight
-            continue
-        parts, scale = read(name), name.removesuffix("weight") + "scale"
+    names = [name for name in layout if not name.endswith(".scale")]  # read with their weights
+    for name, parts in _ahead(read, names):
+        ours, scale = layout[name][1], name.removesuffix("weight") + "scale"
         if not config.bias and name.endswith(".bias"):
             if any(part.any() for part in parts):
                 raise CheckpointError(f"{folder}: {name} is not zero, but config.json says no bias")
@@ -102,9 +100,19 @@ def load_pretrained(name_or_path: str | Path, dtype: str | None = None) -> GPT:
             if layer := layers.get(our_name.removesuffix(".weight")):
                 set_weight(layer, part, held[name], name, scale)
             else:
-                value = Tensor(np.ascontiguousarray(part, np.float32))
-                parameters[our_name].replace(value.to(parameters[our_name].device)).realize()
+                backend.write(parameters[our_name], part.astype(np.float32, copy=False))
     return model
+
+
+def _ahead(function: Callable[[str], Any], names: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Each name with what the function gives for it, computed while the one before is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = None
+        for name in names:
+            now, coming = coming, (name, pool.submit(function, name))
+            if now:
+                yield now[0], now[1].result()
+        yield coming[0], coming[1].result()
 
 
 def _as_stored(dtype: str) -> str:
