@@ -27,8 +27,9 @@ class Generator:
         """
         Args:
             model: whose weights to use.
-            chunk_size: how many tokens of a prompt are read at once. One size for all, so that
-                another prompt's length compiles nothing new.
+            chunk_size: how many tokens of a prompt are read at once, or four times as many while
+                there are more. Two sizes for all, so that another prompt's length compiles
+                nothing new.
         """
         if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
             raise InputError(f"chunk_size is {chunk_size!r}: it must be a whole number, 1 or more")
@@ -167,7 +168,7 @@ class _Runner:
         self.cache = model.empty_cache(batch_size, self.block_size)
         self.position = 0  # where the token to be read next stands
         self.padding: Tensor | None = None
-        self._read = _captured(self._read_chunk)
+        self._read: dict[int, Callable[..., Tensor]] = {}  # one graph for each length of a chunk
         self._next: dict[tuple, Callable[..., Tensor]] = {}  # one graph for each set of settings
         self._inputs: dict[tuple[int, ...], Tensor] = {}  # by shape: see `_input`
 
@@ -194,9 +195,15 @@ class _Runner:
         # The last chunk ends where the text does, and so may read some tokens twice. Of a text
         # shorter than a chunk the rest is zeros: the positions they fill are written again
         # before a query can see them.
-        for start in range(0, longest - size, size):
-            chunk = self._input(tokens[:, start : start + size])
-            self._read(chunk, self._place(start, size), self.padding)
+        start = 0
+        while (rest := longest - start) > size:
+            # a long prompt in larger chunks, each of which reads all weights once
+            length = 4 * size if rest > 4 * size else size
+            if length not in self._read:
+                self._read[length] = _captured(self._read_chunk)
+            chunk = self._input(tokens[:, start : start + length])
+            self._read[length](chunk, self._place(start, length), self.padding)
+            start += length
         start = max(0, longest - size)
         self.position = longest
         return self._choose(tokens[:, start:], start, longest - 1 - start, *settings)
