@@ -171,7 +171,7 @@ def fetch(url: str, path: Path, sha256: str) -> None:
     except InputError:
         raise
     except (OSError, HTTPException, ValueError) as error:
-        raise InputError(f"cannot fetch {url}: {reason(error)}") from error
+        raise InputError(f"cannot fetch {url}: {reason(error)}; try again") from error
     with response, atomic_file(path) as file:
         digest = _receive(response, host, name, _MAX_TEXT_BYTES, file)
         if digest != sha256:
