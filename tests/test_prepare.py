@@ -131,14 +131,16 @@ def test_cuts_change_no_token(seed):
     assert [number for piece in pieces for number in exact.encode_ordinary(piece)] == whole
 
 
-def test_text_without_a_place_to_cut():
+def test_text_without_a_place_to_cut(monkeypatch):
     assert list(recut(["ab", "c", "d"])) == ["abcd"]
-    assert list(recut(["a", " b"])) == ["a", " b"]
+    assert list(recut(["a b", "c", "d e"])) == ["a", " bcd", " e"]
+    monkeypatch.setattr(text_module, "_WORD_LENGTH", 3)
+    assert list(recut(["ab", "cd", "e", "fg"])) == ["abcd", "efg"]
 
 
 def test_a_long_run_of_spaces_is_no_trouble(tmp_path, monkeypatch):
     monkeypatch.undo()  # in one piece
-    text = "a" + " " * 1_500_000 + "b c"  # would overflow tiktoken's stack
+    text = "a" + " " * 1_000_000 + "b c"  # would overflow tiktoken's stack
     prepare(write(tmp_path / "text.txt", text), tmp_path / "out", "bpe:260", val=0)
     assert (
         Dataset.open(tmp_path / "out")
@@ -323,7 +325,8 @@ def test_no_validation_text_when_none_is_wanted(tmp_path):
     assert Dataset.open(tmp_path / "out").val.shape == (0,)
 
 
-def test_ids_of_a_large_vocabulary_have_four_bytes(tmp_path):
+def test_ids_of_a_large_vocabulary_have_four_bytes(tmp_path, monkeypatch):
+    monkeypatch.undo()  # in one piece
     text = "".join(map(chr, range(0x10000, 0x10000 + 65537)))
     header = prepare(write(tmp_path / "text.txt", text), tmp_path / "out", "char", val=0)
     assert header.dtype == np.dtype("<u4")

@@ -198,8 +198,7 @@ def _grouped(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 def _converter(
     tokenizer: Encoding,
 ) -> Callable[[list[Piece]], tuple[bool, np.ndarray, tuple[int, int, int]]]:
-    """What gives, of a group of pieces: whether for validation; the ids; how many tokens,
-    characters and bytes."""
+    """What turns a group into (whether for validation, ids, (tokens, characters, bytes))."""
     dtype, end = ids_dtype(tokenizer.n_vocab), end_token(tokenizer)
     last = np.array([] if end is None else [end], dtype)
     id_of = np.zeros(0x110000 if tokenizer.name == "char" else 0, dtype)
@@ -221,10 +220,10 @@ def _converter(
         arrays = [np.empty(0, dtype)]
         for _, text, ends in group:
             if text:
-                arrays.append(ids_in(text).astype(dtype))
+                arrays.append(ids_in(text))
             if ends:
                 arrays.append(last)
-        ids = np.concatenate(arrays)
+        ids = np.concatenate(arrays, dtype=dtype, casting="unsafe")
         characters = sum(len(text) for _, text, _ in group)
         size = sum(len(text.encode()) for _, text, _ in group)
         return group[0][0], ids, (len(ids), characters, size)

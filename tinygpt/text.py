@@ -17,6 +17,7 @@ from tinygpt.files import parse_json, reason
 
 Piece = tuple[bool, str, bool]  # whether for validation; text; whether a document ends with it
 PIECE_BYTES = 4 << 20
+_WORD_LENGTH = 16 << 20  # characters without white space: no text, but it must not fill memory
 _LINE_BYTES = 256 << 20  # more in one line of JSONL, and it surely is something else
 
 # GPT-2's pattern never matches across a change from anything else to white space, nor looks over
@@ -112,13 +113,17 @@ class Source:
 
 
 def recut(texts: Iterable[str]) -> Iterator[str]:
-    """The same text, cut only where GPT-2's pattern always cuts."""
+    """The same text, cut only where GPT-2's pattern always cuts, unless a word has no end."""
     held = ""
     for text in texts:
-        held += text
-        if cut := _CUT.match(held):
-            yield cut[0]
-            held = held[cut.end() :]
+        if cut := _CUT.match(text):
+            yield held + cut[0]
+            held = text[cut.end() :]
+        else:
+            held += text
+        if len(held) > _WORD_LENGTH:
+            yield held
+            held = ""
     if held:
         yield held
 
