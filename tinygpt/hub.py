@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import secrets
@@ -10,12 +11,13 @@ from collections.abc import Iterator
 from contextlib import suppress
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
+from typing import BinaryIO
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from tinygpt.config import InputError, show
-from tinygpt.files import CheckpointError, read_json, reason
+from tinygpt.files import CheckpointError, atomic_file, read_json, reason
 
 _GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -140,31 +142,64 @@ def _fetch_all(endpoint: str, repo: str, folder: Path) -> None:
 
 def _fetch(endpoint: str, repo: str, name: str, folder: Path) -> bool:
     """Download one file; False when the Hub has none of that name."""
-    from tinygrad.helpers import tqdm  # here, because only a download needs tinygrad
-
     response = _open(endpoint, repo, name)
     if response is None:
         return False
-    with response:
-        length = response.length  # what the server announced, or None
-        limit = None if name.endswith(".safetensors") else _MAX_TEXT_BYTES
-        free = shutil.disk_usage(folder).free
-        if length and length > free:
-            raise OSError(f"{name} has {length >> 20} MiB, but only {free >> 20} MiB are free")
-        bar = tqdm(total=length, desc=name, unit="B", unit_scale=True, disable=None)
-        received = 0
-        with open(folder / name, "wb") as file, bar:
-            for chunk in _chunks(response, endpoint, name):
-                received += len(chunk)
-                if limit and received > limit:
-                    raise InputError(f"{repo}: {name} is larger than {limit >> 20} MiB")
-                file.write(chunk)
-                bar.update(len(chunk))
-            file.flush()
-            os.fsync(file.fileno())
+    limit = None if name.endswith(".safetensors") else _MAX_TEXT_BYTES
+    with response, open(folder / name, "wb") as file:
+        _receive(response, endpoint, name, limit, file)
+        file.flush()
+        os.fsync(file.fileno())
+    return True
+
+
+def fetch(url: str, path: Path, sha256: str) -> None:
+    """Download a file whose contents are known: all of it and nothing else, or no file.
+
+    Raises:
+        InputError: when it cannot be fetched or kept, or has other contents.
+    """
+    parts = urlsplit(url)
+    host, name = f"{parts.scheme}://{parts.netloc}", parts.path.rpartition("/")[2]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot keep {name} in {path.parent}: {reason(error)}") from error
+    try:
+        request = Request(url, headers={"User-Agent": "tinygpt"})
+        response = build_opener(_Redirects).open(request, timeout=_TIMEOUT_S)
+    except InputError:
+        raise
+    except (OSError, HTTPException, ValueError) as error:
+        raise InputError(f"cannot fetch {url}: {reason(error)}; try again") from error
+    with response, atomic_file(path) as file:
+        digest = _receive(response, host, name, _MAX_TEXT_BYTES, file)
+        if digest != sha256:
+            raise InputError(f"{url} has SHA-256 {digest}, not {sha256}: it is not kept")
+
+
+def _receive(
+    response: HTTPResponse, endpoint: str, name: str, limit: int | None, file: BinaryIO
+) -> str:
+    """Write an answer's body to a file, watched by length; its SHA-256."""
+    from tinygrad.helpers import tqdm  # here, because only a download needs tinygrad
+
+    length = response.length  # what the server announced, or None
+    free = shutil.disk_usage(os.path.dirname(file.name)).free
+    if length and length > free:
+        raise OSError(f"{name} has {length >> 20} MiB, but only {free >> 20} MiB are free")
+    received, digest = 0, hashlib.sha256()
+    with tqdm(total=length, desc=name, unit="B", unit_scale=True, disable=None) as bar:
+        for chunk in _chunks(response, endpoint, name):
+            received += len(chunk)
+            if limit and received > limit:
+                raise InputError(f"{name} is larger than {limit >> 20} MiB")
+            file.write(chunk)
+            digest.update(chunk)
+            bar.update(len(chunk))
     if length is not None and received != length:
         raise InputError(f"{endpoint} sent {received} of {length} bytes of {name}: try again")
-    return True
+    return digest.hexdigest()
 
 
 def _open(endpoint: str, repo: str, name: str) -> HTTPResponse | None:
@@ -189,7 +224,10 @@ def _open(endpoint: str, repo: str, name: str) -> HTTPResponse | None:
     except InputError:
         raise
     except (OSError, HTTPException, ValueError) as error:  # ValueError: a redirect to nonsense
-        raise _unreachable(endpoint, name, error) from error
+        fact = f"cannot fetch {name} from {endpoint}: {reason(error)}"
+        raise InputError(
+            f"{fact}; give --model a folder, or set HF_ENDPOINT to a mirror"
+        ) from error
 
 
 def _chunks(response: HTTPResponse, endpoint: str, name: str) -> Iterator[bytes]:
@@ -198,12 +236,8 @@ def _chunks(response: HTTPResponse, endpoint: str, name: str) -> Iterator[bytes]
         while chunk := response.read(1 << 20):
             yield chunk
     except (OSError, HTTPException) as error:
-        raise _unreachable(endpoint, name, error) from error
-
-
-def _unreachable(endpoint: str, name: str, error: Exception) -> InputError:
-    fact = f"cannot fetch {name} from {endpoint}: {reason(error)}"
-    return InputError(f"{fact}; give --model a folder, or set HF_ENDPOINT to a mirror")
+        fact = f"cannot fetch {name} from {endpoint}: {reason(error)}"
+        raise InputError(f"{fact}; try again") from error
 
 
 class _Redirects(HTTPRedirectHandler):

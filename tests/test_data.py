@@ -1,0 +1,225 @@
+"""Batches against slices taken by hand; positions that survive; damaged folders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tinygpt.config import InputError
+from tinygpt.data import Batches, Dataset, Header
+from tinygpt.files import CheckpointError
+from tinygpt.prepare import prepare
+from tinygpt.tokenizer import char_tokenizer, load_tokenizer
+
+TOKENS = np.arange(1000, 1103, dtype=np.uint16)  # each id is its place, plus 1000
+ORDERS = ("random", "epoch")
+
+
+def equal(one, other) -> bool:
+    pairs = zip(one, other, strict=True)
+    return all(np.array_equal(np.array(ours), np.array(theirs)) for ours, theirs in pairs)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_batch_is_windows_of_the_text(order):
+    for inputs, targets in islice(Batches(TOKENS, 4, 10, seed=1, order=order), 50):
+        assert inputs.dtype == targets.dtype == np.int32
+        assert inputs.shape == targets.shape == (4, 10)
+        np.testing.assert_array_equal(inputs, inputs[:, :1] + np.arange(10))
+        np.testing.assert_array_equal(targets, inputs + 1)
+        assert inputs.min() >= 1000
+        assert targets.max() <= 1102
+
+
+def test_random_windows_start_everywhere_alike():
+    batches = Batches(TOKENS, 64, 10, seed=3)
+    starts = Counter(int(i) - 1000 for inputs, _ in islice(batches, 300) for i in inputs[:, 0])
+    assert set(starts) == set(range(93))  # the last one ends with the last token as a target
+    expected = 64 * 300 / 93
+    assert sum((starts[i] - expected) ** 2 / expected for i in range(93)) < 160  # 92 on average
+
+
+def test_an_epoch_is_every_window_once_in_another_order_each_time():
+    batches = Batches(TOKENS, 4, 10, seed=2, order="epoch")  # 10 windows: batches cross epochs
+    starts = [int(i) - 1000 for inputs, _ in islice(batches, 25) for i in inputs[:, 0]]
+    epochs = [starts[i : i + 10] for i in range(0, 100, 10)]
+    assert all(sorted(epoch) == list(range(0, 100, 10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 10
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("before", [0, 1, 7])
+def test_restored_is_uninterrupted(order, before):
+    whole = list(islice(Batches(TOKENS, 4, 10, 5, order), 20))
+    first = Batches(TOKENS, 4, 10, 5, order)
+    assert equal(islice(first, before), whole[:before])
+    state = json.loads(json.dumps(first.state()))
+    second = Batches(TOKENS, 4, 10, seed=99, order=order)  # the seed, too, comes from the state
+    next(second)
+    second.restore(state)
+    assert second.state() == state
+    assert equal(islice(second, 20 - before), whole[before:])
+    assert equal(islice(first, 20 - before), whole[before:])
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_seeds_differ(order):
+    one, other = (next(Batches(TOKENS, 4, 10, seed, order))[0] for seed in (1, 2))
+    assert not np.array_equal(one, other)
+
+
+def test_the_next_batch_is_made_before_it_is_asked_for():
+    class Watched(np.ndarray):
+        made = threading.Semaphore(0)
+
+        def __getitem__(self, places):
+            self.made.release()
+            return np.asarray(self)[places]
+
+    tokens = TOKENS.view(Watched)
+    batches = Batches(tokens, 2, 10, seed=1)
+    assert Watched.made.acquire(timeout=60)  # nobody has asked for the first one yet
+    next(batches)
+    assert Watched.made.acquire(timeout=60)  # nor for the second
+    assert batches.state()["step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"batch_size": 5}, "made with batch_size 5, this run has 4"),
+        ({"block_size": None}, "block_size None, this run has 10"),
+        ({"tokens": 7}, "tokens 7, this run has 103"),
+        ({"order": "epoch"}, "order 'epoch', this run has random"),
+        ({"step": -1}, "step -1"),
+        ({"step": 1.5}, "step 1.5"),
+        ({"seed": "x" * 9999}, "has seed 'xxx"),
+    ],
+)
+def test_a_position_of_another_run_is_refused(change, match):
+    batches = Batches(TOKENS, 4, 10, seed=1)
+    with pytest.raises(InputError, match=match) as caught:
+        batches.restore(batches.state() | change)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"batch_size": 0}, "batch_size is 0: it must be a whole number from 1"),
+        ({"block_size": True}, "block_size is True"),
+        ({"seed": -1}, "seed is -1"),
+        ({"order": "epochs"}, "unknown order of batches 'epochs': did you mean 'epoch'"),
+        ({"block_size": 103}, "has 103 tokens, too few for a window of 103"),
+        ({"tokens": TOKENS[:0]}, "has 0 tokens"),
+    ],
+)
+def test_arguments_that_cannot_work(change, match):
+    with pytest.raises(InputError, match=match) as caught:
+        Batches(**{"tokens": TOKENS, "batch_size": 4, "block_size": 10, "seed": 1} | change)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_fewest_tokens_that_will_do(order):
+    inputs, targets = next(Batches(TOKENS[:11], 3, 10, 0, order))
+    np.testing.assert_array_equal(inputs, [TOKENS[:10]] * 3)
+    np.testing.assert_array_equal(targets, [TOKENS[1:11]] * 3)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "text.txt").write_text("hello there, general\n" * 20)
+    prepare(folder / "text.txt", folder / "data", "char")
+    return folder / "data"
+
+
+@pytest.fixture
+def folder(made, tmp_path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "data"))
+
+
+def test_open_maps_what_is_in_the_files(made):
+    data = Dataset.open(made)
+    data.verify()
+    np.testing.assert_array_equal(data.train, np.fromfile(made / "train.bin", "<u2"))
+    assert not data.train.flags.writeable
+    assert isinstance(data.train.base, np.memmap)
+    assert data.tokenizer().decode(data.val.tolist()) == ("hello there, general\n" * 20)[-42:]
+
+
+def test_a_damaged_file_is_named(folder):
+    with open(folder / "val.bin", "r+b") as file:
+        file.write(b"\x01")
+    data = Dataset.open(folder)
+    with pytest.raises(CheckpointError, match=r"val\.bin: its SHA-256 is"):
+        data.verify()
+    with open(folder / "train.bin", "ab") as file:
+        file.write(b"\0")
+    with pytest.raises(CheckpointError, match=r"train\.bin: it has 757 bytes, but 378 tokens"):
+        Dataset.open(folder)
+    (folder / "train.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"train\.bin: no such file"):
+        Dataset.open(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": "tinygpt data 2"},
+        {"dtype": "float32"},
+        {"dtype": "uint32"},
+        {"vocab_size": 0},
+        {"vocab_size": "65"},
+        {"splits": {}},
+        {"splits": {"train": {}, "val": {}}},
+        {"splits": None},
+        {"source": 1},
+    ],
+)
+def test_a_header_that_is_none(folder, change):
+    path = folder / "header.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError, match=r"header\.json") as caught:
+        Dataset.open(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_header_survives_writing(made, tmp_path):
+    header = Header.read(made)
+    header.write(tmp_path)
+    assert Header.read(tmp_path) == header
+
+
+def test_no_folder_at_all(tmp_path):
+    with pytest.raises(CheckpointError, match=r"header\.json: no such file"):
+        Dataset.open(tmp_path / "none")
+
+
+def test_a_model_of_another_vocabulary_is_refused(made):
+    data = Dataset.open(made)
+    size = data.header.vocab_size
+    data.check(size, data.tokenizer())
+    data.check(size + 40)  # a padded one
+    with pytest.raises(InputError, match=f"a vocabulary of {size}, but the model has {size - 1}"):
+        data.check(size - 1)
+    other = char_tokenizer("ABCDEFGHIJKLM")
+    with pytest.raises(InputError, match="the model's tokenizer 'char' gives other ids"):
+        data.check(size, other)
+    with pytest.raises(InputError, match="the model's tokenizer 'bytes' gives other ids"):
+        data.check(257, load_tokenizer("bytes"))
+
+
+def test_a_tokenizer_that_is_not_the_headers_is_refused(folder):
+    header = json.loads((folder / "header.json").read_text())
+    (folder / "header.json").write_text(json.dumps(header | {"vocab_size": 66}))
+    with pytest.raises(CheckpointError, match=r"its tokenizer has \d+ ids, header.json says 66"):
+        Dataset.open(folder).tokenizer()

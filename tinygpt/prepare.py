@@ -1,0 +1,247 @@
+"""Text to a folder of token files: tokenised on all cores, there whole or not at all."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tinygpt.bpe import bpe_tokenizer, train_bpe
+from tinygpt.config import InputError, show, unknown
+from tinygpt.data import SPLITS, Dataset, Header, Split, ids_dtype
+from tinygpt.files import reason
+from tinygpt.hub import cache_folder, fetch
+from tinygpt.text import PIECE_BYTES, Piece, Source
+from tinygpt.tokenizer import char_tokenizer, encode, end_token, load_tokenizer, save_tokenizer
+
+if TYPE_CHECKING:
+    from tiktoken import Encoding
+
+_SHAKESPEARE = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+)
+_KINDS = ("char", "bytes", "gpt2", "bpe:N")
+_LEARN_BYTES = 64 << 20  # of this much text, spread evenly, a BPE is learnt
+_SPACES = re.compile(r"\s{7}")  # in every 1250th character, where 9999 white ones are in a row
+
+
+def prepare(
+    source: str | Path,
+    out: str | Path,
+    tokenizer: str,
+    val: float = 0.1,
+    field: str | None = None,
+) -> Header:
+    """Turn text into a folder of token files that `Dataset.open` reads.
+
+    The last part of the text is for validation: of plain text, from the first character that
+    starts at or past the byte (1 - val) * size; of JSONL, the lines that start there. In a folder,
+    and in JSONL, each document ends with `<|endoftext|>` (for char, which has none, a line feed).
+
+    Args:
+        source: a UTF-8 file; a folder of them, in the order of their paths, hidden ones left out;
+            or the str "shakespeare", char-rnn's file, fetched once. It may be larger than memory.
+        out: the folder to make. One that holds this very text prepared in this way is left as it
+            is; any other that is not empty is refused.
+        tokenizer: char, bytes, gpt2, or bpe:N to learn N ids from the training text (64 MiB of it);
+            a text too short for N merges of what occurs twice gives fewer.
+        val: the fraction for validation, 0 <= val < 1.
+        field: the source is JSONL, with the text under this key.
+    Returns:
+        the header of the folder.
+    Raises:
+        InputError: for an argument or text that cannot work, or when `out` cannot be written; then
+            nothing is left behind.
+    """
+    if isinstance(val, bool) or not isinstance(val, int | float) or not 0 <= val < 1:
+        raise InputError(f"--val is {show(val)}: it must be a fraction, 0 or more and below 1")
+    size = re.fullmatch(r"bpe:([0-9]{1,9})", tokenizer)
+    if not size and tokenizer not in _KINDS[:-1]:
+        raise unknown("tokenizer", tokenizer, _KINDS)
+    if source == "shakespeare":
+        source = cache_folder() / "data" / "shakespeare.txt"
+        if not source.is_file():
+            fetch(_SHAKESPEARE[0], source, _SHAKESPEARE[1])
+    out = Path(out)
+    text = Source.find(Path(source), field, val, leave_out=out)
+    settings = {"source": text.sha256(), "tokenizer": tokenizer, "val": val, "field": field}
+    if existing := _existing(out, settings):
+        return existing
+    with _atomic_folder(out) as folder:
+        encoding = _tokenizer(tokenizer, int(size[1]) if size else 0, text)
+        save_tokenizer(encoding, folder)
+        splits = _write(folder, encoding, text)
+        header = Header(vocab_size=encoding.n_vocab, splits=splits, **settings)
+        header.write(folder)
+        text.check_unchanged()
+    return header
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what `tinygpt prepare` takes."""
+    add = parser.add_argument
+    add("source", metavar="FILE|FOLDER", help="UTF-8 text, or shakespeare to fetch char-rnn's file")
+    kinds = "char, bytes, gpt2, or bpe:N to learn N ids from the text (default: char)"
+    add("--tokenizer", metavar="T", default="char", help=kinds)
+    add("--val", metavar="X", type=float, default=0.1, help="for validation (default: 0.1)")
+    add("--field", metavar="KEY", help="the source is JSONL, with the text under this key")
+    add("-o", "--out", metavar="DIR", help="the folder to make (default: named after the source)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`tinygpt prepare`: make the folder and say what is in it."""
+    name = f"{Path(args.source).resolve().stem}-{args.tokenizer.replace(':', '')}"
+    out = Path(args.out or name)
+    header = prepare(args.source, out, args.tokenizer, args.val, args.field)
+    counts = " and ".join(f"{header.splits[split].tokens:,} {split}" for split in SPLITS)
+    print(f"tinygpt: {out}: {counts} tokens of {header.vocab_size:,} ids", file=sys.stderr)
+    return 0
+
+
+def _existing(out: Path, settings: dict[str, Any]) -> Header | None:
+    """The header of a folder that was made with these settings; None where there is nothing."""
+    try:
+        if not os.path.lexists(out) or (out.is_dir() and not os.listdir(out)):
+            return None
+    except OSError as error:
+        raise InputError(f"cannot read {out}: {reason(error)}; pass another -o") from error
+    if not (out / "header.json").is_file():
+        raise InputError(f"{out} is there and holds something else: pass another -o")
+    header = Dataset.open(out).header
+    for name, value in settings.items():
+        if (had := getattr(header, name)) != value:
+            fact = "other text" if name == "source" else f"{name} {show(had)}, not {show(value)}"
+            raise InputError(f"{out} was prepared with {fact}: pass another -o, or remove it first")
+    return header
+
+
+@contextmanager
+def _atomic_folder(path: Path) -> Iterator[Path]:
+    """A folder that has its name only once the block is through, and is gone if that fails."""
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.rename(temporary, target)  # which takes the place of an empty folder, of no other
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {reason(error)}; pass another -o") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _tokenizer(kind: str, size: int, text: Source) -> Encoding:
+    if kind == "char":
+        seen = np.zeros(0x110000, bool)
+        for _, piece, _ in text.pieces("alphabet", end="\n"):
+            seen[_codes(piece)] = True
+        return char_tokenizer(map(chr, np.flatnonzero(seen)))
+    if size:
+        learnt = (piece for is_val, piece, _ in text.pieces("words") if not is_val)
+        every = max(1, -(-text.cut // _LEARN_BYTES))
+        return bpe_tokenizer(train_bpe(islice(learnt, 0, None, every), size))
+    return load_tokenizer(kind)
+
+
+def _codes(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le"), "<u4")
+
+
+def _write(folder: Path, tokenizer: Encoding, text: Source) -> dict[str, Split]:
+    """Write both token files."""
+    counts = {split: np.zeros(3, np.int64) for split in SPLITS}
+    digests = {split: hashlib.sha256() for split in SPLITS}
+    end = "\n" if end_token(tokenizer) is None else ""
+    parts = _grouped(text.pieces("tokens", end))
+    with ExitStack() as stack:
+        files = {s: stack.enter_context(open(folder / f"{s}.bin", "wb")) for s in SPLITS}
+        for is_val, ids, counted in _on_all_cores(_converter(tokenizer), parts):
+            split = SPLITS[is_val]
+            files[split].write(ids)
+            digests[split].update(ids)
+            counts[split] += counted
+        for split, file in files.items():
+            if not file.tell() and not (split == "val" and text.cut == text.total):
+                raise InputError(f"no text is left for {split}: give more text or another --val")
+            file.flush()
+            os.fsync(file.fileno())
+    return {s: Split(*map(int, counts[s]), digests[s].hexdigest()) for s in SPLITS}
+
+
+def _grouped(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Pieces of the same part together, until they are worth a thread's while."""
+    group, size = [], 0
+    for piece in pieces:
+        if group and (piece[0] != group[0][0] or size >= PIECE_BYTES):
+            yield group
+            group, size = [], 0
+        group.append(piece)
+        size += len(piece[1])
+    if group:
+        yield group
+
+
+def _converter(
+    tokenizer: Encoding,
+) -> Callable[[list[Piece]], tuple[bool, np.ndarray, tuple[int, int, int]]]:
+    """What turns a group into (whether for validation, ids, (tokens, characters, bytes))."""
+    dtype, end = ids_dtype(tokenizer.n_vocab), end_token(tokenizer)
+    last = np.array([] if end is None else [end], dtype)
+    id_of = np.zeros(0x110000 if tokenizer.name == "char" else 0, dtype)
+    if len(id_of):
+        for character, number in tokenizer._mergeable_ranks.items():
+            id_of[ord(character.decode())] = number
+
+    def ids_in(text: str) -> np.ndarray:
+        if tokenizer.name == "char":
+            return id_of[_codes(text)]
+        if tokenizer.name == "bytes":
+            return np.frombuffer(text.encode(), np.uint8)
+        if _SPACES.search(text[::1250]):
+            return np.array(encode(tokenizer, text), dtype)
+        # Unlike encode, this holds Python's lock hardly ever, so that threads do run at once.
+        return tokenizer.encode_to_numpy(text, disallowed_special=())
+
+    def convert(group: list[Piece]):
+        arrays = [np.empty(0, dtype)]
+        for _, text, ends in group:
+            if text:
+                arrays.append(ids_in(text))
+            if ends:
+                arrays.append(last)
+        ids = np.concatenate(arrays, dtype=dtype, casting="unsafe")
+        characters = sum(len(text) for _, text, _ in group)
+        size = sum(len(text.encode()) for _, text, _ in group)
+        return group[0][0], ids, (len(ids), characters, size)
+
+    return convert
+
+
+def _on_all_cores(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """The function of each item, in order; only a few items are in memory at a time."""
+    usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    cores, waiting = len(usable(0)), deque()
+    pool = ThreadPoolExecutor(cores)
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > cores + 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
