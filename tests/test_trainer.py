@@ -42,7 +42,9 @@ def torch_step(model, optimizer, inputs, targets) -> float:
     import torch
     from torch_loop import train_step
 
-    tokens, targets = (torch.from_numpy(a.reshape(-1, a.shape[-1])).long() for a in (inputs, targets))
+    tokens, targets = (
+        torch.from_numpy(a.reshape(-1, a.shape[-1])).long() for a in (inputs, targets)
+    )
     return train_step(model, optimizer, tokens, targets, TINY.grad_clip)
 
 
@@ -53,7 +55,9 @@ def same_weights(a: Trainer, b: Trainer) -> bool:
 
 @pytest.mark.parametrize("kernels", ["1", "0"])
 @pytest.mark.parametrize("norm", ["pre", "post"])
-@pytest.mark.parametrize("shape", [{}, {"bias": False, "activation": "relu"}, {"activation": "gelu"}])
+@pytest.mark.parametrize(
+    "shape", [{}, {"bias": False, "activation": "relu"}, {"activation": "gelu"}]
+)
 def test_gradients_equal_pytorch(norm, kernels, shape, monkeypatch):
     monkeypatch.setenv("TINYGPT_KERNELS", kernels)
     trainer = fresh(replace(TINY, norm=norm, **shape))
@@ -110,7 +114,10 @@ def test_nothing_is_compiled_after_the_second_step(monkeypatch):
         trainer.step(*batch(seed))
     captured = trainer._jit.captured
     monkeypatch.setattr(
-        type(realize.Device["CPU"].compiler), "compile", lambda *_: compiled.append(1), raising=False
+        type(realize.Device["CPU"].compiler),
+        "compile",
+        lambda *_: compiled.append(1),
+        raising=False,
     )
     for seed in range(2, 5):
         trainer.step(*batch(seed))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import numpy as np
 from tinygrad import Tensor, TinyJit, dtypes
 from tinygrad.nn.state import get_state_dict
 
+from tinygpt.evaluate import token_losses
 from tinygpt.lora import Lora
 from tinygpt.model import GPT
 from tinygpt.optim import Optimizer, global_norm, scheduled
@@ -76,6 +76,19 @@ class Trainer:
         """What must be kept, besides the weights, to go on exactly."""
         return {**self.optimizer.state, **(self.lora.tensors if self.lora else {})}
 
+    @property
+    def learning_rate(self) -> float:
+        """AdamW's in the next step."""
+        config = self.config
+        return scheduled(
+            self.counters.step,
+            config.steps,
+            config.warmup_steps,
+            config.schedule,
+            config.learning_rate,
+            config.min_learning_rate,
+        )
+
     def step(self, inputs: np.ndarray, targets: np.ndarray) -> Outcome:
         """Update the weights once. A loss or gradient that is not finite changes nothing.
 
@@ -83,11 +96,8 @@ class Trainer:
             inputs, targets: int32 (accumulate, B, T), of one shape in all calls.
         """
         counters, config = self.counters, self.config
-        course = functools.partial(
-            scheduled, counters.step, config.steps, config.warmup_steps, config.schedule
-        )
-        rate = course(config.learning_rate, config.min_learning_rate)
-        muon_rate = config.muon_learning_rate * rate / (config.learning_rate or 1)
+        rate = self.learning_rate
+        muon_rate = config.muon_learning_rate * rate / (config.learning_rate or 1)  # in proportion
         numbers = self.optimizer.numbers(rate, muon_rate, counters.updates + 1)
         numbers = np.append(numbers, np.float32(counters.loss_scale))
         key = np.array([config.seed, counters.step], np.uint32)
@@ -156,7 +166,7 @@ class Trainer:
     def _batch_gradients(self, inputs, targets, scale) -> tuple[Tensor, dict[str, Tensor]]:
         masters = [Tensor(weight.uop) for weight in self.weights.values()]
         with self._computing():
-            loss = self._token_losses(inputs, targets).mean()
+            loss = token_losses(self.model(inputs), targets).mean()
         gradients = (loss if scale is None else loss * scale).gradient(*masters)
         if scale is not None:
             gradients = [gradient / scale for gradient in gradients]
@@ -165,10 +175,7 @@ class Trainer:
 
     def _losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
         with Tensor.train(mode=False), self._computing():
-            return self._token_losses(inputs, targets).realize()
-
-    def _token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return token_losses(self.model(inputs), targets)
+            return token_losses(self.model(inputs), targets).realize()
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
@@ -185,11 +192,6 @@ class Trainer:
         finally:
             for name, weight in self.weights.items():
                 weight.uop = masters[name]
-
-
-def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy of each token, in float32: (B, T, V), int (B, T) -> (B, T)."""
-    return logits.float().sparse_categorical_crossentropy(targets, reduction="none")
 
 
 @contextmanager
