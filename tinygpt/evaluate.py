@@ -147,7 +147,7 @@ def evaluate_data(
 
 
 class Scored(NamedTuple):
-    """A continuation under a model: its summed loss in nats, its tokens, whether greedy gives it."""
+    """A continuation's summed loss in nats, its tokens, and whether greedy decoding gives it."""
 
     loss: float
     tokens: int

@@ -11,7 +11,7 @@ from tinygpt.kernels import matmul
 
 
 class Lora:
-    """W = base + alpha / rank * B @ A for every matrix inside the blocks, where A and B are trained.
+    """W = base + alpha / rank * B @ A for every matrix in the blocks, where A and B are trained.
 
     The model's own weights are W at all times, so a model under training is always the merged one:
     it can be evaluated, sampled from and saved as it is. A's and B's gradients follow from W's.

@@ -130,18 +130,22 @@ class Run:
         saved = self.counters.step
         if saved == 0:
             self._evaluate(log, bar)
-        while self.counters.step < self.config.steps and self.signal is None:
+        while not self._finished and self.signal is None:
             self._step(log, bar)
+            if self.minutes is not None and len(self.times) == _TIMED:
+                self._fit(log, bar)
             step = self.counters.step
-            if self.minutes is not None and step >= _TIMED and len(self.times) >= _TIMED:
-                self._fit()
-            if step % self.config.eval_every == 0 or step == self.config.steps:
+            if step % self.config.eval_every == 0 or self._finished:
                 self._evaluate(log, bar)
                 self._save()
                 saved = step
         if saved != self.counters.step:
             self._save()
         bar.clear()
+
+    @property
+    def _finished(self) -> bool:
+        return self.minutes is None and self.counters.step >= self.config.steps
 
     def _step(self, log, bar: _Bar) -> None:
         start = time.perf_counter()
@@ -209,11 +213,15 @@ class Run:
             if best.is_dir():
                 checkpoint.link(self.folder, "best", best)
 
-    def _fit(self) -> None:
+    def _fit(self, log, bar: _Bar) -> None:
         """Choose the number of steps such that they end when the minutes do."""
-        step, took = self.counters.step, statistics.median(self.times[_UNTIMED:])
-        left = self.minutes * 60 - (time.perf_counter() - self.started)
-        steps = step + max(1, int(left / took))
+        begun = time.perf_counter()
+        self._evaluate(log, bar)  # which takes time, too
+        now = time.perf_counter()
+        took = statistics.median(self.times[_UNTIMED:])
+        took += (now - begun) / self.config.eval_every
+        step = self.counters.step
+        steps = step + max(1, int((self.minutes * 60 - (now - self.started)) / took))
         warmup_steps = min(self.config.warmup_steps, max(step, steps // 10))
         self.trainer.config = replace(self.config, steps=steps, warmup_steps=warmup_steps)
         say(f"{steps} steps fit into {self.minutes:g} minutes, at {took * 1e3:.0f} ms each")

@@ -1,4 +1,4 @@
-"""The same model and training loop in plain PyTorch: what step times and gradients are held against.
+"""The same model and training loop in plain PyTorch: what ours are held against.
 
 Written as one would write it for PyTorch alone: fused query, key and value, its own attention, its
 own AdamW. Run as a program it times steps of nanoGPT's small recipe, or with --large of the larger:
