@@ -130,7 +130,7 @@ def test_damage_and_strangers_are_refused_in_one_line(tmp_path):
     with pytest.raises(InputError, match=r"training.safetensors: .*"):
         checkpoint.load(last)
     (last / "state.json").write_text(json.dumps({"format": "other"}))
-    with pytest.raises(InputError, match="its format is 'other', not .* pass it as --model"):
+    with pytest.raises(InputError, match=r"its format is 'other', not .* pass it as --model"):
         checkpoint.load(last)
     (last / "state.json").unlink()
     with pytest.raises(InputError, match=r"state.json: no such file"):

@@ -24,7 +24,8 @@ from tinygpt.tokenizer import char_tokenizer, encode, save_tokenizer
 ROOT = Path(__file__).parents[1]
 TINY = {
     "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4, "steps": 12,
-    "warmup_steps": 3, "learning_rate": 0.01, "eval_every": 4, "sample_tokens": 0, "eval_batches": 3,
+    "warmup_steps": 3, "learning_rate": 0.01, "eval_every": 4, "eval_batches": 3,
+    "sample_tokens": 0,
 }  # fmt: skip
 TEXT = "".join(f"{n} times {n} is {n * n}. " for n in range(300))
 

@@ -13,7 +13,8 @@ from typing import Literal
 import numpy as np
 from tinygrad import Tensor
 
-from tinygpt.kernels import matmul
+from tinygpt import fused
+from tinygpt.kernels import fast, matmul
 
 _EPSILON = 1e-8  # AdamW's
 _MOMENTUM = 0.95  # Muon's
@@ -48,6 +49,8 @@ def scheduled(
 
 def global_norm(gradients: Mapping[str, Tensor]) -> Tensor:
     """The length of all gradients as one vector, a scalar."""
+    if fast(*gradients.values()):
+        return fused.squares(list(gradients.values())).sqrt()
     squares = [gradient.square().sum() for gradient in gradients.values()]
     return Tensor.stack(*squares).sum().sqrt()
 
@@ -114,6 +117,8 @@ class Optimizer:
         """
         rate, adam_rate, root, muon_rate = (numbers[i] for i in range(4))
         clip = (self.grad_clip / (norm + 1e-6)).minimum(1.0) if self.grad_clip else norm * 0 + 1
+        if not self.by_muon and fast(*self.parameters.values()):
+            return self._fused_updates(gradients, numbers, clip, good)
         clip, written = clip.contiguous(), []
         for name, parameter in self.parameters.items():
             decay = self.weight_decay if parameter.ndim == 2 else 0.0
@@ -133,6 +138,19 @@ class Optimizer:
             parameter.assign(good.where(old * kept - step * direction, old))
             written.append(parameter)
         return [*written, *self.state.values()]
+
+    def _fused_updates(self, gradients, numbers, clip, good) -> list[Tensor]:
+        names = list(self.parameters)
+        decays = [self.weight_decay * (self.parameters[name].ndim == 2) for name in names]
+        return fused.adamw(
+            list(self.parameters.values()),
+            [gradients[name] for name in names],
+            [self.state[f"{name}.mean"] for name in names],
+            [self.state[f"{name}.square"] for name in names],
+            decays,
+            (self.beta1, self.beta2),
+            Tensor.cat(numbers[:3], Tensor.stack(clip, good.float())),
+        )
 
     def _keep(self, name: str, old: float, new: float, value: Tensor, good: Tensor) -> Tensor:
         """Move a running average towards a value."""

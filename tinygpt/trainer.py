@@ -11,6 +11,7 @@ import numpy as np
 from tinygrad import Tensor, TinyJit, dtypes
 from tinygrad.nn.state import get_state_dict
 
+from tinygpt import fused
 from tinygpt.evaluate import token_losses
 from tinygpt.lora import Lora
 from tinygpt.model import GPT
@@ -166,16 +167,21 @@ class Trainer:
     def _batch_gradients(self, inputs, targets, scale) -> tuple[Tensor, dict[str, Tensor]]:
         masters = [Tensor(weight.uop) for weight in self.weights.values()]
         with self._computing():
-            loss = token_losses(self.model(inputs), targets).mean()
+            loss = self._token_losses(inputs, targets).mean()
         gradients = (loss if scale is None else loss * scale).gradient(*masters)
         if scale is not None:
             gradients = [gradient / scale for gradient in gradients]
-        whole = (gradient.contiguous() for gradient in gradients)
+        whole = (gradient.contiguous() for gradient in gradients)  # computed once, for two uses
         return loss, dict(zip(self.weights, whole, strict=True))
 
     def _losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
         with Tensor.train(mode=False), self._computing():
-            return token_losses(self.model(inputs), targets).realize()
+            return self._token_losses(inputs, targets).realize()
+
+    def _token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        if fused.usable(self.model):
+            return fused.losses(self.model, inputs, targets)
+        return token_losses(self.model(inputs), targets)
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
