@@ -37,7 +37,7 @@ from tinygpt.recipes import (
 )
 from tinygpt.terminal import say
 from tinygpt.tokenizer import decode, end_token, load_tokenizer
-from tinygpt.trainer import Counters, Trainer, stacked
+from tinygpt.trainer import Counters, Trainer
 
 if TYPE_CHECKING:
     from tiktoken import Encoding
@@ -151,9 +151,7 @@ class Run:
         start = time.perf_counter()
         config = self.config
         rate = self.trainer.learning_rate
-        outcome = self.trainer.step(
-            *stacked([next(self.batches) for _ in range(config.accumulate)])
-        )
+        outcome = self.trainer.step([next(self.batches) for _ in range(config.accumulate)])
         self.times.append(time.perf_counter() - start)
         step, recent = self.counters.step, statistics.median(self.times[-20:])
         entry = {"step": step, "loss": outcome.loss, "norm": outcome.norm, "learning_rate": rate}

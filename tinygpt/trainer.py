@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tinygrad import Tensor, TinyJit, dtypes
 from tinygrad.nn.state import get_state_dict
 
-from tinygpt import fused
+from tinygpt import backend, fused
+from tinygpt.config import InputError
 from tinygpt.evaluate import token_losses
 from tinygpt.lora import Lora
 from tinygpt.model import GPT
@@ -21,6 +23,9 @@ from tinygpt.recipes import TrainConfig
 # float16 holds small gradients only if they are scaled up: as far as they fit, tried again upwards
 # after so many updates. Source: Micikevicius et al. 2018, "Mixed Precision Training", 3.2.
 _FIRST_SCALE, _SCALE_UP_AFTER = 2.0**16, 2000
+
+
+Batch = tuple[np.ndarray, np.ndarray]  # inputs and targets, each int32 (B, T)
 
 
 class Outcome(NamedTuple):
@@ -51,6 +56,8 @@ class Trainer:
     """
 
     def __init__(self, model: GPT, config: TrainConfig) -> None:
+        if config.compute != "float32":
+            need_type(config.compute)
         self.model, self.config = model, config
         self.weights = get_state_dict(model)
         self.lora = None
@@ -90,11 +97,11 @@ class Trainer:
             config.min_learning_rate,
         )
 
-    def step(self, inputs: np.ndarray, targets: np.ndarray) -> Outcome:
+    def step(self, batches: Sequence[Batch]) -> Outcome:
         """Update the weights once. A loss or gradient that is not finite changes nothing.
 
         Args:
-            inputs, targets: int32 (accumulate, B, T), of one shape in all calls.
+            batches: `accumulate` of them, of one shape in all calls.
         """
         counters, config = self.counters, self.config
         rate = self.learning_rate
@@ -102,8 +109,10 @@ class Trainer:
         numbers = self.optimizer.numbers(rate, muon_rate, counters.updates + 1)
         numbers = np.append(numbers, np.float32(counters.loss_scale))
         key = np.array([config.seed, counters.step], np.uint32)
-        given = (inputs, targets, numbers, key, np.zeros(2, np.uint32))
-        loss, norm, good = self._jit(*(Tensor(array).realize() for array in given)).tolist()
+        # Each batch is an input of its own: a slice of one would be captured where it lies.
+        tokens = [Tensor(array).realize() for batch in batches for array in batch]
+        given = (Tensor(array).realize() for array in (numbers, key, np.zeros(2, np.uint32)))
+        loss, norm, good = self._jit(tokens, *given).tolist()
         self._count(good > 0)
         return Outcome(loss, norm, good > 0)
 
@@ -124,10 +133,11 @@ class Trainer:
             elif counters.updates_at_scale == _SCALE_UP_AFTER:
                 counters.loss_scale, counters.updates_at_scale = counters.loss_scale * 2, 0
 
-    def _step(self, inputs, targets, numbers, key, counter) -> Tensor:
+    def _step(self, tokens, numbers, key, counter) -> Tensor:
         scale = numbers[4] if self.config.compute == "float16" else None
         with Tensor.train(), _random_numbers(key, counter):
-            total, gradients = self.gradients(inputs, targets, scale)
+            pairs = list(zip(tokens[::2], tokens[1::2], strict=True))
+            total, gradients = self.gradients(pairs, scale)
         if self.lora:
             gradients = self.lora.gradients(gradients)
         norm = global_norm(gradients)
@@ -141,18 +151,18 @@ class Trainer:
         return result
 
     def gradients(
-        self, inputs: Tensor, targets: Tensor, scale: Tensor | None = None
+        self, batches: Sequence[tuple[Tensor, Tensor]], scale: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss of all batches, and its gradient by each weight.
 
         Args:
-            inputs, targets: int32 (accumulate, B, T).
+            batches: inputs and targets, each int32 (B, T).
             scale: what the loss is multiplied with on the way, None for 1.
         """
-        count = inputs.shape[0]
+        count = len(batches)
         total, sums = None, {}
-        for i in range(count):
-            loss, gradients = self._batch_gradients(inputs[i], targets[i], scale)
+        for i, (inputs, targets) in enumerate(batches):
+            loss, gradients = self._batch_gradients(inputs, targets, scale)
             if count == 1:
                 return loss, gradients
             # Realised one batch after the other, so that memory is that of one.
@@ -185,19 +195,46 @@ class Trainer:
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
-        """The model computes in the configured type, from weights that stay float32."""
+        """The model computes with weights rounded to the configured type; they stay float32."""
         if self.config.compute == "float32":
             yield
             return
-        dtype = getattr(dtypes, self.config.compute)
+        dtype, usual = getattr(dtypes, self.config.compute), os.environ.get("TINYGPT_KERNELS")
         masters = {name: weight.uop for name, weight in self.weights.items()}
         try:
+            os.environ["TINYGPT_KERNELS"] = "0"  # whose gradients are for float32 alone
             for weight in self.weights.values():
                 weight.uop = weight.cast(dtype).uop
             yield
         finally:
+            os.environ.pop("TINYGPT_KERNELS")
+            if usual is not None:
+                os.environ["TINYGPT_KERNELS"] = usual
             for name, weight in self.weights.items():
                 weight.uop = masters[name]
+
+
+def need_type(name: str) -> None:
+    """Refuse a type that the backend cannot compute in, such as bfloat16 with an older clang.
+
+    Raises:
+        InputError: naming it.
+    """
+    errors = os.dup(2)  # what the compiler would say there is no news to the user
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        works = (Tensor([1.5] * 64).cast(getattr(dtypes, name)).contiguous() + 1).float().tolist()
+    except Exception:
+        works = None
+    finally:
+        os.dup2(errors, 2)
+        os.close(errors)
+    if works != [2.5] * 64:
+        raise InputError(
+            f"compute is {name!r}, which {backend.describe()} cannot do: use float32, or another "
+            "backend"
+        )
 
 
 @contextmanager
@@ -214,9 +251,3 @@ def _random_numbers(key: Tensor, counter: Tensor) -> Iterator[None]:
         yield
     finally:
         Tensor._device_seeds, Tensor._device_rng_counters = usual
-
-
-def stacked(batches: Sequence[tuple[Any, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Batches of (inputs, targets), each (B, T), as one pair of arrays (len(batches), B, T)."""
-    inputs, targets = zip(*batches, strict=True)
-    return np.stack(inputs), np.stack(targets)
