@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,6 @@ from tinygrad import Tensor
 from tinygrad.nn.state import get_state_dict
 
 from tinygpt import GPT, fused
-from tinygpt.evaluate import token_losses
 
 # More tokens than attention takes at once, and not a whole number of anything.
 SHAPE = replace(SMALL, block_size=80)
@@ -25,12 +25,7 @@ def plain_and_fused(config, monkeypatch) -> list[dict[str, np.ndarray]]:
     Tensor.realize(tokens, targets, share)
     for kernels in "01":
         monkeypatch.setenv("TINYGPT_KERNELS", kernels)
-
-        def losses():
-            if fused.usable(model):
-                return fused.losses(model, tokens, targets)
-            return token_losses(model(tokens), targets)
-
+        losses = functools.partial(fused.token_losses, model, tokens, targets)
         assert fused.usable(model) == (kernels == "1")
         gradients = (losses() * share).sum().gradient(*weights.values())
         found.append({"losses": losses().numpy()})
@@ -76,7 +71,7 @@ def test_a_weight_that_is_not_finite_shows_in_the_loss(name, bad):
     value.reshape(-1)[:3] = bad
     weight.assign(Tensor(value)).realize()
     ids = Tensor(np.zeros((1, 8), np.int32)).realize()
-    assert not np.isfinite(fused.losses(model, ids, ids).numpy()).all()
+    assert not np.isfinite(fused.token_losses(model, ids, ids).numpy()).all()
 
 
 def test_the_sum_of_squares():

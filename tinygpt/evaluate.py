@@ -17,6 +17,7 @@ from tinygpt import hub
 from tinygpt.config import InputError, show
 from tinygpt.data import Dataset
 from tinygpt.files import CheckpointError, reason
+from tinygpt.fused import cross_entropy, token_losses
 from tinygpt.model import GPT
 from tinygpt.tokenizer import encode, load_tokenizer
 
@@ -28,36 +29,36 @@ Losses = Callable[[np.ndarray, np.ndarray], np.ndarray]
 _TASKS = ("hellaswag", "lambada")
 
 
-def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy of each token, in float32 and nats: (B, T, V), int (B, T) -> (B, T)."""
-    return logits.float().sparse_categorical_crossentropy(targets, reduction="none")
-
-
 class Scorer:
     """A model's losses, and where its likeliest token was the right one; one graph a shape."""
 
     def __init__(self, model: GPT) -> None:
         self.model = model
-        self._graphs: dict[tuple[int, ...], TinyJit] = {}
+        self._graphs: dict[tuple, TinyJit] = {}
 
     def __call__(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """int32 (B, T) twice -> losses, float32 (B, T), and hits, bool (B, T)."""
-        if inputs.shape not in self._graphs:
-            jit = self._graphs[inputs.shape] = TinyJit(self._score)
-            jit.cnt = 1  # captured at its first call: there is no state to set up
-        graph = self._graphs[inputs.shape]
-        losses, hits = graph(Tensor(inputs).realize(), Tensor(targets).realize()).numpy()
+        losses, hits = self._run(self._score, inputs, targets)
         return losses, hits > 0
 
     def losses(self, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """The first part of it alone."""
-        return self(inputs, targets)[0]
+        """The losses alone, which is faster."""
+        return self._run(self._losses, inputs, targets)
 
-    @Tensor.train(mode=False)
+    def _run(self, function, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        key = function.__name__, inputs.shape
+        if key not in self._graphs:
+            self._graphs[key] = TinyJit(Tensor.train(mode=False)(function))
+            self._graphs[key].cnt = 1  # captured at its first call: there is no state to set up
+        return self._graphs[key](Tensor(inputs).realize(), Tensor(targets).realize()).numpy()
+
     def _score(self, inputs: Tensor, targets: Tensor) -> Tensor:
         logits = self.model(inputs).contiguous()
         hits = logits.argmax(-1) == targets
-        return Tensor.stack(token_losses(logits, targets), hits.float()).realize()
+        return Tensor.stack(cross_entropy(logits, targets), hits.float()).realize()
+
+    def _losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        return token_losses(self.model, inputs, targets).realize()
 
 
 class Window(NamedTuple):

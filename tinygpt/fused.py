@@ -29,7 +29,7 @@ _THREAD_FLOPS = 1_500_000
 
 
 def usable(model: GPT) -> bool:
-    """Whether `losses` can compute this model, now: dropout is a matter of training alone."""
+    """Whether the C forms can compute this model, now: dropout is a matter of training alone."""
     config, weights = model.config, get_state_dict(model).values()
     dropout = config.embd_pdrop or config.attn_pdrop or config.resid_pdrop
     return (
@@ -40,14 +40,16 @@ def usable(model: GPT) -> bool:
     )
 
 
-def losses(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
-    """The cross entropy of each token in nats, with gradients: the model's forward pass and loss.
+def token_losses(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
+    """The cross entropy of each token in nats: the model's forward pass and loss.
 
     Args:
         tokens, targets: int32 (B, T).
     Returns:
-        float32 (B, T).
+        float32 (B, T), through which gradients go.
     """
+    if not usable(model):
+        return cross_entropy(model(tokens), targets)
     learned = model.config.position == "learned"
     x = _embed(tokens, model.wte.weight, model.wpe.weight if learned else None)
     if not learned:
@@ -56,6 +58,11 @@ def losses(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
     for block in model.blocks:
         x = _block(block, x)
     return _head(model, x, targets)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The same from logits, in float32: (B, T, V), int (B, T) -> (B, T)."""
+    return logits.float().sparse_categorical_crossentropy(targets, reduction="none")
 
 
 def squares(gradients: Sequence[Tensor]) -> Tensor:

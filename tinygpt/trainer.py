@@ -12,9 +12,9 @@ import numpy as np
 from tinygrad import Tensor, TinyJit, dtypes
 from tinygrad.nn.state import get_state_dict
 
-from tinygpt import backend, fused
+from tinygpt import backend
 from tinygpt.config import InputError
-from tinygpt.evaluate import token_losses
+from tinygpt.fused import token_losses
 from tinygpt.lora import Lora
 from tinygpt.model import GPT
 from tinygpt.optim import Optimizer, global_norm, scheduled
@@ -177,7 +177,7 @@ class Trainer:
     def _batch_gradients(self, inputs, targets, scale) -> tuple[Tensor, dict[str, Tensor]]:
         masters = [Tensor(weight.uop) for weight in self.weights.values()]
         with self._computing():
-            loss = self._token_losses(inputs, targets).mean()
+            loss = token_losses(self.model, inputs, targets).mean()
         gradients = (loss if scale is None else loss * scale).gradient(*masters)
         if scale is not None:
             gradients = [gradient / scale for gradient in gradients]
@@ -186,12 +186,7 @@ class Trainer:
 
     def _losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
         with Tensor.train(mode=False), self._computing():
-            return self._token_losses(inputs, targets).realize()
-
-    def _token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        if fused.usable(self.model):
-            return fused.losses(self.model, inputs, targets)
-        return token_losses(self.model(inputs), targets)
+            return token_losses(self.model, inputs, targets).realize()
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
