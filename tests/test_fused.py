@@ -79,3 +79,16 @@ def test_the_sum_of_squares():
     arrays = [rng.standard_normal(size).astype(np.float32) for size in (1, 15, 16, 1000)]
     found = fused.squares([Tensor(array) for array in arrays]).item()
     assert found == pytest.approx(sum(np.square(a, dtype=np.float64).sum() for a in arrays))
+
+
+def test_an_id_outside_the_vocabulary_is_a_loss_of_nan_and_no_fault():
+    model = randomize(GPT(SHAPE))
+    ids = np.array([[1, 2, 3], [4, 10**6, -1]], np.int32)
+    known, unknown = (Tensor(rows).realize() for rows in (np.ones((2, 3), np.int32), ids))
+    for tokens, targets in ((unknown, known), (known, unknown)):
+        losses = fused.token_losses(model, tokens, targets)
+        assert np.isfinite(losses.numpy()[0]).all()  # one text is nothing to another
+        assert np.isnan(losses.numpy()[1, 1:]).all()
+        gradient = fused.token_losses(model, tokens, targets).sum().gradient(model.wte.weight)[0]
+        assert gradient.shape == model.wte.weight.shape
+        gradient.realize()

@@ -351,6 +351,26 @@ def test_bad_input_is_one_line(data, whole, tmp_path):
     assert "block_size is 9, but the window" in long
 
 
+def test_the_bar_shows_steps_and_losses(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "100")
+    bar = train._Bar()
+    bar.show(5, 20, 2.5, None, 1234.5, 61.0)
+    line = capsys.readouterr().err
+    assert line.startswith(f"\r{'#' * 5}{'-' * 15} 5/20  loss 2.5000  1,234 tokens/s  1:01 left ")
+    assert len(line) == 100
+    bar.show(30, 20, 2.5, 2.25, 1.0, 0.0)
+    assert "val 2.2500" in capsys.readouterr().err
+
+
+def test_too_short_a_split_is_one_line(tmp_path):
+    short = Dataset.open(prepared(tmp_path / "short", TEXT[:60]))
+    with pytest.raises(
+        InputError, match="validation split has 6 tokens, too few for a window of 8"
+    ):
+        train.start(tmp_path / "run", short, TINY)
+
+
 def test_other_data_is_refused(whole, tmp_path):
     other = Dataset.open(prepared(tmp_path / "other", TEXT + TEXT[::-1]))
     with pytest.raises(InputError, match="other data"):

@@ -113,7 +113,7 @@ def adamw(
 
 def _embed(tokens: Tensor, table: Tensor, places: Tensor | None) -> Tensor:
     (B, T), (V, C) = tokens.shape, table.shape
-    macros = {"EMBED": 1, "B": B, "T": T, "C": C}
+    macros = {"B": B, "T": T, "C": C, "V": V}
     buffers = {"out": Tensor.empty(B, T, C), "ids": tokens}
     buffers |= {"tokens_weight": table, "places_weight": places}
 
@@ -121,12 +121,12 @@ def _embed(tokens: Tensor, table: Tensor, places: Tensor | None) -> Tensor:
         shapes = {"d_tokens": table.shape, "d_places": None if places is None else places.shape}
         made = {n: None if s is None else Tensor.empty(*s) for n, s in shapes.items()}
         window = 0 if places is None else places.shape[0]
-        sizes = {"UNEMBED": 1, "B": B, "T": T, "C": C, "V": V, "WINDOW": window}
+        sizes = macros | {"UNEMBED": 1, "WINDOW": window}
         given = {**made, "dout": Tensor(g), "ids": Tensor(call.src[2])}
         found = _call("unembed", given, [n for n in made if made[n] is not None], sizes, 1)
         return None, None, *(tensor.uop for tensor in found)
 
-    return _call("embed", buffers, ("out",), macros, 1, gradient)[0]
+    return _call("embed", buffers, ("out",), macros | {"EMBED": 1}, 1, gradient)[0]
 
 
 def _block(block: TransformerBlock, x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from tinygrad.nn.state import get_state_dict
 from tinygpt import backend, checkpoint, hub
 from tinygpt.config import InputError, show
 from tinygpt.data import Batches, Dataset
-from tinygpt.evaluate import mean_loss, spread
+from tinygpt.evaluate import Scorer, mean_loss, spread
 from tinygpt.files import CheckpointError, reason, write_text
 from tinygpt.generate import Generator
 from tinygpt.model import GPT
@@ -68,9 +68,14 @@ class Run:
         """
         self.folder, self.data, self.tokenizer = folder, data, tokenizer
         self.minutes = minutes
+        if len(data.val) <= config.block_size:
+            raise InputError(
+                f"{data.folder}: the validation split has {len(data.val)} tokens, too few for a "
+                f"window of {config.block_size}: give more text or a smaller --block-size"
+            )
         self.trainer = Trainer(model, config)
         self.batches = Batches(data.train, config.batch_size, config.block_size, config.seed)
-        self.generator = Generator(model)
+        self.scorer, self.generator = Scorer(model), Generator(model)
         self.best: dict[str, Any] | None = None  # the step of the lowest validation loss, and it
         self.val_loss: float | None = None
         self.times: list[float] = []  # seconds of this process's steps
@@ -132,11 +137,13 @@ class Run:
             self._evaluate(log, bar)
         while not self._finished and self.signal is None:
             self._step(log, bar)
-            if self.minutes is not None and len(self.times) == _TIMED:
-                self._fit(log, bar)
             step = self.counters.step
-            if step % self.config.eval_every == 0 or self._finished:
+            fit = self.minutes is not None and len(self.times) == _TIMED
+            if fit or step % self.config.eval_every == 0 or self._finished:
+                begun = time.perf_counter()
                 self._evaluate(log, bar)
+                if fit:
+                    self._fit(time.perf_counter() - begun)
                 self._save()
                 saved = step
         if saved != self.counters.step:
@@ -159,7 +166,7 @@ class Run:
             entry["skipped"] = True
         tokens = config.accumulate * config.batch_size * config.block_size
         self._log(log, {**entry, "tokens_per_s": round(tokens / recent)})
-        left = recent * (config.steps - step)
+        left = recent * max(0, config.steps - step)
         bar.show(step, config.steps, outcome.loss, self.val_loss, tokens / recent, left)
         if self.counters.skipped_in_a_row == _MOST_SKIPPED:
             self._save()
@@ -175,7 +182,7 @@ class Run:
         most = config.eval_batches * config.batch_size
         places = spread(len(self.data.val), config.block_size, most)
         self.val_loss = mean_loss(
-            self.trainer.losses, self.data.val, places, config.block_size, config.batch_size
+            self.scorer.losses, self.data.val, places, config.block_size, config.batch_size
         )
         entry = {"step": step, "val_loss": self.val_loss}
         if config.sample_tokens:
@@ -211,15 +218,12 @@ class Run:
             if best.is_dir():
                 checkpoint.link(self.folder, "best", best)
 
-    def _fit(self, log, bar: _Bar) -> None:
+    def _fit(self, evaluation_s: float) -> None:
         """Choose the number of steps such that they end when the minutes do."""
-        begun = time.perf_counter()
-        self._evaluate(log, bar)  # which takes time, too
-        now = time.perf_counter()
-        took = statistics.median(self.times[_UNTIMED:])
-        took += (now - begun) / self.config.eval_every
+        took = statistics.median(self.times[_UNTIMED:]) + evaluation_s / self.config.eval_every
+        left = self.minutes * 60 - (time.perf_counter() - self.started)
         step = self.counters.step
-        steps = step + max(1, int((self.minutes * 60 - (now - self.started)) / took))
+        steps = step + max(1, int(left / took))
         warmup_steps = min(self.config.warmup_steps, max(step, steps // 10))
         self.trainer.config = replace(self.config, steps=steps, warmup_steps=warmup_steps)
         say(f"{steps} steps fit into {self.minutes:g} minutes, at {took * 1e3:.0f} ms each")
@@ -227,7 +231,10 @@ class Run:
 
     @staticmethod
     def _log(log, entry: dict[str, Any]) -> None:
-        json.dump({k: None if v != v else v for k, v in entry.items()}, log, ensure_ascii=False)
+        for name, value in entry.items():  # JSON has no word for what is not finite
+            if isinstance(value, float) and not math.isfinite(value):
+                entry = entry | {name: None}
+        json.dump(entry, log, ensure_ascii=False)
         log.write("\n")
         log.flush()
 
@@ -257,10 +264,11 @@ class _Bar:
     def show(self, step, steps, loss, val_loss, tokens_per_s, left_s) -> None:
         if not self.wide:
             return
-        done = 20 * step // steps
+        done = 20 * step // max(step, steps)
         clock = f"{int(left_s) // 60}:{int(left_s) % 60:02d} left"
         line = f"{'#' * done}{'-' * (20 - done)} {step}/{steps}  loss {loss:.4f}"
-        line += f"  val {val_loss:.4f}  {tokens_per_s:,.0f} tokens/s  {clock}"
+        line += "" if val_loss is None else f"  val {val_loss:.4f}"  # None just after --resume
+        line += f"  {tokens_per_s:,.0f} tokens/s  {clock}"
         sys.stderr.write("\r" + line[: self.wide - 1].ljust(self.wide - 1))
         sys.stderr.flush()
 
@@ -369,7 +377,9 @@ def run(args: argparse.Namespace) -> int:
     say(f"{shape.parameter_count:,} parameters on {backend.describe()}, {config.steps} steps")
     stopped = job.go()
     if stopped is None:
-        say(f"done: {folder / 'best'} has the lowest validation loss, {job.best['val_loss']:.4f}")
+        if job.best is not None:  # validation losses may all have been no numbers
+            say(f"lowest validation loss {job.best['val_loss']:.4f}, in {folder / 'best'}")
+        say(f"done: {folder / 'last'}")
         return 0
     say(f"stopped at step {job.counters.step}, saved in {folder / 'last'}: --resume goes on")
     return 128 + stopped

@@ -58,6 +58,7 @@ class Trainer:
     def __init__(self, model: GPT, config: TrainConfig) -> None:
         if config.compute != "float32":
             need_type(config.compute)
+        backend.require_memory(12 * model.config.parameter_count, "training this model")
         self.model, self.config = model, config
         self.weights = get_state_dict(model)
         self.lora = None
@@ -76,8 +77,6 @@ class Trainer:
         # is none here.
         self._jit = TinyJit(self._step)
         self._jit.cnt = 1
-        self._losses_jit = TinyJit(self._losses)
-        self._losses_jit.cnt = 1
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -115,10 +114,6 @@ class Trainer:
         loss, norm, good = self._jit(tokens, *given).tolist()
         self._count(good > 0)
         return Outcome(loss, norm, good > 0)
-
-    def losses(self, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """The loss of each token, without dropout: int32 (B, T) twice -> float32 (B, T)."""
-        return self._losses_jit(Tensor(inputs).realize(), Tensor(targets).realize()).numpy()
 
     def _count(self, good: bool) -> None:
         counters = self.counters
@@ -183,10 +178,6 @@ class Trainer:
             gradients = [gradient / scale for gradient in gradients]
         whole = (gradient.contiguous() for gradient in gradients)  # computed once, for two uses
         return loss, dict(zip(self.weights, whole, strict=True))
-
-    def _losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        with Tensor.train(mode=False), self._computing():
-            return token_losses(self.model, inputs, targets).realize()
 
     @contextmanager
     def _computing(self) -> Iterator[None]:

@@ -263,15 +263,15 @@ ENTRY {
   if (NORM) { normalise(normed + (long)r * C, from, ln_weight, ln_bias, stats + 2 * r, n); from = normed + (long)r * C; }
   product(errors + (long)r * V, V, from, C, 0, weight, C, 1, n, V, C);
   for (int m = r; m < r + n; m++) {
-    float *p = errors + (long)m * V, top = p[0], total, right = p[targets[m]];
-    int i = 0;
+    int i = 0, known = (unsigned)targets[m] < V;  // a loss of NaN, not a fault, where it is not
+    float *p = errors + (long)m * V, top = p[0], total, right = known ? p[targets[m]] : __builtin_nanf("");
     for (; i < V; i++) top = MAX(top, p[i]);
     vec totals = splat(0);
     for (i = 0; i + 8 <= V; i += 8) { vec e = vexp(load(p + i) - top); totals += e; store(p + i, e); }
     for (total = sum(totals); i < V; i++) { vec e = vexp(splat(p[i] - top)); total += p[i] = e[0]; }
     float scale = 1 / total;
     for (i = 0; i < V; i++) p[i] *= scale;
-    p[targets[m]] -= 1;
+    if (known) p[targets[m]] -= 1;
     out[m] = logarithm(total) + top - right;
   }
 }
@@ -298,11 +298,13 @@ ENTRY {
 #endif
 
 #ifdef EMBED
-// ---- rows of tables: out[b][t] = tokens_weight[ids[b][t]] + places_weight[t] ----
+// ---- rows of tables: out[b][t] = tokens_weight[ids[b][t]] + places_weight[t]; NaN for no id ----
 
 FREE ENTRY {
-  for (long m = 0; m < B * T; m++) for (int i = 0; i < C; i++)
-    out[m * C + i] = tokens_weight[(long)ids[m] * C + i] + (places_weight ? places_weight[m % T * C + i] : 0);
+  for (long m = 0; m < B * T; m++) for (int i = 0; i < C; i++) {
+    float x = (unsigned)ids[m] < V ? tokens_weight[(long)ids[m] * C + i] : __builtin_nanf("");
+    out[m * C + i] = x + (places_weight ? places_weight[m % T * C + i] : 0);
+  }
 }
 #endif
 
@@ -312,7 +314,7 @@ FREE ENTRY {
   if (d_places) for (long i = 0; i < (long)WINDOW * C; i++) d_places[i] = 0;
   for (long m = 0; m < B * T; m++) for (int i = 0; i < C; i++) {
     float d = dout[m * C + i];
-    d_tokens[(long)ids[m] * C + i] += d;
+    if ((unsigned)ids[m] < V) d_tokens[(long)ids[m] * C + i] += d;
     if (d_places) d_places[m % T * C + i] += d;
   }
 }
