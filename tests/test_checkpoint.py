@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import builtins
+import errno
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SMALL, randomize, weights_of
+from tinygrad import Tensor
+
+from tinygpt import GPT, InputError, checkpoint, load_tokenizer
+from tinygpt.tokenizer import char_tokenizer
+
+TOKENIZER = char_tokenizer("".join(map(chr, range(32, 99))))
+
+
+def tensors(seed: int = 0) -> dict[str, Tensor]:
+    rng = np.random.default_rng(seed)
+    shapes = {"a.mean": (3, 5), "b": (7,)}
+    return {n: Tensor(rng.random(s, dtype=np.float32)).realize() for n, s in shapes.items()}
+
+
+def save(run: Path, step: int, seed: int = 0) -> tuple[GPT, dict[str, Tensor]]:
+    model, kept = randomize(GPT(SMALL), seed), tensors(seed)
+    checkpoint.save(run, model, TOKENIZER, kept, {"step": step, "best": None})
+    return model, kept
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in run.iterdir())
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    model, kept = save(tmp_path / "new" / "run", 12)
+    last = tmp_path / "new" / "run" / "last"
+    found, arrays, state = checkpoint.load(last)
+    assert found.config == model.config
+    for name, value in weights_of(found).items():
+        np.testing.assert_array_equal(value, weights_of(model)[name])
+    fresh = tensors(1)
+    checkpoint.restore(fresh, arrays, last)
+    for name, tensor in fresh.items():
+        np.testing.assert_array_equal(tensor.numpy(), kept[name].numpy())
+    assert state["step"] == 12
+    assert load_tokenizer(last).encode("HI") == TOKENIZER.encode("HI")
+    assert os.readlink(last) == "step-00000012"  # so that the run's folder can be moved
+
+
+def test_the_links_lead_to_the_newest_and_the_best_and_the_rest_goes(tmp_path):
+    for step in (1, 2, 3, 4, 5):
+        save(tmp_path, step)
+        if step == 2:
+            checkpoint.link(tmp_path, "best", tmp_path / "step-00000002")
+        (tmp_path / ".abc.tmp").mkdir()  # as a killed process leaves it
+        checkpoint.prune(tmp_path, keep=2)
+    kept = ["step-00000002", "step-00000004", "step-00000005"]
+    assert names(tmp_path) == ["best", "last", *kept]
+    assert (tmp_path / "best").resolve().name == kept[0]
+    assert (tmp_path / "last").resolve().name == kept[2]
+
+
+def test_a_step_can_be_saved_again(tmp_path):
+    save(tmp_path, 1, seed=0)
+    model, _ = save(tmp_path, 1, seed=1)
+    checkpoint.prune(tmp_path, keep=1)
+    assert names(tmp_path) == ["last", "step-00000001"]
+    found = weights_of(checkpoint.load(tmp_path / "last")[0])
+    np.testing.assert_array_equal(found["wte.weight"], weights_of(model)["wte.weight"])
+
+
+@pytest.mark.parametrize("call", ["open", "fsync", "replace", "rename", "symlink"])
+def test_a_full_disk_at_any_moment_leaves_the_last_checkpoint(call, tmp_path, monkeypatch):
+    before, _ = save(tmp_path, 1)
+    owner = builtins if call == "open" else os
+    usual, count = getattr(owner, call), 0
+    failures = 0
+    for at in range(40):
+        count = 0
+
+        def failing(*args, at=at, **options):
+            nonlocal count
+            writes = call != "open" or (len(args) > 1 and "x" in args[1])
+            count += writes
+            if writes and count == at + 1:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return usual(*args, **options)
+
+        monkeypatch.setattr(owner, call, failing)
+        try:
+            save(tmp_path, 2, seed=1)
+        except InputError as error:
+            failures += 1
+            message = str(error)
+        else:
+            break
+        finally:
+            monkeypatch.setattr(owner, call, usual)
+        assert "no space left" in message
+        assert "\n" not in message
+        loaded, _, state = checkpoint.load(tmp_path / "last")
+        assert state["step"] == 1 or call in ("fsync", "symlink", "replace")
+        if state["step"] == 1:
+            ours, theirs = weights_of(loaded), weights_of(before)
+            np.testing.assert_array_equal(ours["wte.weight"], theirs["wte.weight"])
+    assert failures >= 1
+    checkpoint.prune(tmp_path, keep=1)
+    assert names(tmp_path) == ["last", "step-00000002"]
+
+
+def test_a_checkpoint_of_another_shape_is_refused_in_one_line(tmp_path):
+    save(tmp_path, 1)
+    arrays = checkpoint.load(tmp_path / "last")[1]
+    wider = tensors() | {"b": Tensor.zeros(8).contiguous()}
+    with pytest.raises(InputError, match=r"training.safetensors: b is float32 \(7,\), .* \(8,\)"):
+        checkpoint.restore(wider, arrays, tmp_path)
+    with pytest.raises(InputError, match="lacks 'c'"):
+        checkpoint.restore(tensors() | {"c": Tensor.zeros(8)}, arrays, tmp_path)
+    with pytest.raises(InputError, match="has, but this run does not, 'b'"):
+        checkpoint.restore({"a.mean": tensors()["a.mean"]}, arrays, tmp_path)
+
+
+def test_damage_and_strangers_are_refused_in_one_line(tmp_path):
+    save(tmp_path, 1)
+    last = tmp_path / "last"
+    (last / "training.safetensors").write_bytes(b"nothing")
+    with pytest.raises(InputError, match=r"training.safetensors: .*"):
+        checkpoint.load(last)
+    (last / "state.json").write_text(json.dumps({"format": "other"}))
+    with pytest.raises(InputError, match=r"its format is 'other', not .* pass it as --model"):
+        checkpoint.load(last)
+    (last / "state.json").unlink()
+    with pytest.raises(InputError, match=r"state.json: no such file"):
+        checkpoint.load(last)
+
+
+def test_a_model_of_any_form_survives(tmp_path):
+    config = replace(SMALL, norm="post", position="sinusoidal", tie_word_embeddings=False)
+    model = randomize(GPT(config))
+    checkpoint.save(tmp_path, model, TOKENIZER, {}, {"step": 0})
+    found = checkpoint.load(tmp_path / "last")[0]
+    assert found.config == config
+    for name, value in weights_of(found).items():
+        np.testing.assert_array_equal(value, weights_of(model)[name])

@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import randomize, reference_of
+from test_train import prepared
+
+from tinygpt import GPT, GPTConfig, InputError, evaluate, load_tokenizer
+from tinygpt.data import Dataset
+from tinygpt.evaluate import Scorer, Window, evaluate_data, spread, windows
+from tinygpt.tokenizer import encode, save_tokenizer
+
+CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=257)
+TEXT = "Ünder the sea, a café was öpen. " * 9
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    model = randomize(GPT(CONFIG))
+    for parameter in (model.wte.weight, model.wpe.weight):  # so that losses are no hundreds
+        parameter.assign(parameter * 0.3).realize()
+    model.save_pretrained(folder)
+    save_tokenizer(load_tokenizer("bytes"), folder)
+    return folder, model
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Dataset:
+    folder = tmp_path_factory.mktemp("data") / "data"
+    return Dataset.open(prepared(folder, TEXT, load_tokenizer("bytes")))
+
+
+def command(*argv) -> int:
+    parser = argparse.ArgumentParser()
+    evaluate.add_flags(parser)
+    return evaluate.run(parser.parse_args([str(word) for word in argv]))
+
+
+@pytest.mark.parametrize(("length", "stride"), [(17, 16), (18, 16), (33, 16), (50, 5), (50, 1)])
+def test_every_token_but_the_first_counts_once(length, stride):
+    counted = [
+        target
+        for start, count in windows(length, 16, stride)
+        for target in range(start + 17 - count, start + 17)
+    ]
+    assert counted == list(range(1, length))
+
+
+def test_spread_windows_are_whole_and_even():
+    assert spread(33, 16, 9) == [Window(0, 16), Window(16, 16)]
+    chosen = spread(16 * 100 + 1, 16, 10)
+    assert len(chosen) == 10
+    assert (chosen[0].start, chosen[-1].start) == (0, 16 * 99)
+    assert all(window.start % 16 == 0 for window in chosen)
+
+
+@pytest.mark.parametrize("stride", [16, 5, None])
+def test_losses_on_data_equal_the_reference(stride, saved, data):
+    reference, tokens = reference_of(saved[1]), data.val.astype(int)
+    total, done, step = 0.0, 0, stride or 16
+    for start in range(0, len(tokens), step):  # by the definition: one window after the other
+        start = min(start, len(tokens) - 17)
+        logits = reference.row(tokens[start : start + 16])
+        logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        for i, target in enumerate(tokens[start + 1 : start + 17]):
+            if start + 1 + i > done:
+                total -= logs[i, target]
+                done = start + 1 + i
+    assert done == len(tokens) - 1
+    found = evaluate_data(saved[1], data, stride=stride, batch_size=2)
+    loss = total / done
+    assert found["loss"] == pytest.approx(loss, rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+    assert found["tokens"] == done
+    text = TEXT[len(TEXT) * 9 // 10 :]
+    bits = loss / math.log(2) * len(tokens)
+    assert found["bits_per_byte"] == pytest.approx(bits / len(text.encode()), rel=1e-5)
+    assert found["bits_per_character"] == pytest.approx(bits / len(text), rel=1e-5)
+    assert found["bits_per_character"] > found["bits_per_byte"]
+
+
+def theirs(saved):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    model = transformers.GPT2LMHeadModel.from_pretrained(saved[0]).eval()
+
+    def score(context: list[int], text: list[int]) -> tuple[float, bool]:
+        ids = torch.tensor([[*context, *text]])[:, -17:]
+        with torch.no_grad():
+            logits = model(ids[:, :-1]).logits[0, -len(text) :]
+        logs = logits.log_softmax(-1)
+        right = (logits.argmax(-1) == torch.tensor(text)).all()
+        return -logs[range(len(text)), text].sum().item(), bool(right)
+
+    return score
+
+
+def test_hellaswag_equals_transformers(saved, tmp_path):
+    score, rng = theirs(saved), np.random.default_rng(0)
+    words = ["sea", "a café", "open", "was", "the", "x"]
+    examples, right, normalised = [], 0, 0
+    for i in range(12):
+        context = " ".join(rng.choice(words, 4))
+        endings = [" ".join(rng.choice(words, n)) for n in rng.permutation([1, 2, 2, 1])]
+        label = int(rng.integers(4))
+        examples.append(
+            {"ctx": context, "endings": endings, "label": label if i % 2 else str(label)}
+        )
+        context_ids = list(context.encode())
+        losses = [score(context_ids, list(f" {text}".encode()))[0] for text in endings]
+        means = [loss / (1 + len(t.encode())) for loss, t in zip(losses, endings, strict=True)]
+        right += int(np.argmin(losses)) == label
+        normalised += int(np.argmin(means)) == label
+    file = tmp_path / "hellaswag.jsonl"
+    file.write_text("".join(json.dumps(example) + "\n\n" for example in examples))
+    found = evaluate.hellaswag(Scorer(saved[1]), load_tokenizer("bytes"), file)
+    expected = {"accuracy": right / 12, "accuracy_normalised": normalised / 12}
+    assert found == {"examples": 12, **expected}
+    assert 0 < right < 12
+
+
+def test_lambada_equals_transformers(saved, tmp_path):
+    score, total, right, lines = theirs(saved), 0.0, 0, []
+    for start in ("The sea was", "A", "Open is the café of", "long " * 9 + "is"):
+        lines.append(json.dumps({"text": f"{start} sea"}))
+        loss, hit = score(list(start.encode()), list(b" sea"))
+        total += loss
+        right += hit
+    file = tmp_path / "lambada.jsonl"
+    file.write_text("\n".join(lines))
+    found = evaluate.lambada(Scorer(saved[1]), load_tokenizer("bytes"), file)
+    assert found["examples"] == 4
+    assert found["accuracy"] == right / 4
+    assert found["perplexity"] == pytest.approx(math.exp(total / 4), rel=1e-4)
+
+
+def test_greedy_is_seen(saved):
+    model, scorer = saved[1], Scorer(saved[1])
+    context = encode(load_tokenizer("bytes"), "the sea")
+    ids = list(context)
+    for _ in range(3):
+        ids.append(int(reference_of(model).row(np.array(ids))[-1].argmax()))
+    found = evaluate.score_continuation(scorer, context, ids[7:])
+    assert found.greedy
+    assert found.tokens == 3
+    wrong = [*ids[7:9], (ids[9] + 1) % 257]
+    assert not evaluate.score_continuation(scorer, context, wrong).greedy
+
+
+def test_the_command_prints_numbers_or_json(saved, data, tmp_path, capsys):
+    assert command(saved[0], data.folder, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == ["loss", "perplexity", "bits_per_byte", "bits_per_character", "tokens"]
+    assert command(saved[0], data.folder, "--split", "train", "--stride", "8") == 0
+    assert "bits per byte  " in capsys.readouterr().out
+    file = tmp_path / "lambada.jsonl"
+    file.write_text('{"text": "a b"}')
+    assert command(saved[0], "lambada", file, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["examples"] == 1
+
+
+def test_bad_input_is_one_line(saved, data, tmp_path):
+    def error(*argv) -> str:
+        with pytest.raises(InputError) as caught:
+            command(*argv)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "stride is 17: it must be from 1 to the window, 16" in error(
+        saved[0], data.folder, "--stride", "17"
+    )
+    assert "FILE goes with" in error(saved[0], "hellaswag")
+    assert "FILE goes with" in error(saved[0], data.folder, "x")
+    file = tmp_path / "file.jsonl"
+    for task, content, words in (
+        ("hellaswag", '{"ctx": "a"}', "file.jsonl:1: it needs ctx, endings and label"),
+        ("hellaswag", '{"ctx": "a", "endings": ["b"], "label": 1}', "label 1 names no ending"),
+        ("lambada", '{"text": "one"}', "needs a text of two words"),
+        ("lambada", "{", "JSON is damaged"),
+        ("lambada", "[1]", "is not an object"),
+        ("lambada", "", "holds no examples"),
+        ("lambada", json.dumps({"text": "a " + "b" * 99}), "the window holds 16"),
+    ):
+        file.write_text(content)
+        assert words in error(saved[0], task, file)
+    small = GPT(replace(CONFIG, vocab_size=100))
+    with pytest.raises(InputError, match="vocabulary of 257, but the model has 100"):
+        evaluate_data(small, data)

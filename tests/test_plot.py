@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+import pytest
+
+from tinygpt import InputError, plot
+
+
+def draw(*argv) -> int:
+    parser = argparse.ArgumentParser()
+    plot.add_flags(parser)
+    return plot.run(parser.parse_args([str(word) for word in argv]))
+
+
+def write(run, entries) -> None:
+    run.mkdir()
+    text = "".join(json.dumps(entry) + "\n" for entry in entries)
+    (run / "log.jsonl").write_text(text + '{"step": 3, "lo')  # as a killed process leaves it
+
+
+def test_a_log_gives_its_curves(tmp_path):
+    entries = [
+        {"step": 0, "val_loss": 4.0, "sample": "x"},
+        {"step": 1, "loss": 3.5, "learning_rate": 0.1},
+        {"step": 2, "loss": None, "skipped": True, "learning_rate": 0.1},
+    ]
+    write(tmp_path / "run", entries)
+    found = plot.read_log(tmp_path / "run")
+    expected = {"val_loss": [(0, 4.0)], "loss": [(1, 3.5)], "learning_rate": [(1, 0.1), (2, 0.1)]}
+    assert found == expected
+
+
+def test_runs_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    for name in "ab":
+        write(tmp_path / name, [{"step": i, "loss": 4 - i, "val_loss": 5 - i} for i in range(3)])
+    assert draw(tmp_path / "a", tmp_path / "b", "-o", tmp_path / "out.svg") == 0
+    image = (tmp_path / "out.svg").read_text()
+    assert image.count("<path") > 10
+    with pytest.raises(InputError, match=r"cannot write .*out\.strange"):
+        draw(tmp_path / "a", "-o", tmp_path / "out.strange")
+
+
+def test_what_cannot_be_drawn_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"log\.jsonl: no such file"):
+        plot.read_log(tmp_path / "empty")
+    (tmp_path / "empty" / "log.jsonl").write_text("[]\n")
+    with pytest.raises(InputError, match="no steps of training"):
+        plot.read_log(tmp_path / "empty")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(InputError, match=r"tinygpt\[plot\]"):
+        draw(tmp_path / "empty")

@@ -1,0 +1,381 @@
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import weights_of
+from tinygrad import Tensor
+
+from tinygpt import GPT, InputError, load_tokenizer, train
+from tinygpt.data import Dataset, Header, Split
+from tinygpt.recipes import RECIPES, TrainConfig
+from tinygpt.tokenizer import char_tokenizer, encode, save_tokenizer
+
+ROOT = Path(__file__).parents[1]
+TINY = {
+    "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4, "steps": 12,
+    "warmup_steps": 3, "learning_rate": 0.01, "eval_every": 4, "eval_batches": 3,
+    "sample_tokens": 0,
+}  # fmt: skip
+TEXT = "".join(f"{n} times {n} is {n * n}. " for n in range(300))
+
+
+def prepared(folder: Path, text: str = TEXT, tokenizer=None) -> Path:
+    """A folder of prepared tokens, by the file format alone."""
+    folder.mkdir()
+    tokenizer = tokenizer or char_tokenizer(TEXT)
+    cut, splits = len(text) * 9 // 10, {}
+    for name, part in (("train", text[:cut]), ("val", text[cut:])):
+        ids = np.array(encode(tokenizer, part), np.uint16)
+        (folder / f"{name}.bin").write_bytes(ids.tobytes())
+        digest = hashlib.sha256(ids.tobytes()).hexdigest()
+        splits[name] = Split(len(ids), len(part), len(part.encode()), digest)
+    source = hashlib.sha256(text.encode()).hexdigest()
+    Header("char", tokenizer.n_vocab, source, 0.1, None, splits).write(folder)
+    save_tokenizer(tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Dataset:
+    return Dataset.open(prepared(tmp_path_factory.mktemp("data") / "data"))
+
+
+def flags(settings: dict) -> list[str]:
+    return [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+
+
+def command(*argv) -> int:
+    parser = argparse.ArgumentParser()
+    train.add_flags(parser)
+    return train.run(parser.parse_args([str(word) for word in argv]))
+
+
+def log(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def timeless(entries: list[dict]) -> list[dict]:
+    return [{k: v for k, v in entry.items() if k != "tokens_per_s"} for entry in entries]
+
+
+def same_files(a: Path, b: Path) -> None:
+    for name in ("model.safetensors", "training.safetensors", "state.json"):
+        assert (a / "last" / name).read_bytes() == (b / "last" / name).read_bytes(), name
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory) -> Path:
+    """A run that nothing interrupted, with dropout."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert train.start(folder, data, TINY | {"dropout": 0.2}).go() is None
+    return folder
+
+
+def test_a_run_learns_logs_and_saves(whole, data):
+    entries = log(whole)
+    steps = [entry for entry in entries if "loss" in entry]
+    evaluations = [entry for entry in entries if "val_loss" in entry]
+    assert [entry["step"] for entry in steps] == list(range(1, 13))
+    assert [entry["step"] for entry in evaluations] == [0, 4, 8, 12]
+    assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] - 0.1
+    best = min(evaluations[1:], key=lambda entry: entry["val_loss"])
+    assert (whole / "best").resolve().name == f"step-{best['step']:08d}"
+    assert (whole / "last").resolve().name == "step-00000012"
+    rates = [entry["learning_rate"] for entry in steps]
+    np.testing.assert_allclose(rates[:3], [0.0025, 0.005, 0.0075])
+    assert rates[3] == 0.01
+    tokenizer = load_tokenizer(whole / "last")
+    assert tokenizer.n_vocab == data.header.vocab_size
+    model = GPT.from_pretrained(whole / "last")
+    assert model(Tensor([encode(tokenizer, "1 times")])).shape == (1, 7, tokenizer.n_vocab)
+
+
+@pytest.mark.parametrize("stop_at", [3, 8])
+def test_resuming_is_exact(stop_at, whole, data, tmp_path):
+    run = train.start(tmp_path / "run", data, TINY | {"dropout": 0.2})
+    step = run._step
+
+    def until(*args):
+        step(*args)
+        if run.counters.step == stop_at:
+            run.signal = signal.SIGTERM
+
+    run._step = until
+    assert run.go() == signal.SIGTERM
+    assert (tmp_path / "run" / "last").resolve().name == f"step-{stop_at:08d}"
+    again = train.Run.resume(tmp_path / "run", data)
+    assert again.counters.step == stop_at
+    assert again.go() is None
+    same_files(whole, tmp_path / "run")
+    assert timeless(log(whole)) == timeless(log(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": "muon"},
+        {"lora_rank": 2, "accumulate": 2, "batch_size": 2},
+    ],
+)
+def test_resuming_is_exact_with(settings, data, tmp_path):
+    settings = TINY | {"steps": 6, "eval_every": 3} | settings
+    assert train.start(tmp_path / "whole", data, settings).go() is None
+    run = train.start(tmp_path / "run", data, settings)
+    run.trainer.config = TrainConfig.of(settings, {"keep": 5})
+    assert run.go() is None
+    os.remove(tmp_path / "run" / "last")
+    os.symlink("step-00000003", tmp_path / "run" / "last")
+    assert train.Run.resume(tmp_path / "run", data).go() is None
+    for name in ("model.safetensors", "training.safetensors"):
+        a, b = (tmp_path / part / "last" / name for part in ("whole", "run"))
+        assert a.read_bytes() == b.read_bytes()
+
+
+PROGRAM = """
+import argparse, sys
+from tinygpt import train, InputError
+parser = argparse.ArgumentParser()
+train.add_flags(parser)
+try:
+    sys.exit(train.run(parser.parse_args()))
+except InputError as error:
+    print("error:", error, file=sys.stderr)
+    sys.exit(2)
+"""
+
+
+def process(*argv) -> subprocess.Popen:
+    argv = [sys.executable, "-c", PROGRAM, *map(str, argv)]
+    return subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_steps(run: Path, count: int, child: subprocess.Popen) -> None:
+    while child.poll() is None:
+        if (run / "log.jsonl").exists() and (run / "log.jsonl").read_text().count(
+            '"loss"'
+        ) >= count:
+            return
+        time.sleep(0.01)
+
+
+def test_killed_at_random_moments_and_resumed_the_weights_are_the_same(data, tmp_path):
+    settings = TINY | {"steps": 400, "eval_every": 7, "batch_size": 2}
+    assert train.start(tmp_path / "whole", data, settings).go() is None
+    run, moments = tmp_path / "run", random.Random(0)
+    first = [data.folder, "-o", run, *flags(settings)]
+    child = process(*first)
+    for _ in range(3):
+        wait_for_steps(run, 8, child)
+        time.sleep(moments.uniform(0, 0.3))
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+        (run / "last" / "model.safetensors").stat()  # a checkpoint is always there
+        child = process(data.folder, "-o", run, "--resume")
+    _, words = child.communicate()
+    assert child.returncode == 0, words
+    same_files(tmp_path / "whole", run)
+    assert timeless(log(tmp_path / "whole")) == timeless(log(run))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_ends(number, data, tmp_path):
+    child = process(
+        data.folder, "-o", tmp_path / "run", *flags(TINY | {"steps": 10**6, "eval_every": 10**6})
+    )
+    wait_for_steps(tmp_path / "run", 3, child)
+    child.send_signal(number)
+    _, words = child.communicate()
+    assert child.returncode == 128 + number, words
+    step = log(tmp_path / "run")[-1]["step"]
+    assert f"stopped at step {step}" in words
+    assert (tmp_path / "run" / "last").resolve().name == f"step-{step:08d}"
+
+
+def test_a_loss_that_stays_nan_stops_the_run_at_the_last_good_state(data, tmp_path):
+    run = train.start(tmp_path / "run", data, TINY | {"steps": 50, "eval_every": 50})
+    step, good = run._step, {}
+
+    def poisoned(*args):
+        if run.counters.step == 5:
+            good.update(weights_of(run.trainer.model))
+            gradients = run.trainer.gradients
+            scaled = lambda loss, slopes: (loss * np.nan, slopes)  # noqa: E731
+            run.trainer.gradients = lambda *given: scaled(*gradients(*given))
+            run.trainer._jit.reset()
+        step(*args)
+
+    run._step = poisoned
+    with pytest.raises(InputError, match=r"not finite in 10 steps in a row, to step 15: .*last"):
+        run.go()
+    saved = weights_of(GPT.from_pretrained(tmp_path / "run" / "last"))
+    for name, value in good.items():
+        np.testing.assert_array_equal(saved[name], value)
+    skipped = [entry for entry in log(tmp_path / "run") if entry.get("skipped")]
+    assert len(skipped) == 10
+    assert skipped[0]["loss"] is None
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(data, tmp_path, monkeypatch):
+    run = train.start(tmp_path / "run", data, TINY)
+    usual, saves = os.fsync, []
+
+    def full(descriptor):
+        if len(saves) > 15:
+            raise OSError(28, "No space left on device")
+        saves.append(descriptor)
+        usual(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match=r"^cannot write .*no space left on device") as caught:
+        run.go()
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    assert train.Run.resume(tmp_path / "run", data).counters.step == 4
+
+
+@pytest.mark.parametrize("lora", [{}, {"lora_rank": 4}])
+def test_fine_tuning_lowers_the_loss(lora, whole, data, tmp_path):
+    settings = {"steps": 30, "learning_rate": 0.01, "eval_every": 30, "sample_tokens": 5}
+    settings |= {"batch_size": 4, "block_size": 8, "eval_batches": 3, "warmup_steps": 0}
+    run = train.start(tmp_path / "run", data, settings | lora, model=str(whole / "best"))
+    assert run.go() is None
+    first, last = (entry for entry in log(tmp_path / "run") if "val_loss" in entry)
+    assert last["val_loss"] < first["val_loss"] - 0.05
+    assert len(last["sample"]) == 5
+    saved, base = (
+        weights_of(GPT.from_pretrained(p)) for p in (run.folder / "last", whole / "best")
+    )
+    same = np.array_equal(saved["wte.weight"], base["wte.weight"])
+    assert same == bool(lora)
+
+
+def test_minutes_fit_the_schedule(data, tmp_path):
+    run = train.start(tmp_path / "run", data, TINY | {"eval_every": 1000}, minutes=0.1)
+    assert run.go() is None
+    assert run.minutes is None
+    assert run.counters.step == run.config.steps > 20
+    assert run.config.steps != 12
+    state = json.loads((tmp_path / "run" / "last" / "state.json").read_text())
+    assert state["config"]["steps"] == run.config.steps
+
+
+def test_transformers_finds_the_same_validation_loss(whole, data):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    model = transformers.GPT2LMHeadModel.from_pretrained(whole / "last").eval()
+    count = len(data.val) // 8 * 8
+    ids = torch.tensor(data.val[: count + 1].astype(np.int64))
+    places = range(0, count if len(data.val) > count else count - 8, 8)
+    chosen = np.linspace(0, len(places) - 1, min(len(places), 12)).astype(int)
+    rows = torch.stack([ids[8 * i : 8 * i + 9] for i in chosen])
+    with torch.no_grad():
+        logits = model(rows[:, :-1]).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+    assert log(whole)[-1]["val_loss"] == pytest.approx(loss.item(), abs=1e-5)
+
+
+def test_the_cpu_recipe_is_nanogpts():
+    config = TrainConfig.of(RECIPES["shakespeare-cpu"])
+    expected = {
+        "n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12,
+        "steps": 2000, "dropout": 0.0, "learning_rate": 1e-3, "min_learning_rate": 1e-4,
+        "warmup_steps": 100, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1, "grad_clip": 1.0,
+        "bias": False,
+    }  # fmt: skip
+    assert {name: getattr(config, name) for name in expected} == expected
+    for recipe in RECIPES.values():
+        TrainConfig.of(recipe)
+
+
+def test_settings_come_from_recipe_then_flags(data, tmp_path):
+    file = tmp_path / "settings.toml"
+    file.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in TINY.items()))
+    run = tmp_path / "run"
+    argv = [data.folder, "-o", run, "--recipe", "shakespeare-gpu", "--config", file, "--steps", 2]
+    assert command(*argv, "--dropout", "0.5", "--bias") == 0
+    config = TrainConfig.of(json.loads((run / "last" / "state.json").read_text())["config"])
+    assert config == TrainConfig.of(TINY, {"steps": 2, "dropout": 0.5, "bias": True})
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"stepz": 1}, r"unknown setting 'stepz': did you mean 'steps'\?"),
+        ({"steps": 1.5}, "steps is 1.5: it must be a whole number"),
+        ({"batch_size": 0}, "batch_size is 0: it must be 1 or more"),
+        ({"beta2": 1.0}, "beta2 is 1.0: it must be 0 or more and below 1"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"optimizer": "sgd"}, "unknown optimizer 'sgd': allowed are adamw, muon"),
+        ({"n_head": 3}, "n_embd 128 is not divisible by n_head 3"),
+        ({"dropout": 1}, "dropout is 1: it must be"),
+    ],
+)
+def test_settings_that_cannot_work_are_one_line(settings, words):
+    with pytest.raises(InputError, match=words):
+        TrainConfig.of(settings)
+
+
+def test_bad_input_is_one_line(data, whole, tmp_path):
+    def error(*argv) -> str:
+        with pytest.raises(InputError) as caught:
+            command(*argv)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    out = tmp_path / "out"
+    assert "unknown recipe 'x'" in error(data.folder, "-o", out, "--recipe", "x")
+    assert "header.json" in error(tmp_path, "-o", out)
+    (tmp_path / "file").write_text("")
+    blocked = tmp_path / "file" / "run"
+    assert "cannot write" in error(data.folder, "-o", blocked)
+    assert "--resume" in error(data.folder, "-o", whole)
+    assert "no checkpoint" in error(data.folder, "-o", out, "--resume")
+    assert "--steps cannot change" in error(data.folder, "-o", whole, "--resume", "--steps", "3")
+    assert "--minutes is 0.0" in error(data.folder, "-o", out, "--minutes", "0")
+    (tmp_path / "bad.toml").write_text("steps = ")
+    assert "not TOML" in error(data.folder, "-o", out, "--config", tmp_path / "bad.toml")
+    shape = error(data.folder, "-o", out, "--model", whole / "last", "--n-layer", "2")
+    assert "brings its own shape" in shape
+    long = error(data.folder, "-o", out, "--model", whole / "last", "--block-size", "9")
+    assert "block_size is 9, but the window" in long
+
+
+def test_the_bar_shows_steps_and_losses(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "100")
+    bar = train._Bar()
+    bar.show(5, 20, 2.5, None, 1234.5, 61.0)
+    line = capsys.readouterr().err
+    assert line.startswith(f"\r{'#' * 5}{'-' * 15} 5/20  loss 2.5000  1,234 tokens/s  1:01 left ")
+    assert len(line) == 100
+    bar.show(30, 20, 2.5, 2.25, 1.0, 0.0)
+    assert "val 2.2500" in capsys.readouterr().err
+
+
+def test_too_short_a_split_is_one_line(tmp_path):
+    short = Dataset.open(prepared(tmp_path / "short", TEXT[:60]))
+    with pytest.raises(
+        InputError, match="validation split has 6 tokens, too few for a window of 8"
+    ):
+        train.start(tmp_path / "run", short, TINY)
+
+
+def test_other_data_is_refused(whole, tmp_path):
+    other = Dataset.open(prepared(tmp_path / "other", TEXT + TEXT[::-1]))
+    with pytest.raises(InputError, match="other data"):
+        train.Run.resume(whole, other)
+    letters = char_tokenizer("abcdefghijklmnopqrstuvwxyz 0123456789.")
+    strange = Dataset.open(prepared(tmp_path / "strange", TEXT, letters))
+    with pytest.raises(InputError, match="vocabulary"):
+        train.start(tmp_path / "run", strange, {}, model=str(whole / "last"))

@@ -1,0 +1,142 @@
+"""A training run's folder: checkpoints that are there whole or not at all, and exact to go on from.
+
+Each checkpoint is a folder `step-N`: the model and its tokenizer as `GPT.from_pretrained` reads
+them, what else training depends on in `training.safetensors`, and `state.json`. The links `last`
+and `best` name two of them. A folder gets its name once all of it is on the disk, and a link is
+replaced in one go, so whatever ends the program, `last` leads to a complete checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tinygrad import Tensor
+
+from tinygpt import safetensors
+from tinygpt.config import InputError, show
+from tinygpt.files import CheckpointError, read_json, reason, write_text
+from tinygpt.model import GPT
+from tinygpt.tokenizer import save_tokenizer
+
+if TYPE_CHECKING:
+    from tiktoken import Encoding
+
+_STATE, _TENSORS, _FORMAT = "state.json", "training.safetensors", "tinygpt training 1"
+
+
+def save(
+    run: Path,
+    model: GPT,
+    tokenizer: Encoding,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+) -> Path:
+    """Write a checkpoint and let `last` lead to it.
+
+    Args:
+        run: the run's folder, made if need be.
+        tensors: float32, what training depends on besides the weights.
+        state: fit for JSON; `step` names the checkpoint.
+    Returns:
+        the checkpoint's folder.
+    Raises:
+        InputError: when it cannot be written; the checkpoints before stay as they are.
+    """
+    final = run / f"step-{state['step']:08d}"
+    temporary = run / f".{secrets.token_hex(8)}.tmp"
+    try:
+        model.save_pretrained(temporary)
+        save_tokenizer(tokenizer, temporary)
+        layout = {name: ("F32", tensor.shape) for name, tensor in tensors.items()}
+        safetensors.write(temporary / _TENSORS, layout, lambda name: tensors[name].numpy())
+        write_text(temporary / _STATE, json.dumps({"format": _FORMAT, **state}, indent=1) + "\n")
+        if final.exists():  # as complete, from before the program was ended at a bad moment
+            os.rename(final, run / f".{secrets.token_hex(8)}.tmp")
+        os.rename(temporary, final)
+        _sync(run)
+    except OSError as error:
+        raise InputError(f"cannot write {final}: {reason(error)}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    link(run, "last", final)
+    return final
+
+
+def link(run: Path, name: str, folder: Path) -> None:
+    """Let the link of that name in a run's folder lead to a checkpoint, in one go.
+
+    Raises:
+        InputError: when it cannot be written.
+    """
+    temporary = run / f".{secrets.token_hex(8)}.tmp"
+    try:
+        os.symlink(folder.name, temporary)
+        os.replace(temporary, run / name)
+        _sync(run)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"cannot write {run / name}: {reason(error)}") from error
+
+
+def prune(run: Path, keep: int) -> None:
+    """Remove all but the newest checkpoints, those that links lead to, and what a crash left."""
+    linked = {os.path.realpath(run / name) for name in ("last", "best")}
+    old = sorted(run.glob("step-*"))[:-keep]
+    for folder in [*old, *run.glob(".*.tmp")]:
+        if os.path.realpath(folder) not in linked:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def load(folder: Path) -> tuple[GPT, dict[str, np.ndarray], dict[str, Any]]:
+    """The model, tensors and state that `save` wrote.
+
+    Raises:
+        CheckpointError: when something is missing or damaged.
+    """
+    path = folder / _STATE
+    state = read_json(path)
+    if state.get("format") != _FORMAT:
+        raise CheckpointError(
+            f"{path}: its format is {show(state.get('format'))}, not {_FORMAT!r}: to train a "
+            "model that is not a checkpoint of training, pass it as --model"
+        )
+    infos, _ = safetensors.read_header(folder / _TENSORS)
+    arrays = {
+        name: safetensors.read_tensor(folder / _TENSORS, info) for name, info in infos.items()
+    }
+    return GPT.from_pretrained(folder), arrays, state
+
+
+def restore(tensors: Mapping[str, Tensor], arrays: Mapping[str, np.ndarray], folder: Path) -> None:
+    """Give tensors the saved values, in place.
+
+    Raises:
+        CheckpointError: when names or shapes are not the same.
+    """
+    if odd := sorted(tensors.keys() ^ arrays.keys()):
+        where = "lacks" if odd[0] in tensors else "has, but this run does not,"
+        raise CheckpointError(f"{folder / _TENSORS} {where} {show(odd[0])}")
+    for name, tensor in tensors.items():
+        if arrays[name].shape != tensor.shape or arrays[name].dtype != np.float32:
+            found = f"{arrays[name].dtype} {show(arrays[name].shape)}"
+            raise CheckpointError(
+                f"{folder / _TENSORS}: {name} is {found}, this run has float32 {tensor.shape}"
+            )
+    for name, tensor in tensors.items():
+        tensor.assign(Tensor(arrays[name]).to(tensor.device)).realize()
+
+
+def _sync(folder: Path) -> None:
+    """See to it that the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

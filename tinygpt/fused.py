@@ -1,0 +1,275 @@
+"""Training's fast CPU forms: losses with their gradients, and AdamW, in a few large kernels.
+
+A step of a small model in plain tensors is hundreds of small kernels, whose starts cost as much as
+their work. Here a block is one kernel forward and one backward, as are the embeddings and the head
+with the loss; all parameters are updated by one. They are C, in training.c, on top of kernels.c,
+and hold where `usable` says so; everywhere else the plain forms do.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from tinygrad import Tensor, UOp, dtypes
+from tinygrad.helpers import CPU_COUNT
+from tinygrad.nn.state import get_state_dict
+from tinygrad.renderer import Estimates
+from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo
+
+from tinygpt import kernels
+from tinygpt.kernels import fast
+from tinygpt.layers import TransformerBlock
+from tinygpt.model import GPT
+
+_ACTIVATIONS = {"gelu_tanh": 1, "gelu": 2, "relu": 3}
+# Fewer floating-point operations than these are not worth a second thread.
+_THREAD_FLOPS = 1_500_000
+
+
+def usable(model: GPT) -> bool:
+    """Whether the C forms can compute this model, now: dropout is a matter of training alone."""
+    config, weights = model.config, get_state_dict(model).values()
+    dropout = config.embd_pdrop or config.attn_pdrop or config.resid_pdrop
+    return (
+        not (dropout and Tensor.training)
+        and config.n_embd % 8 == config.inner_dim % 8 == 0
+        and all(weight.dtype == dtypes.float32 for weight in weights)
+        and fast(*weights)
+    )
+
+
+def token_losses(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
+    """The cross entropy of each token in nats: the model's forward pass and loss.
+
+    Args:
+        tokens, targets: int32 (B, T).
+    Returns:
+        float32 (B, T), through which gradients go.
+    """
+    if not usable(model):
+        return cross_entropy(model(tokens), targets)
+    learned = model.config.position == "learned"
+    x = _embed(tokens, model.wte.weight, model.wpe.weight if learned else None)
+    if not learned:
+        places = Tensor.arange(tokens.shape[1], dtype=dtypes.int32).reshape(1, -1)
+        x = x + model.encode_positions(places)
+    for block in model.blocks:
+        x = _block(block, x)
+    return _head(model, x, targets)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The same from logits, in float32: (B, T, V), int (B, T) -> (B, T)."""
+    return logits.float().sparse_categorical_crossentropy(targets, reduction="none")
+
+
+def squares(gradients: Sequence[Tensor]) -> Tensor:
+    """The sum of the squares of all numbers in some tensors, a scalar."""
+    sizes = [gradient.numel() for gradient in gradients]
+    threads = _threads(2 * sum(sizes))
+    macros = {"SQUARES": 1, "GRADIENTS": _list("g", len(sizes)), **_sizes(sizes)}
+    buffers = {"out": Tensor.empty(threads), **_numbered("g", gradients)}
+    return _call("squares", buffers, ("out",), macros, threads)[0].sum()
+
+
+def adamw(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    means: Sequence[Tensor],
+    square_means: Sequence[Tensor],
+    decays: Sequence[float],
+    betas: tuple[float, float],
+    numbers: Tensor,
+) -> list[Tensor]:
+    """Update parameters and both running means in place: see `optim.Optimizer.updates`.
+
+    Args:
+        numbers: float32 (5,): rate, rate over the first bias correction, root of the second, the
+            gradients' factor, and 0 to change nothing.
+    Returns:
+        the tensors to realise for it.
+    """
+    sizes = [parameter.numel() for parameter in parameters]
+    names = {"PARAMETERS": "p", "MEANS": "m", "SQUARE_MEANS": "v", "GRADIENTS": "g"}
+    macros = {
+        "ADAMW": 1,
+        **{macro: _list(name, len(sizes)) for macro, name in names.items()},
+        **_sizes(sizes),
+        "DECAYS": ", ".join(f"{decay!r}f" for decay in map(float, decays)),
+    }
+    for i, beta in enumerate(betas, 1):
+        macros |= {f"BETA{i}": f"{float(beta)!r}f", f"REST{i}": f"{1 - float(beta)!r}f"}
+    updated = [*parameters, *means, *square_means]
+    buffers = _numbered("p", parameters) | _numbered("m", means) | _numbered("v", square_means)
+    written = list(buffers)
+    buffers |= _numbered("g", gradients) | {"numbers": numbers}
+    found = _call("adamw", buffers, written, macros, _threads(16 * sum(sizes)))
+    for tensor, after in zip(updated, found, strict=True):
+        tensor.replace(after)  # so that what reads it now waits for this
+    return updated
+
+
+def _embed(tokens: Tensor, table: Tensor, places: Tensor | None) -> Tensor:
+    (B, T), (V, C) = tokens.shape, table.shape
+    macros = {"B": B, "T": T, "C": C, "V": V}
+    buffers = {"out": Tensor.empty(B, T, C), "ids": tokens}
+    buffers |= {"tokens_weight": table, "places_weight": places}
+
+    def gradient(g: UOp, call: UOp) -> tuple[UOp | None, ...]:
+        shapes = {"d_tokens": table.shape, "d_places": None if places is None else places.shape}
+        made = {n: None if s is None else Tensor.empty(*s) for n, s in shapes.items()}
+        window = 0 if places is None else places.shape[0]
+        sizes = macros | {"UNEMBED": 1, "WINDOW": window}
+        given = {**made, "dout": Tensor(g), "ids": Tensor(call.src[2])}
+        found = _call("unembed", given, [n for n in made if made[n] is not None], sizes, 1)
+        return None, None, *(tensor.uop for tensor in found)
+
+    return _call("embed", buffers, ("out",), macros | {"EMBED": 1}, 1, gradient)[0]
+
+
+def _block(block: TransformerBlock, x: Tensor) -> Tensor:
+    (B, T, C), form = x.shape, block.form
+    parts = [f"attn.{name}_proj" for name in ("q", "k", "v", "out")] + ["mlp.c_fc", "mlp.c_proj"]
+    names = [f"{part}.{kind}" for part in ("ln_1", "ln_2", *parts) for kind in ("weight", "bias")]
+    state = get_state_dict(block)
+    weights = {name.replace(".", "_"): state.get(name) for name in names}
+    F, H = state["mlp.c_fc.weight"].shape[0], form["n_head"]
+    threads = min(B, _threads(2 * B * T * sum(weight.numel() for weight in state.values())))
+    macros = {
+        "B": B, "T": T, "H": H, "D": C // H, "C": C, "F": F, "PRE_NORM": int(form["pre_norm"]),
+        "SHORTCUT": int(form["shortcut"]), "EPSILON": f"{form['epsilon']!r}f",
+        "SCALE": f"{float(form['scale'])!r}f", "ACTIVATION": _ACTIVATIONS[form["activation"]],
+    }  # fmt: skip
+    rows = B * T
+    kept = Tensor.empty(rows * (8 * C + 2 * F + 4) + B * H * T * T)
+    buffers = {"out": Tensor.empty(B, T, C), "saved": kept, "x": x, **weights}
+
+    def gradient(g: UOp, call: UOp) -> tuple[UOp | None, ...]:
+        room = rows * (7 * C + F) + threads * (T * T + 4 * C)
+        made = {"dx": Tensor.empty(B, T, C), "scratch": Tensor.empty(room)}
+        for name, weight in weights.items():
+            made[f"d_{name}"] = None if weight is None else Tensor.empty(*weight.shape)
+        written = [name for name, tensor in made.items() if tensor is not None]
+        given = [Tensor(source) for source in call.src[3:]]
+        present = [name for name, weight in weights.items() if weight is not None]
+        inputs = {
+            "sync": kernels._meeting_place(),
+            "dout": Tensor(g),
+            "saved": Tensor(call.src[2].after(call)),
+            "x": given[0],
+            **dict.fromkeys(weights),
+            **dict(zip(present, given[1:], strict=True)),
+        }
+        buffers = made | inputs
+        found = _call("block_back", buffers, [*written, "sync"], macros | {"BACKWARD": 1}, threads)
+        grads = dict(zip([n for n in buffers if buffers[n] is not None], found, strict=False))
+        return None, None, grads["dx"].uop, *(grads[f"d_{name}"].uop for name in present)
+
+    return _call("block", buffers, ("out", "saved"), macros | {"FORWARD": 1}, threads, gradient)[0]
+
+
+def _head(model: GPT, x: Tensor, targets: Tensor) -> Tensor:
+    (B, T, C), config = x.shape, model.config
+    weight = (model.wte if config.tie_word_embeddings else model.lm_head).weight
+    norm = model.ln_f if config.norm == "pre" else None
+    rows, V = B * T, weight.shape[0]
+    threads = min(rows, _threads(2 * rows * V * C))
+    macros = {
+        "R": rows, "C": C, "V": V, "NORM": int(norm is not None),
+        "EPSILON": f"{config.layer_norm_epsilon!r}f",
+    }  # fmt: skip
+    weights = {
+        "ln_weight": norm and norm.weight,
+        "ln_bias": norm and norm.bias,
+        "weight": weight,
+    }
+    kept = Tensor.empty(rows * (C + 2 + V))
+    buffers = {"out": Tensor.empty(B, T), "saved": kept, "x": x, "targets": targets, **weights}
+
+    def gradient(g: UOp, call: UOp) -> tuple[UOp | None, ...]:
+        room = rows * (V + C) + threads * 2 * C
+        made = {"dx": Tensor.empty(B, T, C), "scratch": Tensor.empty(room)}
+        for name, tensor in weights.items():
+            made[f"d_{name}"] = None if tensor is None else Tensor.empty(*tensor.shape)
+        written = [name for name, tensor in made.items() if tensor is not None]
+        given = [Tensor(source) for source in call.src[3:]]
+        present = [name for name, tensor in weights.items() if tensor is not None]
+        inputs = {
+            "sync": kernels._meeting_place(),
+            "dout": Tensor(g),
+            "saved": Tensor(call.src[2].after(call)),
+            "x": given[0],
+            **dict.fromkeys(weights),
+            **dict(zip(present, given[2:], strict=True)),
+        }
+        buffers = made | inputs
+        found = _call("head_back", buffers, [*written, "sync"], macros | {"UNHEAD": 1}, threads)
+        grads = dict(zip([n for n in buffers if buffers[n] is not None], found, strict=False))
+        return None, None, grads["dx"].uop, None, *(grads[f"d_{name}"].uop for name in present)
+
+    return _call("head", buffers, ("out", "saved"), macros | {"HEAD": 1}, threads, gradient)[0]
+
+
+def _numbered(name: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {f"{name}{i}": tensor for i, tensor in enumerate(tensors)}
+
+
+def _list(name: str, count: int) -> str:
+    return ", ".join(f"{name}{i}" for i in range(count))
+
+
+def _sizes(sizes: Sequence[int]) -> dict[str, object]:
+    return {"SIZES": ", ".join(map(str, sizes)), "COUNT": len(sizes)}
+
+
+def _threads(flops: int) -> int:
+    return max(1, min(CPU_COUNT.value, flops // _THREAD_FLOPS))
+
+
+@functools.cache
+def _source() -> str:
+    folder = Path(__file__).parent
+    return (folder / "kernels.c").read_text() + (folder / "training.c").read_text()
+
+
+def _call(
+    kind: str,
+    buffers: Mapping[str, Tensor | None],
+    written: Sequence[str],
+    macros: Mapping[str, object],
+    threads: int,
+    gradient: Callable[[UOp, UOp], tuple[UOp | None, ...]] | None = None,
+) -> list[Tensor]:
+    """Call a function of training.c with the buffers by their names; a buffer that is None is a
+    null pointer there. Gives the buffers that are `written`, as they are after the call."""
+    present = {name: tensor for name, tensor in buffers.items() if tensor is not None}
+    names = list(present)
+    outs = tuple(names.index(name) for name in names if name in written)
+    shape = "_".join(str(size) for size in present[names[0]].shape)
+    name = f"{kind}_{shape}"
+    pointers = []
+    for buffer, tensor in present.items():
+        c_type = "int" if tensor.dtype == dtypes.int32 else "float"
+        pointers.append(f"{'' if buffer in written else 'const '}{c_type} *{buffer}")
+    lines = [f"#define {key} {value}" for key, value in macros.items()]
+    lines += [f"#define THREADS {threads}", "#define WEIGHT float"]
+    lines += [f"static float *const {n} = 0;" for n, t in buffers.items() if t is None]
+    lines += [f"#define ENTRY void {name}({', '.join(pointers)}, int core_id)", _source()]
+    size_bytes = sum(tensor.nbytes() for tensor in present.values())
+
+    def program(*params: UOp) -> UOp:
+        core = UOp.variable("core_id", 0, threads - 1, dtypes.int)
+        info = KernelInfo(name, estimates=Estimates(0, size_bytes, size_bytes))
+        sink = UOp.sink(*params, core, arg=info)
+        places = tuple(range(len(params)))
+        ins = tuple(i for i in places if i not in outs)
+        arg = ProgramInfo(name, (threads, 1, 1), None, (core,), places, outs, ins)
+        order = UOp(Ops.LINEAR, src=(*params, core))
+        source = UOp(Ops.SOURCE, arg="\n".join(lines))
+        return UOp(Ops.PROGRAM, src=(sink, UOp(Ops.DEVICE, arg="CPU"), order, source), arg=arg)
+
+    sources = [tensor.uop for tensor in present.values()]
+    found = UOp.custom_kernel(*sources, fxn=program, grad_fxn=gradient)
+    return [Tensor(found[i]) for i in outs]

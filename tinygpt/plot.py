@@ -1,0 +1,70 @@
+"""Curves of training runs, from their logs; drawn by matplotlib, an optional extra."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from tinygpt.config import InputError
+from tinygpt.files import CheckpointError, read_text, reason
+
+
+def read_log(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """The numbers in a run's `log.jsonl`: name -> (step, value) pairs.
+
+    Raises:
+        CheckpointError: when it cannot be read, or holds no numbers.
+    """
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for line in read_text(run / "log.jsonl").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:  # the last line of a run that was killed
+            continue
+        step = entry.pop("step", None) if isinstance(entry, dict) else None
+        if not isinstance(step, int):
+            continue
+        for name, value in entry.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                curves.setdefault(name, []).append((step, value))
+    if not curves:
+        raise CheckpointError(f"{run / 'log.jsonl'}: it holds no steps of training")
+    return curves
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `tinygpt plot`."""
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that `train` made")
+    words = "the image, by its ending .png, .svg or .pdf (default: curves.png)"
+    parser.add_argument("-o", "--out", metavar="FILE", default="curves.png", help=words)
+
+
+def run(args: argparse.Namespace) -> int:
+    """`tinygpt plot`: losses, validation losses and learning rates of some runs in one image."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError("plot needs matplotlib: pip install 'tinygpt[plot]'") from error
+    logs = {path: read_log(Path(path)) for path in args.runs}
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    for number, (path, curves) in enumerate(logs.items()):
+        color = f"C{number % 10}"
+        _draw(losses, curves.get("loss"), color=color, alpha=0.3)
+        _draw(losses, curves.get("val_loss"), color=color, marker="o", label=path)
+        _draw(rates, curves.get("learning_rate"), color=color)
+    losses.set_ylabel("loss, nats a token (points: validation)")
+    rates.set(ylabel="learning rate", xlabel="step")
+    losses.legend()
+    try:
+        figure.savefig(args.out)
+    except (OSError, ValueError) as error:  # ValueError: an ending that it does not know
+        raise InputError(f"cannot write {args.out}: {reason(error)}") from error
+    return 0
+
+
+def _draw(axes: Any, points: list[tuple[int, float]] | None, **style: Any) -> None:
+    if points:
+        axes.plot(*zip(*points, strict=True), **style)

@@ -1,0 +1,239 @@
+"""One training step as one captured graph: loss, gradients, clipping and the new weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from tinygrad import Tensor, TinyJit, dtypes
+from tinygrad.nn.state import get_state_dict
+
+from tinygpt import backend
+from tinygpt.config import InputError
+from tinygpt.fused import token_losses
+from tinygpt.lora import Lora
+from tinygpt.model import GPT
+from tinygpt.optim import Optimizer, global_norm, scheduled
+from tinygpt.recipes import TrainConfig
+
+# float16 holds small gradients only if they are scaled up: as far as they fit, tried again upwards
+# after so many updates. Source: Micikevicius et al. 2018, "Mixed Precision Training", 3.2.
+_FIRST_SCALE, _SCALE_UP_AFTER = 2.0**16, 2000
+
+
+Batch = tuple[np.ndarray, np.ndarray]  # inputs and targets, each int32 (B, T)
+
+
+class Outcome(NamedTuple):
+    """What a step gave: the batch's loss, the gradients' length, and whether weights changed."""
+
+    loss: float
+    norm: float
+    good: bool
+
+
+@dataclass
+class Counters:
+    """The part of a run's state that is plain numbers."""
+
+    step: int = 0  # batches taken, with the skipped
+    updates: int = 0  # of the weights
+    skipped: int = 0  # steps whose loss or gradients were not finite
+    skipped_in_a_row: int = 0
+    loss_scale: float = 1.0
+    updates_at_scale: int = 0  # since the loss scale last changed
+
+
+class Trainer:
+    """A model and what trains it. The model's weights are updated in place.
+
+    `tensors` and `counters` are all that a step changes or depends on, besides the weights: the
+    random numbers of dropout are a function of the seed and the step.
+    """
+
+    def __init__(self, model: GPT, config: TrainConfig) -> None:
+        if config.compute != "float32":
+            need_type(config.compute)
+        backend.require_memory(12 * model.config.parameter_count, "training this model")
+        self.model, self.config = model, config
+        self.weights = get_state_dict(model)
+        self.lora = None
+        if config.lora_rank:
+            self.lora = Lora(self.weights, config.lora_rank, config.lora_alpha, config.seed)
+        self.optimizer = Optimizer(
+            self.lora.parameters if self.lora else self.weights,
+            "adamw" if config.optimizer == "adamw" else "muon",
+            config.beta1,
+            config.beta2,
+            config.weight_decay,
+            config.grad_clip,
+        )
+        self.counters = Counters(loss_scale=_FIRST_SCALE if config.compute == "float16" else 1.0)
+        # TinyJit would run its first call uncaptured, for functions that set up state then; there
+        # is none here.
+        self._jit = TinyJit(self._step)
+        self._jit.cnt = 1
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What must be kept, besides the weights, to go on exactly."""
+        return {**self.optimizer.state, **(self.lora.tensors if self.lora else {})}
+
+    @property
+    def learning_rate(self) -> float:
+        """AdamW's in the next step."""
+        config = self.config
+        return scheduled(
+            self.counters.step,
+            config.steps,
+            config.warmup_steps,
+            config.schedule,
+            config.learning_rate,
+            config.min_learning_rate,
+        )
+
+    def step(self, batches: Sequence[Batch]) -> Outcome:
+        """Update the weights once. A loss or gradient that is not finite changes nothing.
+
+        Args:
+            batches: `accumulate` of them, of one shape in all calls.
+        """
+        counters, config = self.counters, self.config
+        rate = self.learning_rate
+        muon_rate = config.muon_learning_rate * rate / (config.learning_rate or 1)  # in proportion
+        numbers = self.optimizer.numbers(rate, muon_rate, counters.updates + 1)
+        numbers = np.append(numbers, np.float32(counters.loss_scale))
+        key = np.array([config.seed, counters.step], np.uint32)
+        # Each batch is an input of its own: a slice of one would be captured where it lies.
+        tokens = [Tensor(array).realize() for batch in batches for array in batch]
+        given = (Tensor(array).realize() for array in (numbers, key, np.zeros(2, np.uint32)))
+        loss, norm, good = self._jit(tokens, *given).tolist()
+        self._count(good > 0)
+        return Outcome(loss, norm, good > 0)
+
+    def _count(self, good: bool) -> None:
+        counters = self.counters
+        counters.step += 1
+        counters.updates += good
+        counters.skipped += not good
+        counters.skipped_in_a_row = 0 if good else counters.skipped_in_a_row + 1
+        if self.config.compute == "float16":
+            counters.updates_at_scale = counters.updates_at_scale + 1 if good else 0
+            if not good:
+                counters.loss_scale = max(1.0, counters.loss_scale / 2)
+            elif counters.updates_at_scale == _SCALE_UP_AFTER:
+                counters.loss_scale, counters.updates_at_scale = counters.loss_scale * 2, 0
+
+    def _step(self, tokens, numbers, key, counter) -> Tensor:
+        scale = numbers[4] if self.config.compute == "float16" else None
+        with Tensor.train(), _random_numbers(key, counter):
+            pairs = list(zip(tokens[::2], tokens[1::2], strict=True))
+            total, gradients = self.gradients(pairs, scale)
+        if self.lora:
+            gradients = self.lora.gradients(gradients)
+        norm = global_norm(gradients)
+        finite = total.isfinite() & norm.isfinite()
+        good = finite.contiguous()
+        written = self.optimizer.updates(gradients, norm, numbers, good)
+        if self.lora:
+            written += self.lora.merge()
+        result = Tensor.stack(total, norm, good.float())
+        Tensor.realize(result, *written)
+        return result
+
+    def gradients(
+        self, batches: Sequence[tuple[Tensor, Tensor]], scale: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean loss of all batches, and its gradient by each weight.
+
+        Args:
+            batches: inputs and targets, each int32 (B, T).
+            scale: what the loss is multiplied with on the way, None for 1.
+        """
+        count = len(batches)
+        total, sums = None, {}
+        for i, (inputs, targets) in enumerate(batches):
+            loss, gradients = self._batch_gradients(inputs, targets, scale)
+            if count == 1:
+                return loss, gradients
+            # Realised one batch after the other, so that memory is that of one.
+            loss = loss / count
+            total = loss.contiguous() if total is None else total.assign(total + loss)
+            for name, gradient in gradients.items():
+                share = gradient / count
+                sums[name] = sums[name].assign(sums[name] + share) if i else share.contiguous()
+            Tensor.realize(total, *sums.values())
+        return total, sums
+
+    def _batch_gradients(self, inputs, targets, scale) -> tuple[Tensor, dict[str, Tensor]]:
+        masters = [Tensor(weight.uop) for weight in self.weights.values()]
+        with self._computing():
+            loss = token_losses(self.model, inputs, targets).mean()
+        gradients = (loss if scale is None else loss * scale).gradient(*masters)
+        if scale is not None:
+            gradients = [gradient / scale for gradient in gradients]
+        whole = (gradient.contiguous() for gradient in gradients)  # computed once, for two uses
+        return loss, dict(zip(self.weights, whole, strict=True))
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """The model computes with weights rounded to the configured type; they stay float32."""
+        if self.config.compute == "float32":
+            yield
+            return
+        dtype, usual = getattr(dtypes, self.config.compute), os.environ.get("TINYGPT_KERNELS")
+        masters = {name: weight.uop for name, weight in self.weights.items()}
+        try:
+            os.environ["TINYGPT_KERNELS"] = "0"  # whose gradients are for float32 alone
+            for weight in self.weights.values():
+                weight.uop = weight.cast(dtype).uop
+            yield
+        finally:
+            os.environ.pop("TINYGPT_KERNELS")
+            if usual is not None:
+                os.environ["TINYGPT_KERNELS"] = usual
+            for name, weight in self.weights.items():
+                weight.uop = masters[name]
+
+
+def need_type(name: str) -> None:
+    """Refuse a type that the backend cannot compute in, such as bfloat16 with an older clang.
+
+    Raises:
+        InputError: naming it.
+    """
+    errors = os.dup(2)  # what the compiler would say there is no news to the user
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        works = (Tensor([1.5] * 64).cast(getattr(dtypes, name)).contiguous() + 1).float().tolist()
+    except Exception:
+        works = None
+    finally:
+        os.dup2(errors, 2)
+        os.close(errors)
+    if works != [2.5] * 64:
+        raise InputError(
+            f"compute is {name!r}, which {backend.describe()} cannot do: use float32, or another "
+            "backend"
+        )
+
+
+@contextmanager
+def _random_numbers(key: Tensor, counter: Tensor) -> Iterator[None]:
+    """tinygrad's random numbers are a function of `key`, uint32 (2,), and of how many were drawn.
+
+    What tinygrad keeps for a device, its seed and a counter of draws, is the two tensors meanwhile,
+    so that a captured graph takes them as inputs. `counter` is uint32 (2,), zeros.
+    """
+    usual = Tensor._device_seeds, Tensor._device_rng_counters
+    Tensor._device_seeds = {key.device: key}
+    Tensor._device_rng_counters = {key.device: counter}
+    try:
+        yield
+    finally:
+        Tensor._device_seeds, Tensor._device_rng_counters = usual
