@@ -45,7 +45,7 @@ def plain_and_fused(config, monkeypatch) -> list[dict[str, np.ndarray]]:
     ],
 )
 def test_losses_and_gradients_equal_the_plain_form(form, threads, monkeypatch):
-    monkeypatch.setattr(fused, "_threads", lambda flops: threads)
+    monkeypatch.setattr(fused, "count_threads", lambda flops: threads)
     plain, fast = plain_and_fused(replace(SHAPE, **form), monkeypatch)
     assert fast.keys() == plain.keys()
     for name, value in fast.items():

@@ -15,12 +15,13 @@ MODULES = {path.stem: path for path in (ROOT / "tinygpt").glob("*.py")}
 ROWS = [
     {"__main__"},
     {"cli"},
-    {"bench", "doctor", "sample"},
-    {"peers"},
-    {"generate", "weights"},
-    {"precision"},
-    {"hub", "model", "sampling", "tokenizer"},
-    {"layers", "safetensors", "vocabulary"},
+    {"bench", "doctor", "plot", "sample", "train"},
+    {"loop"},
+    {"evaluate", "peers", "prepare", "trainer"},
+    {"checkpoint", "data", "generate", "lora", "optim", "weights"},
+    {"fused", "precision"},
+    {"bpe", "hub", "model", "sampling", "tokenizer"},
+    {"layers", "recipes", "safetensors", "text", "vocabulary"},
     {"kernels", "terminal"},
     {"backend", "files"},
     {"config"},
@@ -64,8 +65,14 @@ def test_the_package_stands_on_its_three_dependencies():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     names = {name.split("=")[0].split(">")[0] for name in project["dependencies"]}
     assert names == {"tinygrad", "tiktoken", "numpy"}
-    allowed = names | {"tinygpt", "tiktoken_ext"} | set(sys.stdlib_module_names)
-    extras = {"torch", "transformers", "llama_cpp", "gguf"}  # only where they are used
+    allowed = names | {"tinygpt", "tiktoken_ext", "regex"} | set(sys.stdlib_module_names)
+    extras = {
+        "torch",
+        "transformers",
+        "llama_cpp",
+        "gguf",
+        "matplotlib",
+    }  # only where they are used
     for path in MODULES.values():
         assert {full.split(".")[0] for full in imports(path, only_at_the_top=True)} <= allowed
         assert {full.split(".")[0] for full in imports(path)} <= allowed | extras

@@ -16,7 +16,7 @@ import pytest
 from conftest import weights_of
 from tinygrad import Tensor
 
-from tinygpt import GPT, InputError, load_tokenizer, train
+from tinygpt import GPT, InputError, load_tokenizer, loop, train
 from tinygpt.data import Dataset, Header, Split
 from tinygpt.recipes import RECIPES, TrainConfig
 from tinygpt.tokenizer import char_tokenizer, encode, save_tokenizer
@@ -354,7 +354,7 @@ def test_bad_input_is_one_line(data, whole, tmp_path):
 def test_the_bar_shows_steps_and_losses(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "100")
-    bar = train._Bar()
+    bar = loop._Bar()
     bar.show(5, 20, 2.5, None, 1234.5, 61.0)
     line = capsys.readouterr().err
     assert line.startswith(f"\r{'#' * 5}{'-' * 15} 5/20  loss 2.5000  1,234 tokens/s  1:01 left ")

@@ -8,13 +8,20 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
-from tinygpt import __version__, bench, doctor, sample
+from tinygpt import __version__, bench, doctor, evaluate, plot, prepare, sample, train
 from tinygpt.config import InputError
 from tinygpt.files import reason
 from tinygpt.terminal import Parser, say
 
 # Each has `add_flags(parser)`, `run(args)`, which gives the exit status, and a docstring to show.
-_COMMANDS = {"bench": bench, "doctor": doctor}
+_COMMANDS = {
+    "bench": bench,
+    "doctor": doctor,
+    "evaluate": evaluate,
+    "plot": plot,
+    "prepare": prepare,
+    "train": train,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

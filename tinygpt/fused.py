@@ -8,24 +8,15 @@ and hold where `usable` says so; everywhere else the plain forms do.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from tinygrad import Tensor, UOp, dtypes
-from tinygrad.helpers import CPU_COUNT
 from tinygrad.nn.state import get_state_dict
-from tinygrad.renderer import Estimates
-from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo
 
-from tinygpt import kernels
-from tinygpt.kernels import fast
+from tinygpt.config import GPTConfig
+from tinygpt.kernels import ACTIVATIONS, call, count_threads, fast, meeting_place
 from tinygpt.layers import TransformerBlock
 from tinygpt.model import GPT
-
-_ACTIVATIONS = {"gelu_tanh": 1, "gelu": 2, "relu": 3}
-# Fewer floating-point operations than these are not worth a second thread.
-_THREAD_FLOPS = 1_500_000
 
 
 def usable(model: GPT) -> bool:
@@ -56,7 +47,7 @@ def token_losses(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
         places = Tensor.arange(tokens.shape[1], dtype=dtypes.int32).reshape(1, -1)
         x = x + model.encode_positions(places)
     for block in model.blocks:
-        x = _block(block, x)
+        x = _block(block, model.config, x)
     return _head(model, x, targets)
 
 
@@ -68,7 +59,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 def squares(gradients: Sequence[Tensor]) -> Tensor:
     """The sum of the squares of all numbers in some tensors, a scalar."""
     sizes = [gradient.numel() for gradient in gradients]
-    threads = _threads(2 * sum(sizes))
+    threads = count_threads(2 * sum(sizes))
     macros = {"SQUARES": 1, "GRADIENTS": _list("g", len(sizes)), **_sizes(sizes)}
     buffers = {"out": Tensor.empty(threads), **_numbered("g", gradients)}
     return _call("squares", buffers, ("out",), macros, threads)[0].sum()
@@ -105,7 +96,7 @@ def adamw(
     buffers = _numbered("p", parameters) | _numbered("m", means) | _numbered("v", square_means)
     written = list(buffers)
     buffers |= _numbered("g", gradients) | {"numbers": numbers}
-    found = _call("adamw", buffers, written, macros, _threads(16 * sum(sizes)))
+    found = _call("adamw", buffers, written, macros, count_threads(16 * sum(sizes)))
     for tensor, after in zip(updated, found, strict=True):
         tensor.replace(after)  # so that what reads it now waits for this
     return updated
@@ -129,18 +120,18 @@ def _embed(tokens: Tensor, table: Tensor, places: Tensor | None) -> Tensor:
     return _call("embed", buffers, ("out",), macros | {"EMBED": 1}, 1, gradient)[0]
 
 
-def _block(block: TransformerBlock, x: Tensor) -> Tensor:
-    (B, T, C), form = x.shape, block.form
+def _block(block: TransformerBlock, config: GPTConfig, x: Tensor) -> Tensor:
+    B, T, C = x.shape
     parts = [f"attn.{name}_proj" for name in ("q", "k", "v", "out")] + ["mlp.c_fc", "mlp.c_proj"]
     names = [f"{part}.{kind}" for part in ("ln_1", "ln_2", *parts) for kind in ("weight", "bias")]
     state = get_state_dict(block)
     weights = {name.replace(".", "_"): state.get(name) for name in names}
-    F, H = state["mlp.c_fc.weight"].shape[0], form["n_head"]
-    threads = min(B, _threads(2 * B * T * sum(weight.numel() for weight in state.values())))
+    F, H = state["mlp.c_fc.weight"].shape[0], config.n_head
+    threads = min(B, count_threads(2 * B * T * sum(weight.numel() for weight in state.values())))
     macros = {
-        "B": B, "T": T, "H": H, "D": C // H, "C": C, "F": F, "PRE_NORM": int(form["pre_norm"]),
-        "SHORTCUT": int(form["shortcut"]), "EPSILON": f"{form['epsilon']!r}f",
-        "SCALE": f"{float(form['scale'])!r}f", "ACTIVATION": _ACTIVATIONS[form["activation"]],
+        "B": B, "T": T, "H": H, "D": C // H, "C": C, "F": F, "PRE_NORM": int(config.norm == "pre"),
+        "SHORTCUT": int(config.shortcut), "EPSILON": f"{config.layer_norm_epsilon!r}f",
+        "SCALE": f"{float(block.attn.scale)!r}f", "ACTIVATION": ACTIVATIONS[config.activation],
     }  # fmt: skip
     rows = B * T
     kept = Tensor.empty(rows * (8 * C + 2 * F + 4) + B * H * T * T)
@@ -155,7 +146,7 @@ def _block(block: TransformerBlock, x: Tensor) -> Tensor:
         given = [Tensor(source) for source in call.src[3:]]
         present = [name for name, weight in weights.items() if weight is not None]
         inputs = {
-            "sync": kernels._meeting_place(),
+            "sync": meeting_place(),
             "dout": Tensor(g),
             "saved": Tensor(call.src[2].after(call)),
             "x": given[0],
@@ -175,7 +166,7 @@ def _head(model: GPT, x: Tensor, targets: Tensor) -> Tensor:
     weight = (model.wte if config.tie_word_embeddings else model.lm_head).weight
     norm = model.ln_f if config.norm == "pre" else None
     rows, V = B * T, weight.shape[0]
-    threads = min(rows, _threads(2 * rows * V * C))
+    threads = min(rows, count_threads(2 * rows * V * C))
     macros = {
         "R": rows, "C": C, "V": V, "NORM": int(norm is not None),
         "EPSILON": f"{config.layer_norm_epsilon!r}f",
@@ -197,7 +188,7 @@ def _head(model: GPT, x: Tensor, targets: Tensor) -> Tensor:
         given = [Tensor(source) for source in call.src[3:]]
         present = [name for name, tensor in weights.items() if tensor is not None]
         inputs = {
-            "sync": kernels._meeting_place(),
+            "sync": meeting_place(),
             "dout": Tensor(g),
             "saved": Tensor(call.src[2].after(call)),
             "x": given[0],
@@ -224,16 +215,6 @@ def _sizes(sizes: Sequence[int]) -> dict[str, object]:
     return {"SIZES": ", ".join(map(str, sizes)), "COUNT": len(sizes)}
 
 
-def _threads(flops: int) -> int:
-    return max(1, min(CPU_COUNT.value, flops // _THREAD_FLOPS))
-
-
-@functools.cache
-def _source() -> str:
-    folder = Path(__file__).parent
-    return (folder / "kernels.c").read_text() + (folder / "training.c").read_text()
-
-
 def _call(
     kind: str,
     buffers: Mapping[str, Tensor | None],
@@ -242,34 +223,6 @@ def _call(
     threads: int,
     gradient: Callable[[UOp, UOp], tuple[UOp | None, ...]] | None = None,
 ) -> list[Tensor]:
-    """Call a function of training.c with the buffers by their names; a buffer that is None is a
-    null pointer there. Gives the buffers that are `written`, as they are after the call."""
-    present = {name: tensor for name, tensor in buffers.items() if tensor is not None}
-    names = list(present)
-    outs = tuple(names.index(name) for name in names if name in written)
-    shape = "_".join(str(size) for size in present[names[0]].shape)
-    name = f"{kind}_{shape}"
-    pointers = []
-    for buffer, tensor in present.items():
-        c_type = "int" if tensor.dtype == dtypes.int32 else "float"
-        pointers.append(f"{'' if buffer in written else 'const '}{c_type} *{buffer}")
-    lines = [f"#define {key} {value}" for key, value in macros.items()]
-    lines += [f"#define THREADS {threads}", "#define WEIGHT float"]
-    lines += [f"static float *const {n} = 0;" for n, t in buffers.items() if t is None]
-    lines += [f"#define ENTRY void {name}({', '.join(pointers)}, int core_id)", _source()]
-    size_bytes = sum(tensor.nbytes() for tensor in present.values())
-
-    def program(*params: UOp) -> UOp:
-        core = UOp.variable("core_id", 0, threads - 1, dtypes.int)
-        info = KernelInfo(name, estimates=Estimates(0, size_bytes, size_bytes))
-        sink = UOp.sink(*params, core, arg=info)
-        places = tuple(range(len(params)))
-        ins = tuple(i for i in places if i not in outs)
-        arg = ProgramInfo(name, (threads, 1, 1), None, (core,), places, outs, ins)
-        order = UOp(Ops.LINEAR, src=(*params, core))
-        source = UOp(Ops.SOURCE, arg="\n".join(lines))
-        return UOp(Ops.PROGRAM, src=(sink, UOp(Ops.DEVICE, arg="CPU"), order, source), arg=arg)
-
-    sources = [tensor.uop for tensor in present.values()]
-    found = UOp.custom_kernel(*sources, fxn=program, grad_fxn=gradient)
-    return [Tensor(found[i]) for i in outs]
+    """`kernels.call` for what is in training.c."""
+    macros, sources = {**macros, "WEIGHT": "float"}, ("kernels.c", "training.c")
+    return call(kind, buffers, written, macros, 0, None, gradient, sources, threads)

@@ -179,6 +179,20 @@ INLINE void few(float *c, long ldc, const float *a, const WEIGHT *b, int M, int 
   }
 }
 
+// Waits for the other threads. sync[0] counts arrivals; sync[16], a cache line on, the meetings;
+// sync[32] holds the address of the system's sched_yield, or 0: where another program has taken a
+// core, the thread that is late needs the one on which the others wait.
+INLINE void barrier(int *sync) {
+  if (THREADS == 1) return;
+  int (*yield)(void) = *(int (**)(void))(sync + 32);
+  int meeting = __atomic_load_n(sync + 16, __ATOMIC_ACQUIRE);
+  if (__atomic_add_fetch(sync, 1, __ATOMIC_ACQ_REL) == THREADS) {
+    __atomic_store_n(sync, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(sync + 16, meeting + 1, __ATOMIC_RELEASE);
+  } else for (int turns = 0; __atomic_load_n(sync + 16, __ATOMIC_ACQUIRE) == meeting; turns++)
+    if (turns > 2000 && yield) yield();
+}
+
 #ifdef BLOCKS
 // ---- transformer blocks without gradients, on B rows of T new tokens, all threads in step ----
 
@@ -191,20 +205,6 @@ struct layer {
   struct linear q_proj, k_proj, v_proj, out_proj, c_fc, c_proj;
   float *keys, *values, attention_scale;
 };
-
-// Waits for the other threads. sync[0] counts arrivals; sync[16], a cache line on, the meetings;
-// sync[32] holds the address of the system's sched_yield, or 0: where another program has taken a
-// core, the thread that is late needs the one on which the others wait.
-static void barrier(int *sync) {
-  if (THREADS == 1) return;
-  int (*yield)(void) = *(int (**)(void))(sync + 32);
-  int meeting = __atomic_load_n(sync + 16, __ATOMIC_ACQUIRE);
-  if (__atomic_add_fetch(sync, 1, __ATOMIC_ACQ_REL) == THREADS) {
-    __atomic_store_n(sync, 0, __ATOMIC_RELAXED);
-    __atomic_store_n(sync + 16, meeting + 1, __ATOMIC_RELEASE);
-  } else for (int turns = 0; __atomic_load_n(sync + 16, __ATOMIC_ACQUIRE) == meeting; turns++)
-    if (turns > 2000 && yield) yield();
-}
 
 // Columns n0 to n1 of a linear layer: c = activation(a @ w.T * scale + bias) + residual.
 static void linear(float *c, long ldc, const float *a, const struct linear *l, const float *residual, int n0, int n1, int K, int active) {

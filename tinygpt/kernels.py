@@ -12,7 +12,7 @@ import ctypes
 import functools
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -36,7 +36,7 @@ _WEIGHTS = {
     dtypes.uint16: {"WEIGHT": "unsigned short", "BFLOAT16": 1},
     dtypes.int8: {"WEIGHT": "signed char"},
 }
-_ACTIVATIONS = {"gelu_tanh": 1, "gelu": 2, "relu": 3}
+ACTIVATIONS = {"gelu_tanh": 1, "gelu": 2, "relu": 3}
 # So many blocks in one kernel at most: their pointers are the arguments of one C call.
 _MOST_LAYERS = 16
 # Starting a second thread takes about as long as this many floating-point operations of one.
@@ -125,7 +125,7 @@ def matmul(a: Tensor, b: Tensor, a_transposed: bool = False, b_transposed: bool 
     flops = 2 * batch * M * N * K
     buffers = {"c": Tensor.empty(*leading, M, N), "a": a, "b": b}
     gradient = gradient if b.dtype == dtypes.float32 else None
-    return _call("matmul", buffers, ("c",), macros, _threads(flops), flops, {}, gradient)
+    return call("matmul", buffers, ("c",), macros, flops, gradient=gradient)[0]
 
 
 def fast_blocks(x: Tensor, layers: Sequence[Mapping[str, Tensor]]) -> bool:
@@ -165,7 +165,7 @@ def transformer_blocks(
         float32 (B, T, C).
     """
     macros = {
-        "EPSILON": f"{epsilon!r}f", "ACTIVATION": _ACTIVATIONS[activation],
+        "EPSILON": f"{epsilon!r}f", "ACTIVATION": ACTIVATIONS[activation],
         "PRE_NORM": int(pre_norm), "SHORTCUT": int(shortcut),
     }  # fmt: skip
     for start in range(0, len(layers), _MOST_LAYERS):
@@ -186,11 +186,11 @@ def _blocks(
     (B, T, C), (_, H, S, D) = x.shape, cache[0][0].shape
     inner = layers[0]["mlp.c_fc.weight"].shape[0]
     flops = 2 * B * T * sum(w.numel() for weights in layers for w in weights.values())
-    threads = _threads(flops)
+    threads = count_threads(flops)
     buffers = {
         "out": Tensor.empty(B, T, C),
         "scratch": Tensor.empty(B * T * (6 * C + inner) + threads * T * S),
-        "sync": _meeting_place(),
+        "sync": meeting_place(),
         "x": x.contiguous(),
         "padding": padding,
     }
@@ -207,7 +207,7 @@ def _blocks(
         "LAYERS": ", ".join(rows), **_WEIGHTS[layers[0]["mlp.c_fc.weight"].dtype],
     }  # fmt: skip
     place = {"start_pos": start_pos.unbind()[0]}
-    return _call("blocks", buffers, written, macros, threads, flops, place)
+    return call("blocks", buffers, written, macros, flops, place)[0]
 
 
 @functools.cache
@@ -219,12 +219,12 @@ def _layer_names() -> tuple[str, ...]:
     return tuple(f"{layer}.{part}" for layer, parts in layers for part in parts)
 
 
-def _threads(flops: int) -> int:
+def count_threads(flops: int) -> int:
     return max(1, min(CPU_COUNT.value, flops // _THREAD_FLOPS))
 
 
 @functools.cache
-def _meeting_place() -> Tensor:
+def meeting_place() -> Tensor:
     """Where a kernel's threads wait for each other: see `barrier` in kernels.c."""
     place = np.zeros(34, np.int32)
     with suppress(AttributeError, TypeError):  # a system that has no such function
@@ -235,55 +235,69 @@ def _meeting_place() -> Tensor:
 
 
 @functools.cache
-def _source() -> str:
-    return Path(__file__).with_name("kernels.c").read_text()
+def _source(*names: str) -> str:
+    return "".join(Path(__file__).with_name(name).read_text() for name in names)
 
 
-def _call(
+def call(
     kind: str,
     buffers: Mapping[str, Tensor | None],
-    written: Sequence[str],
+    written: Collection[str],
     macros: Mapping[str, object],
-    threads: int,
     flops: int,
-    variables: Mapping[str, UOp],
+    variables: Mapping[str, UOp] | None = None,
     gradient: Callable[[UOp, UOp], tuple[UOp | None, ...]] | None = None,
-) -> Tensor:
-    """Call a function of kernels.c. Its parameters are the buffers by their names, then `core_id`
-    and the variables; a buffer that is None is a null pointer there. Gives the first buffer."""
-    present = {name: tensor for name, tensor in buffers.items() if tensor is not None}
-    names = list(present)
-    outs = tuple(names.index(name) for name in written)
-    types = {name: _c_type(name, tensor, name in written) for name, tensor in present.items()}
-    nulls = [f"static const int *const {name} = 0;" for name in buffers if name not in present]
-    shape = "_".join(str(value) for value in present[names[0]].shape)
-    name = f"{kind}_{shape}"
-    numbers = "".join(f", int {name}" for name in variables)
-    pointers = ", ".join(f"{c_type} *{name}" for name, c_type in types.items())
-    defines = {**macros, "THREADS": threads}
-    lines = [f"#define {key} {value}" for key, value in defines.items()]
-    lines += [*nulls, f"#define ENTRY void {name}({pointers}, int core_id{numbers})", _source()]
+    sources: Sequence[str] = ("kernels.c",),
+    threads: int | None = None,
+) -> list[Tensor]:
+    """Call a function of a C file, whose parameters are the buffers by their names, `core_id`, and
+    the variables.
 
+    Args:
+        kind: the kernel's name in profiles.
+        buffers: what it reads and writes; one that is None is a null pointer there.
+        written: names of the buffers that it writes.
+        macros: what the C text needs to know beforehand.
+        flops: how many floating-point operations it does, which decides on threads.
+        gradient: as tinygrad's `custom_kernel` takes it.
+        sources: C files next to this one, put one behind the other.
+        threads: at most so many; None as many as pay.
+    Returns:
+        the written buffers, in the order of `buffers`, as they are after the call.
+    """
+    threads = count_threads(flops) if threads is None else threads
+    present = {name: tensor for name, tensor in buffers.items() if tensor is not None}
+    variables, places = variables or {}, tuple(range(len(present)))
+    outs = tuple(i for i, name in enumerate(present) if name in written)
+    shape = "_".join(str(size) for size in next(iter(present.values())).shape)
+    name = f"{kind}_{shape}"
+    pointers = [f"{_c_type(n, t, n in written)} *{n}" for n, t in present.items()]
+    numbers = [f"int {number}" for number in ("core_id", *variables)]
+    lines = [f"#define {key} {value}" for key, value in {**macros, "THREADS": threads}.items()]
+    for null in (name for name in buffers if name not in present):
+        lines.append(f"static {'int' if null == 'padding' else 'float'} *const {null} = 0;")
+    lines += [f"#define ENTRY void {name}({', '.join([*pointers, *numbers])})", _source(*sources)]
     size_bytes = sum(tensor.nbytes() for tensor in present.values())
 
     def program(*params: UOp) -> UOp:
-        core = UOp.variable("core_id", 0, threads - 1, dtypes.int)
+        integers = (UOp.variable("core_id", 0, threads - 1, dtypes.int), *variables.values())
         info = KernelInfo(name, estimates=Estimates(flops, size_bytes, size_bytes))
-        integers = (core, *variables.values())
         sink = UOp.sink(*params, *integers, arg=info)
-        ins = tuple(i for i in range(len(params)) if i not in outs)
-        places = tuple(range(len(params)))
+        ins = tuple(i for i in places if i not in outs)
         arg = ProgramInfo(name, (threads, 1, 1), None, integers, places, outs, ins)
         order = UOp(Ops.LINEAR, src=(*params, *integers))
         source = UOp(Ops.SOURCE, arg="\n".join(lines))
         return UOp(Ops.PROGRAM, src=(sink, UOp(Ops.DEVICE, arg="CPU"), order, source), arg=arg)
 
-    sources = [tensor.uop for tensor in present.values()]
-    return Tensor(UOp.custom_kernel(*sources, fxn=program, grad_fxn=gradient)[0])
+    uops = [tensor.uop for tensor in present.values()]
+    found = UOp.custom_kernel(*uops, fxn=program, grad_fxn=gradient)
+    return [Tensor(found[i]) for i in outs]
 
 
 def _c_type(name: str, tensor: Tensor, written: bool) -> str:
-    if name == "b" or (name.endswith("_weight") and "_ln_" not in name):
-        return "const WEIGHT"
-    c_type = "int" if tensor.dtype == dtypes.int32 else "float"
-    return c_type if written else f"const {c_type}"
+    if tensor.dtype == dtypes.int32:
+        return "int" if written else "const int"
+    if written:
+        return "float"
+    is_matrix = name == "b" or (name.endswith("_weight") and "ln_" not in name)
+    return "const WEIGHT" if is_matrix else "const float"

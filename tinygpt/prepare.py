@@ -8,7 +8,6 @@ import os
 import re
 import secrets
 import shutil
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from tinygpt.config import InputError, show, unknown
 from tinygpt.data import SPLITS, Dataset, Header, Split, ids_dtype
 from tinygpt.files import reason
 from tinygpt.hub import cache_folder, fetch
+from tinygpt.terminal import say
 from tinygpt.text import PIECE_BYTES, Piece, Source
 from tinygpt.tokenizer import char_tokenizer, encode, end_token, load_tokenizer, save_tokenizer
 
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out or name)
     header = prepare(args.source, out, args.tokenizer, args.val, args.field)
     counts = " and ".join(f"{header.splits[split].tokens:,} {split}" for split in SPLITS)
-    print(f"tinygpt: {out}: {counts} tokens of {header.vocab_size:,} ids", file=sys.stderr)
+    say(f"{out}: {counts} tokens of {header.vocab_size:,} ids")
     return 0
 
 

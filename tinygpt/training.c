@@ -9,16 +9,6 @@ DEFINE_PRODUCT(product_packed, pack, float)
 #define FREE __attribute__((no_builtin))  // no libc: a loop must not become a call of memset
 #define SHARE(n) (int)((long)(n) * core_id / THREADS), (int)((long)(n) * (core_id + 1) / THREADS)
 
-// Waits for the other threads. sync[0] counts arrivals; sync[16], a cache line on, the meetings.
-INLINE void meet(int *sync) {
-  if (THREADS == 1) return;
-  int meeting = __atomic_load_n(sync + 16, __ATOMIC_ACQUIRE);
-  if (__atomic_add_fetch(sync, 1, __ATOMIC_ACQ_REL) == THREADS) {
-    __atomic_store_n(sync, 0, __ATOMIC_RELAXED);
-    __atomic_store_n(sync + 16, meeting + 1, __ATOMIC_RELEASE);
-  } else while (__atomic_load_n(sync + 16, __ATOMIC_ACQUIRE) == meeting);
-}
-
 #ifdef EPSILON
 enum { STRIP = 11 * ROWS };  // rows of attention at a time, which skips most of what is masked
 
@@ -228,7 +218,7 @@ ENTRY {
     for (long i = rc; i < rc + (long)n * C; i++) dx[i] = SHORTCUT ? dsum_1[i] : 0;
     unnormalise(dx + rc, 1, dmid + rc, x + rc, ln_1_weight, stats_1 + 2 * r, mine, mine + C, n);
   } else if (SHORTCUT) for (long i = rc; i < rc + (long)n * C; i++) dx[i] += dsum_1[i];
-  meet(sync);
+  barrier(sync);
   const float *from = PRE_NORM ? in : x;
   affine_gradient(d_attn_q_proj_weight, d_attn_q_proj_bias, dqkv, C3, from, R, SHARE(C), C);
   affine_gradient(d_attn_k_proj_weight, d_attn_k_proj_bias, dqkv + C, C3, from, R, SHARE(C), C);
@@ -289,7 +279,7 @@ ENTRY {
     clear(mine, 2 * C);
     unnormalise(dx + (long)r * C, 0, dnormed + (long)r * C, x + (long)r * C, ln_weight, stats + 2 * r, mine, mine + C, n);
   }
-  meet(sync);
+  barrier(sync);
   int n0 = C / 8 * core_id / THREADS * 8, n1 = C / 8 * (core_id + 1) / THREADS * 8;
   product_packed(d_weight + n0, C, d, V, 1, (NORM ? normed : x) + n0, C, 0, V, n1 - n0, R);
   if (NORM) gather(d_ln_weight, parts, 2 * C, n0, n1);

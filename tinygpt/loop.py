@@ -1,0 +1,280 @@
+"""The training loop: steps, evaluations, checkpoints, a log, and an orderly end."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinygpt import checkpoint
+from tinygpt.config import InputError, show
+from tinygpt.data import Batches, Dataset
+from tinygpt.evaluate import Scorer, mean_loss, spread
+from tinygpt.files import CheckpointError, reason, write_text
+from tinygpt.generate import Generator
+from tinygpt.model import GPT
+from tinygpt.recipes import TrainConfig
+from tinygpt.terminal import say
+from tinygpt.tokenizer import decode, end_token, load_tokenizer
+from tinygpt.trainer import Counters, Trainer
+
+if TYPE_CHECKING:
+    from tiktoken import Encoding
+
+# So many steps in a row without a finite loss end a run. float16 may need some to find its scale.
+_MOST_SKIPPED = 10
+# --minutes fits the schedule after so many steps, of which the first are slower.
+_TIMED, _UNTIMED = 20, 5
+
+
+class Run:
+    """One run of training in its folder: what `tinygpt train` does."""
+
+    def __init__(
+        self,
+        folder: Path,
+        data: Dataset,
+        tokenizer: Encoding,
+        model: GPT,
+        config: TrainConfig,
+        minutes: float | None = None,
+    ) -> None:
+        """
+        Args:
+            folder: where checkpoints and the log go.
+            model: updated in place.
+            minutes: fit the number of steps to this time; None keeps the configuration's.
+        """
+        self.folder, self.data, self.tokenizer = folder, data, tokenizer
+        self.minutes = minutes
+        if len(data.val) <= config.block_size:
+            raise InputError(
+                f"{data.folder}: the validation split has {len(data.val)} tokens, too few for a "
+                f"window of {config.block_size}: give more text or a smaller --block-size"
+            )
+        self.trainer = Trainer(model, config)
+        self.batches = Batches(data.train, config.batch_size, config.block_size, config.seed)
+        self.scorer, self.generator = Scorer(model), Generator(model)
+        self.best: dict[str, Any] | None = None  # the step of the lowest validation loss, and it
+        self.val_loss: float | None = None
+        self.times: list[float] = []  # seconds of this process's steps
+        self.started = time.perf_counter()
+        self.signal: int | None = None
+
+    @property
+    def config(self) -> TrainConfig:
+        """The run's settings, of which --minutes changes `steps` once."""
+        return self.trainer.config
+
+    @property
+    def counters(self) -> Counters:
+        """How far the run is."""
+        return self.trainer.counters
+
+    @classmethod
+    def resume(cls, folder: Path, data: Dataset) -> Run:
+        """The run as its last checkpoint left it.
+
+        Raises:
+            InputError: when there is none, it is damaged, or it was made with other data.
+        """
+        last = folder / "last"
+        if not last.exists():
+            raise InputError(f"{folder} has no checkpoint to go on from: leave --resume out")
+        model, arrays, state = checkpoint.load(last.resolve())
+        try:
+            settings, counters, best = state["config"], state["counters"], state["best"]
+            minutes, position, source = state["minutes"], state["data"], state["source"]
+            config = TrainConfig.of(settings)
+            counters = Counters(**counters)
+        except (KeyError, TypeError, InputError) as error:
+            raise CheckpointError(f"{last}/state.json: {reason(error)}") from error
+        if source != data.header.source:
+            raise InputError(f"{folder} was trained on other data than {data.folder}: pass those")
+        run = cls(folder, data, load_tokenizer(last), model, config, minutes)
+        checkpoint.restore(run.trainer.tensors, arrays, last)
+        run.trainer.counters, run.best = counters, best
+        run.batches.restore(position)
+        run._link_best()  # in case the program was ended between the two links
+        _cut_log(folder / "log.jsonl", counters.step)
+        return run
+
+    def go(self) -> int | None:
+        """Train to the end, or until a signal; the number of that signal."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.folder / "log.jsonl", "a") as log, self._signals():
+                self._go(log)
+        except OSError as error:
+            raise InputError(f"cannot write {self.folder}: {reason(error)}") from error
+        return self.signal
+
+    def _go(self, log) -> None:
+        bar = _Bar()
+        saved = self.counters.step
+        if saved == 0:
+            self._evaluate(log, bar)
+        while not self._finished and self.signal is None:
+            self._step(log, bar)
+            step = self.counters.step
+            fit = self.minutes is not None and len(self.times) == _TIMED
+            if fit or step % self.config.eval_every == 0 or self._finished:
+                begun = time.perf_counter()
+                self._evaluate(log, bar)
+                if fit:
+                    self._fit(time.perf_counter() - begun)
+                self._save()
+                saved = step
+        if saved != self.counters.step:
+            self._save()
+        bar.clear()
+
+    @property
+    def _finished(self) -> bool:
+        return self.minutes is None and self.counters.step >= self.config.steps
+
+    def _step(self, log, bar: _Bar) -> None:
+        start = time.perf_counter()
+        config = self.config
+        rate = self.trainer.learning_rate
+        outcome = self.trainer.step([next(self.batches) for _ in range(config.accumulate)])
+        self.times.append(time.perf_counter() - start)
+        step, recent = self.counters.step, statistics.median(self.times[-20:])
+        entry = {"step": step, "loss": outcome.loss, "norm": outcome.norm, "learning_rate": rate}
+        if not outcome.good:
+            entry["skipped"] = True
+        tokens = config.accumulate * config.batch_size * config.block_size
+        self._log(log, {**entry, "tokens_per_s": round(tokens / recent)})
+        left = recent * max(0, config.steps - step)
+        bar.show(step, config.steps, outcome.loss, self.val_loss, tokens / recent, left)
+        if self.counters.skipped_in_a_row == _MOST_SKIPPED:
+            self._save()
+            bar.clear()
+            raise InputError(
+                f"the loss or its gradient was not finite in {_MOST_SKIPPED} steps in a row, to "
+                f"step {step}: the weights as they were before those are in "
+                f"{self.folder / 'last'}; try a lower --learning-rate"
+            )
+
+    def _evaluate(self, log, bar: _Bar) -> None:
+        config, step = self.config, self.counters.step
+        most = config.eval_batches * config.batch_size
+        places = spread(len(self.data.val), config.block_size, most)
+        self.val_loss = mean_loss(
+            self.scorer.losses, self.data.val, places, config.block_size, config.batch_size
+        )
+        entry = {"step": step, "val_loss": self.val_loss}
+        if config.sample_tokens:
+            start = end_token(self.tokenizer) or 0
+            ids = self.generator.generate([start], config.sample_tokens, config.seed)
+            entry["sample"] = decode(self.tokenizer, ids)
+        if step and (self.best is None or self.val_loss < self.best["val_loss"]):
+            self.best = {"step": step, "val_loss": self.val_loss}
+        self._log(log, entry)
+        bar.clear()
+        say(f"step {step}: validation loss {self.val_loss:.4f}")
+        if config.sample_tokens:
+            say(f"sample: {show(entry['sample'])}")
+
+    def _save(self) -> None:
+        state = {
+            "step": self.counters.step,
+            "counters": asdict(self.counters),
+            "best": self.best,
+            "data": self.batches.state(),
+            "source": self.data.header.source,
+            "minutes": self.minutes,
+            "config": asdict(self.config),
+        }
+        trainer = self.trainer
+        checkpoint.save(self.folder, trainer.model, self.tokenizer, trainer.tensors, state)
+        self._link_best()
+        checkpoint.prune(self.folder, self.config.keep)
+
+    def _link_best(self) -> None:
+        if self.best is not None:
+            best = self.folder / f"step-{self.best['step']:08d}"
+            if best.is_dir():
+                checkpoint.link(self.folder, "best", best)
+
+    def _fit(self, evaluation_s: float) -> None:
+        """Choose the number of steps such that they end when the minutes do."""
+        took = statistics.median(self.times[_UNTIMED:]) + evaluation_s / self.config.eval_every
+        left = self.minutes * 60 - (time.perf_counter() - self.started)
+        step = self.counters.step
+        steps = step + max(1, int(left / took))
+        warmup_steps = min(self.config.warmup_steps, max(step, steps // 10))
+        self.trainer.config = replace(self.config, steps=steps, warmup_steps=warmup_steps)
+        say(f"{steps} steps fit into {self.minutes:g} minutes, at {took * 1e3:.0f} ms each")
+        self.minutes = None
+
+    @staticmethod
+    def _log(log, entry: dict[str, Any]) -> None:
+        for name, value in entry.items():  # JSON has no word for what is not finite
+            if isinstance(value, float) and not math.isfinite(value):
+                entry = entry | {name: None}
+        json.dump(entry, log, ensure_ascii=False)
+        log.write("\n")
+        log.flush()
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM let the step end, and the run after it."""
+
+        def stop(number: int, _: object) -> None:
+            if self.signal is not None:  # asked twice: at once
+                raise KeyboardInterrupt
+            self.signal = number
+
+        usual = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in usual.items():
+                signal.signal(number, handler)
+
+
+class _Bar:
+    """The line that a terminal shows of the steps."""
+
+    def __init__(self) -> None:
+        self.wide = shutil.get_terminal_size().columns if sys.stderr.isatty() else 0
+
+    def show(self, step, steps, loss, val_loss, tokens_per_s, left_s) -> None:
+        if not self.wide:
+            return
+        done = 20 * step // max(step, steps)
+        clock = f"{int(left_s) // 60}:{int(left_s) % 60:02d} left"
+        line = f"{'#' * done}{'-' * (20 - done)} {step}/{steps}  loss {loss:.4f}"
+        line += "" if val_loss is None else f"  val {val_loss:.4f}"  # None just after --resume
+        line += f"  {tokens_per_s:,.0f} tokens/s  {clock}"
+        sys.stderr.write("\r" + line[: self.wide - 1].ljust(self.wide - 1))
+        sys.stderr.flush()
+
+    def clear(self) -> None:
+        if self.wide:
+            sys.stderr.write("\r" + " " * (self.wide - 1) + "\r")
+
+
+def _cut_log(path: Path, step: int) -> None:
+    """Take out of a log what came after a step, and a line that was cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_bytes().decode(errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and entry.get("step", math.inf) <= step:
+            kept.append(line)
+    write_text(path, "".join(f"{line}\n" for line in kept))
