@@ -35,6 +35,7 @@ def room(tmp_path_factory) -> Path:
     """A folder like a user's: run.py, a model, and a Hugging Face cache that has `gpt2`."""
     room = tmp_path_factory.mktemp("room")
     (room / "run.py").symlink_to(ROOT / "run.py")
+    (room / "my-text.txt").write_text(README)
     model = randomize(GPT(SMALL.__class__(n_layer=1, n_head=2, n_embd=16, vocab_size=257)))
     cache = room / "hub" / "models--gpt2"
     for folder in (room / "my-gpt2", cache / "snapshots" / "main"):
