@@ -43,7 +43,7 @@ def reference_of(model: GPT) -> Reference:
     return Reference(model.config, weights_of(model))
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _garbage_is_collected_in_this_thread():
     """tinygrad 0.13.0 waits for its own worker thread, for ever, when that thread happens to be
     the one in which Python collects a captured graph (HCQGraph.__del__ synchronizes)."""
