@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import SMALL, randomize
+from conftest import SMALL, needs_clang, randomize
 from tinygrad import Tensor
 from tinygrad.nn.state import get_state_dict
 
 from tinygpt import GPT, fused
 
+pytestmark = needs_clang
 # More tokens than attention takes at once, and not a whole number of anything.
 SHAPE = replace(SMALL, block_size=80)
 B, T = 3, 71

@@ -6,16 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import SMALL, randomize
-from tinygrad import Device, Tensor, Variable
+from conftest import CLANG, SMALL, needs_clang, randomize
+from tinygrad import Tensor, Variable
 
 from tinygpt import GPT
 from tinygpt.kernels import fast, linear, matmul
 from tinygpt.precision import convert, supported
 
-CLANG = type(Device["CPU"].renderer).__name__ == "ClangJITRenderer"
-# Elsewhere there is nothing to compare: the plain forms are all there is.
-needs_clang = pytest.mark.skipif(not CLANG, reason="no fast forms without clang on the CPU")
 # M, K, N: one, few rows, tiles and their edges, odd primes, more than one block of each size.
 SHAPES = [(1, 1, 1), (1, 7, 5), (8, 16, 3), (9, 17, 67), (13, 31, 37), (245, 259, 33)]
 RAGGED = {
