@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from reference import Reference
 from tinygrad import Device, Tensor
+from tinygrad.helpers import NOOPT
 from tinygrad.nn.state import get_state_dict
 
 from tinygpt import GPT, Generator, GPTConfig
@@ -22,6 +23,12 @@ if (SHARED / "tiktoken_cache").is_dir():
 # Elsewhere there is nothing to compare: the plain forms are all there is.
 CLANG = type(Device["CPU"].renderer).__name__ == "ClangJITRenderer"
 needs_clang = pytest.mark.skipif(not CLANG, reason="no fast forms without clang on the CPU")
+
+if type(Device["CPU"].renderer).__name__ == "X86Renderer":
+    # tinygrad's own assembler is written in Python: tests take half the time where kernels are not
+    # unrolled. NOOPT=0 has them as a user has them, as `.ci/run` does for the backends' numerics.
+    os.environ.setdefault("NOOPT", "1")
+    NOOPT.value = int(os.environ["NOOPT"])
 
 # The window is small so that tests reach its end; 67 = 64 + 3 also tries the cut of awkward rows.
 SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=67)

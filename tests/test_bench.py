@@ -38,6 +38,7 @@ def greedy(model: GPT, prompt: list[int], count: int) -> list[int]:
     return ids[len(prompt) :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["tinygpt", "transformers", "llama.cpp"])
 def test_every_contender_makes_the_same_tokens(gpt, folder, family):
     packages = {"transformers": ("torch", "transformers"), "llama.cpp": ("gguf", "llama_cpp")}
@@ -183,6 +184,7 @@ def arguments(*argv: str) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@pytest.mark.slow
 def test_the_command_prints_tables_and_then_json(folder, small_machine, monkeypatch, capsys):
     args = arguments("--model", str(folder), "--dtype", "float32", "--rounds", "1")
     assert bench.run(args) == 0

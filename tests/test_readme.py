@@ -51,7 +51,14 @@ def test_the_commands_are_the_known_ones():
     assert len(COMMANDS) > len(INSTALLS) + 4
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in INSTALLS])
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, marks=[pytest.mark.slow] if "train my-text" in command else [])
+        for command in COMMANDS
+        if command not in INSTALLS
+    ],
+)
 def test_a_command_works_as_written(command, room):
     command = re.sub(r"^tinygpt\b|\bpython\b", lambda name: PROGRAMS[name[0]], command)
     environment = {**os.environ, "HF_HUB_CACHE": str(room / "hub"), "PYTHONPATH": str(ROOT)}
