@@ -61,6 +61,7 @@ def _garbage_is_collected_in_this_thread():
     gc.disable()
     yield
     gc.collect()
+    gc.freeze()  # what is left stays, for the most part: the next collection need not look at it
 
 
 @pytest.fixture(scope="session")

@@ -121,12 +121,10 @@ def test_resuming_is_exact(stop_at, whole, data, tmp_path):
     assert timeless(log(whole)) == timeless(log(tmp_path / "run"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"optimizer": "muon"},
-        pytest.param({"lora_rank": 2, "accumulate": 2, "batch_size": 2}, marks=pytest.mark.slow),
-    ],
+    [{"optimizer": "muon"}, {"lora_rank": 2, "accumulate": 2, "batch_size": 2}],
 )
 def test_resuming_is_exact_with(settings, data, tmp_path):
     settings = TINY | {"steps": 6, "eval_every": 3} | settings
@@ -192,9 +190,8 @@ def test_killed_at_random_moments_and_resumed_the_weights_are_the_same(data, tmp
     assert timeless(log(tmp_path / "whole")) == timeless(log(run))
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_ends(number, data, tmp_path):
     child = process(
         data.folder, "-o", tmp_path / "run", *flags(TINY | {"steps": 10**6, "eval_every": 10**6})
@@ -267,7 +264,7 @@ def test_fine_tuning_lowers_the_loss(lora, whole, data, tmp_path):
 
 
 def test_minutes_fit_the_schedule(data, tmp_path):
-    run = train.start(tmp_path / "run", data, TINY | {"eval_every": 1000}, minutes=0.1)
+    run = train.start(tmp_path / "run", data, TINY | {"eval_every": 1000}, minutes=0.04)
     assert run.go() is None
     assert run.minutes is None
     assert run.counters.step == run.config.steps > 20
@@ -304,6 +301,7 @@ def test_the_cpu_recipe_is_nanogpts():
         TrainConfig.of(recipe)
 
 
+@pytest.mark.slow
 def test_settings_come_from_recipe_then_flags(data, tmp_path):
     file = tmp_path / "settings.toml"
     file.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in TINY.items()))
