@@ -94,6 +94,7 @@ def test_ten_steps_equal_pytorch():
     assert ours[9] < ours[0] - 0.05
 
 
+@pytest.mark.slow
 def test_accumulated_batches_equal_the_whole_batch():
     whole, parts = fresh(), fresh(replace(TINY, batch_size=1, accumulate=4))
     for seed in range(3):
@@ -159,6 +160,7 @@ def test_a_step_that_is_not_finite_is_skipped():
     assert trainer.counters.skipped_in_a_row == 0
 
 
+@pytest.mark.slow
 def test_half_precision_learns_like_float32():
     half, whole = fresh(replace(TINY, compute="float16")), fresh()
     pairs = [(half.step([batch(0)]).loss, whole.step([batch(0)]).loss) for _ in range(4)]
