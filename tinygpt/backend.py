@@ -11,6 +11,7 @@ import platform
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from tinygrad import Device, Tensor
@@ -21,6 +22,8 @@ from tinygpt.config import InputError
 
 # What can compile for the CPU besides clang, the best first, as DEV spells it.
 FALLBACKS = {"CPU:LLVM": "the LLVM library", "CPU:X86": "tinygrad's own x86-64 assembler"}
+
+_MAKING = Lock()  # tinygrad makes tensors for one thread at a time
 
 # Set by `select`, at import: one line for the user about what was chosen in clang's place.
 note: str | None = None
@@ -155,9 +158,11 @@ def tensor(values: np.ndarray, device: str | None = None) -> Tensor:
     """The values in the memory of a device (by default the one in use), written there directly.
 
     `Tensor(values).realize()` would have tinygrad's scheduler look at every tensor there is, which
-    for the 148 of a GPT-2 takes half of the time to load them.
+    for the 148 of a GPT-2 takes half of the time to load them. Threads may call it side by side.
     """
-    made = Tensor.empty(*values.shape, dtype=_from_np_dtype(values.dtype), device=device)
+    with _MAKING:
+        made = Tensor.empty(*values.shape, dtype=_from_np_dtype(values.dtype), device=device)
+        made.uop.buffer.ensure_allocated()
     write(made, values)
     return made
 

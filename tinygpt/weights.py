@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tinygrad import Device
 from tinygrad.nn.state import get_state_dict
 
 from tinygpt import backend, hub, safetensors
@@ -51,6 +52,7 @@ _UNSUPPORTED = ("add_cross_attention", "is_encoder_decoder", "quantization_confi
 _MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 # What a tensor may be stored in, and what the model then holds a matrix in.
 _FLOATS = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_LOADERS = 2  # tensors that are read and turned at a time
 _STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8"}
 
 
@@ -75,12 +77,12 @@ def load_pretrained(name_or_path: str | Path, dtype: str | None = None) -> GPT:
         raise CheckpointError(f"{folder} has {fact}")
     layout = _layout(config, any(info.dtype == "I8" for _, info in stored.values()))
     _compare(folder, layout, {name: info for name, (_, info) in stored.items()}, config)
-    largest = max(math.prod(shape) for shape, _ in layout.values())  # is in memory thrice
+    largest = max(math.prod(shape) for shape, _ in layout.values())
     held = {name: dtype or _as_stored(info.dtype) for name, (_, info) in stored.items()}
     size_bytes = sum(
         math.prod(shape) * DTYPES[held[name]].itemsize for name, (shape, _) in layout.items()
     )
-    backend.require_memory(size_bytes + 8 * largest, f"the model in {folder}")
+    backend.require_memory(size_bytes + _LOADERS * 4 * largest, f"the model in {folder}")
     model = GPT(config, seed=None)
     parameters, layers = get_state_dict(model), matrices(model)
 
@@ -88,31 +90,36 @@ def load_pretrained(name_or_path: str | Path, dtype: str | None = None) -> GPT:
         array = safetensors.read_tensor(*stored[name])
         return np.split(array.T if _is_transposed(name) else array, len(layout[name][1]))
 
-    names = [name for name in layout if not name.endswith(".scale")]  # read with their weights
-    for name, parts in _ahead(read, names):
-        ours, scale = layout[name][1], name.removesuffix("weight") + "scale"
+    def load(name: str) -> None:
+        parts, ours, scale = read(name), layout[name][1], name.removesuffix("weight") + "scale"
         if not config.bias and name.endswith(".bias"):
             if any(part.any() for part in parts):
                 raise CheckpointError(f"{folder}: {name} is not zero, but config.json says no bias")
-            continue
+            return
         scales = read(scale) if scale in layout else [None] * len(ours)
         for our_name, part, scale in zip(ours, parts, scales, strict=True):
             if layer := layers.get(our_name.removesuffix(".weight")):
                 set_weight(layer, part, held[name], name, scale)
             else:
                 backend.write(parameters[our_name], part.astype(np.float32, copy=False))
+
+    names = [name for name in layout if not name.endswith(".scale")]  # read with their weights
+    _side_by_side(load, names)
     return model
 
 
-def _ahead(function: Callable[[str], Any], names: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Each name with what the function gives for it, computed while the one before is in use."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = None
+def _side_by_side(load: Callable[[str], None], names: Sequence[str]) -> None:
+    """Load all names, some at a time where that is safe: a GPU driver may know one thread only."""
+    if Device.DEFAULT != "CPU":
         for name in names:
-            now, coming = coming, (name, pool.submit(function, name))
-            if now:
-                yield now[0], now[1].result()
-        yield coming[0], coming[1].result()
+            load(name)
+        return
+    with ThreadPoolExecutor(_LOADERS) as pool:
+        try:
+            for future in [pool.submit(load, name) for name in names]:
+                future.result()
+        finally:  # after an error, read no further
+            pool.shutdown(cancel_futures=True)
 
 
 def _as_stored(dtype: str) -> str:
