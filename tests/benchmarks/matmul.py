@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from statistics import median
 
 import numpy as np
@@ -25,12 +26,8 @@ SHAPES = [
 
 
 def products(rows: int, inner: int, out: int) -> dict[str, tuple]:
-    """x @ w.T, and the gradients of x and w: name -> (our function, theirs, two arrays)."""
-    rng = np.random.default_rng(0)
-    x, w, d = (
-        rng.standard_normal(shape, np.float32)
-        for shape in ((rows, inner), (out, inner), (rows, out))
-    )
+    """x @ w.T, and the gradients of x and w: name -> (our function, theirs, shapes of both)."""
+    x, w, d = (rows, inner), (out, inner), (rows, out)
     return {
         "x @ w.T": (lambda a, b: matmul(a, b, False, True), lambda a, b: a @ b.T, x, w),
         "d @ w": (lambda a, b: matmul(a, b), lambda a, b: a @ b, d, w),
@@ -38,36 +35,52 @@ def products(rows: int, inner: int, out: int) -> dict[str, tuple]:
     }
 
 
+def time_s(function: Callable[[], object]) -> float:
+    """Of the second call: in the first one the threads of the other program still hold the cores,
+    as torch's go on spinning for a while."""
+    time.sleep(0.03)
+    for _ in range(2):
+        start = time.perf_counter()
+        function()
+    return time.perf_counter() - start
+
+
+def compare(shape: tuple[int, int, int], name: str, rounds: int) -> float:
+    """Print both speeds and their ratio, for as many such products in a row as make a gigaflop."""
+    ours, theirs, *shapes = products(*shape)[name]
+    flops, rng = 2 * np.prod(shape) / 1e9, np.random.default_rng(0)
+    count = max(1, round(1 / flops))
+    pairs = [[rng.standard_normal(s, np.float32) for s in shapes] for _ in range(count)]
+    tensors = [Tensor(array).realize() for pair in pairs for array in pair]
+    peers = [[torch.from_numpy(array) for array in pair] for pair in pairs]
+
+    @TinyJit
+    def run(tensors: list[Tensor]) -> list[Tensor]:
+        made = [ours(a, b) for a, b in zip(tensors[::2], tensors[1::2], strict=True)]
+        Tensor.realize(*made)
+        return made
+
+    def us() -> None:
+        run(tensors)
+        Device["CPU"].synchronize()
+
+    def them() -> list[torch.Tensor]:
+        return [theirs(a, b) for a, b in peers]
+
+    for _ in range(3):
+        made = run(tensors)
+    for mine, other in zip(made, them(), strict=True):
+        assert np.allclose(mine.numpy(), other.numpy(), atol=1e-2), (shape, name)
+    times = [(time_s(us), time_s(them)) for _ in range(rounds)]
+    ours_s, theirs_s = (median(column) / count for column in zip(*times, strict=True))
+    speeds = f"{flops / ours_s:6.0f} {flops / theirs_s:6.0f} GFLOP/s"
+    print(f"{shape!s:>18} {name:8} x {count:<2} {speeds} {theirs_s / ours_s:.2f}", flush=True)
+    return theirs_s / ours_s
+
+
 def main(rounds: int) -> None:
-    """Print a line for each product: both speeds, and how many times as fast ours is."""
     torch.set_num_threads(CPU_COUNT.value)
-    ratios = []
-    for shape in SHAPES:
-        for name, (ours, theirs, a, b) in products(*shape).items():
-            jit = TinyJit(lambda a, b, ours=ours: ours(a, b).realize())
-            tensors, peers = (
-                [Tensor(m).realize() for m in (a, b)],
-                [torch.tensor(m) for m in (a, b)],
-            )
-            result = [jit(*tensors).numpy() for _ in range(3)][-1]
-            assert np.allclose(result, theirs(*peers).numpy(), atol=1e-2), (shape, name)
-            times: tuple[list[float], list[float]] = ([], [])
-            for _ in range(rounds):
-                time.sleep(0.03)  # torch's threads spin for a while, on the cores that ours need
-                start = time.perf_counter()
-                jit(*tensors)
-                Device["CPU"].synchronize()
-                times[0].append(time.perf_counter() - start)
-                theirs(*peers)  # awake again
-                start = time.perf_counter()
-                theirs(*peers)
-                times[1].append(time.perf_counter() - start)
-            us, them = map(median, times)
-            flops, ratio = 2 * np.prod(shape) / 1e9, them / us
-            ratios.append(ratio)
-            print(
-                f"{shape!s:>18} {name:8} {flops / us:6.0f} {flops / them:6.0f} GFLOP/s {ratio:.2f}"
-            )
+    ratios = [compare(shape, name, rounds) for shape in SHAPES for name in products(1, 1, 1)]
     print(f"median {median(ratios):.2f}, worst {min(ratios):.2f}")
 
 
