@@ -134,31 +134,11 @@ def _block(block: TransformerBlock, config: GPTConfig, x: Tensor) -> Tensor:
         "SCALE": f"{float(block.attn.scale)!r}f", "ACTIVATION": ACTIVATIONS[config.activation],
     }  # fmt: skip
     rows = B * T
-    kept = Tensor.empty(rows * (8 * C + 2 * F + 4) + B * H * T * T)
-    buffers = {"out": Tensor.empty(B, T, C), "saved": kept, "x": x, **weights}
-
-    def gradient(g: UOp, call: UOp) -> tuple[UOp | None, ...]:
-        room = rows * (7 * C + F) + threads * (T * T + 4 * C)
-        made = {"dx": Tensor.empty(B, T, C), "scratch": Tensor.empty(room)}
-        for name, weight in weights.items():
-            made[f"d_{name}"] = None if weight is None else Tensor.empty(*weight.shape)
-        written = [name for name, tensor in made.items() if tensor is not None]
-        given = [Tensor(source) for source in call.src[3:]]
-        present = [name for name, weight in weights.items() if weight is not None]
-        inputs = {
-            "sync": meeting_place(),
-            "dout": Tensor(g),
-            "saved": Tensor(call.src[2].after(call)),
-            "x": given[0],
-            **dict.fromkeys(weights),
-            **dict(zip(present, given[1:], strict=True)),
-        }
-        buffers = made | inputs
-        found = _call("block_back", buffers, [*written, "sync"], macros | {"BACKWARD": 1}, threads)
-        grads = dict(zip([n for n in buffers if buffers[n] is not None], found, strict=False))
-        return None, None, grads["dx"].uop, *(grads[f"d_{name}"].uop for name in present)
-
-    return _call("block", buffers, ("out", "saved"), macros | {"FORWARD": 1}, threads, gradient)[0]
+    return _differentiable(
+        ("block", "FORWARD", "BACKWARD"), Tensor.empty(B, T, C), x, {}, weights, macros, threads,
+        kept=rows * (8 * C + 2 * F + 4) + B * H * T * T,
+        room=rows * (7 * C + F) + threads * (T * T + 4 * C),
+    )  # fmt: skip
 
 
 def _head(model: GPT, x: Tensor, targets: Tensor) -> Tensor:
@@ -176,31 +156,53 @@ def _head(model: GPT, x: Tensor, targets: Tensor) -> Tensor:
         "ln_bias": norm and norm.bias,
         "weight": weight,
     }
-    kept = Tensor.empty(rows * (C + 2 + V))
-    buffers = {"out": Tensor.empty(B, T), "saved": kept, "x": x, "targets": targets, **weights}
+    return _differentiable(
+        ("head", "HEAD", "UNHEAD"), Tensor.empty(B, T), x, {"targets": targets}, weights, macros,
+        threads, kept=rows * (C + 2 + V), room=rows * (V + C) + threads * 2 * C,
+    )  # fmt: skip
+
+
+def _differentiable(
+    names: tuple[str, str, str],
+    out: Tensor,
+    x: Tensor,
+    others: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor | None],
+    macros: Mapping[str, object],
+    threads: int,
+    kept: int,
+    room: int,
+) -> Tensor:
+    """The output of a kernel whose gradient is another one.
+
+    Args:
+        names: of the kernel, and the macros that choose the two functions in training.c.
+        out: where the first writes; empty.
+        others: what only the way forward reads, and has no gradient.
+        kept: how many numbers the first keeps for the second, in `saved`.
+        room: how many the second needs for itself, in `scratch`.
+    """
+    name, forward, backward = names
+    buffers = {"out": out, "saved": Tensor.empty(kept), "x": x, **others, **weights}
+    present = [name for name, weight in weights.items() if weight is not None]
 
     def gradient(g: UOp, call: UOp) -> tuple[UOp | None, ...]:
-        room = rows * (V + C) + threads * 2 * C
-        made = {"dx": Tensor.empty(B, T, C), "scratch": Tensor.empty(room)}
-        for name, tensor in weights.items():
-            made[f"d_{name}"] = None if tensor is None else Tensor.empty(*tensor.shape)
-        written = [name for name, tensor in made.items() if tensor is not None]
-        given = [Tensor(source) for source in call.src[3:]]
-        present = [name for name, tensor in weights.items() if tensor is not None]
-        inputs = {
-            "sync": meeting_place(),
-            "dout": Tensor(g),
-            "saved": Tensor(call.src[2].after(call)),
-            "x": given[0],
-            **dict.fromkeys(weights),
-            **dict(zip(present, given[2:], strict=True)),
-        }
+        made = {"dx": Tensor.empty(*x.shape), "scratch": Tensor.empty(room)}
+        for weight in weights:
+            made[f"d_{weight}"] = (
+                Tensor.empty(*weights[weight].shape) if weight in present else None
+            )
+        saved, x_, *rest = (Tensor(source) for source in (call.src[2].after(call), *call.src[3:]))
+        inputs = {"sync": meeting_place(), "dout": Tensor(g), "saved": saved, "x": x_}
+        inputs |= dict.fromkeys(weights) | dict(zip(present, rest[len(others) :], strict=True))
         buffers = made | inputs
-        found = _call("head_back", buffers, [*written, "sync"], macros | {"UNHEAD": 1}, threads)
-        grads = dict(zip([n for n in buffers if buffers[n] is not None], found, strict=False))
-        return None, None, grads["dx"].uop, None, *(grads[f"d_{name}"].uop for name in present)
+        written = ["dx", "scratch", *(f"d_{weight}" for weight in present), "sync"]
+        found = _call(f"{name}_back", buffers, written, {**macros, backward: 1}, threads)
+        grads = dict(zip(written, found, strict=True))
+        nothing = [None] * len(others)
+        return None, None, grads["dx"].uop, *nothing, *(grads[f"d_{w}"].uop for w in present)
 
-    return _call("head", buffers, ("out", "saved"), macros | {"HEAD": 1}, threads, gradient)[0]
+    return _call(name, buffers, ("out", "saved"), {**macros, forward: 1}, threads, gradient)[0]
 
 
 def _numbered(name: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
