@@ -18,6 +18,20 @@ def test_a_backend_works_or_does_not():
     assert not backend.works("CPU:FOO")
 
 
+def test_a_pc_without_a_gpu_is_told_by_its_bus(tmp_path, monkeypatch):
+    for name, kind in {"bridge": "0x060000", "disk": "0x010802"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "class").write_text(f"{kind}\n")
+    monkeypatch.setattr(backend.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(backend.platform, "machine", lambda: "x86_64")
+    assert backend._no_gpu(tmp_path)
+    (tmp_path / "disk" / "class").write_text("0x030200\n")
+    assert not backend._no_gpu(tmp_path)
+    monkeypatch.setattr(backend.platform, "machine", lambda: "aarch64")  # has GPUs on no bus
+    (tmp_path / "disk" / "class").write_text("0x010802\n")
+    assert not backend._no_gpu(tmp_path)
+
+
 def test_the_python_backend_equals_the_reference():
     """tinygrad's own emulator: any backend's arithmetic, far too slowly for more than this."""
     model = doctor.toy()

@@ -50,7 +50,7 @@ def test_chunk_sizes_give_the_same_ids(model, generator, chunk_size):
 @pytest.mark.backend
 @pytest.mark.parametrize(
     "sampling",
-    [{"temperature": 0}, DRAWN,
+    [{"temperature": 0}, pytest.param(DRAWN, marks=pytest.mark.slow),
      {"repetition_penalty": 1.3, "frequency_penalty": 0.2, "presence_penalty": 0.1}],
     ids=["greedy", "drawn", "penalties"],
 )  # fmt: skip

@@ -129,6 +129,7 @@ def test_draws_follow_the_distribution(settings):
     assert statistic < freedom + 6 * np.sqrt(2 * freedom)
 
 
+@pytest.mark.slow
 def test_steps_of_one_stream_follow_the_distribution_too():
     """As above along the other axis, and neighbouring steps are independent."""
     logits, seeds = Tensor(LOGITS[:1]), Tensor([5], dtype=dtypes.uint64)

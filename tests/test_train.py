@@ -247,6 +247,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(data, tmp_path, m
     assert train.Run.resume(tmp_path / "run", data).counters.step == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [{}, {"lora_rank": 4}])
 def test_fine_tuning_lowers_the_loss(lora, whole, data, tmp_path):
     settings = {"steps": 30, "learning_rate": 0.01, "eval_every": 30, "sample_tokens": 5}

@@ -128,6 +128,7 @@ def test_nothing_is_compiled_after_the_second_step(monkeypatch):
     assert not compiled
 
 
+@pytest.mark.slow
 def test_dropout_is_a_function_of_seed_and_step():
     config = replace(TINY, dropout=0.5, learning_rate=0.0, weight_decay=0.0)
     a, b, other = fresh(config), fresh(config), fresh(replace(config, seed=8))

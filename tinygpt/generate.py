@@ -223,11 +223,11 @@ class _Runner:
         return self._next[key](
             self._input(tokens),
             self._place(start, length),
-            Variable("end", 0, max(1, length - 1)).bind(end),
+            end if length == 1 else Variable("end", 0, length - 1).bind(end),
             self.padding,
             bounds,
             seeds,
-            Variable("step", 0, 2**31 - 1).bind(step),
+            0 if seeds is None else Variable("step", 0, 2**31 - 1).bind(step),
             None if counts is None else self._input(counts),
         ).tolist()
 

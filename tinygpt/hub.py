@@ -20,6 +20,7 @@ from tinygpt.config import InputError, show
 from tinygpt.files import CheckpointError, atomic_file, read_json, reason
 
 _GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+BUILT_IN = "shakespeare"  # the folder of the model in the package, and its name
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_TEXT_BYTES = 64 << 20  # for every file but weights
 _TIMEOUT_S = 30  # of silence; a download that keeps coming may take as long as it needs
@@ -38,8 +39,9 @@ def resolve(name_or_path: str | Path) -> Path:
     """The local folder of a model, downloaded first if it has to be.
 
     Args:
-        name_or_path: a folder, or a name on the Hugging Face Hub such as "gpt2" or "org/name".
-            A name is looked for in `cache_folder()`, then in the Hugging Face cache.
+        name_or_path: a folder; "shakespeare", the small model that the package carries; or a name
+            on the Hugging Face Hub such as "gpt2" or "org/name". Such a one is looked for in
+            `cache_folder()`, then in the Hugging Face cache.
     Returns:
         the folder; from a cache or the Hub it has config.json and all of the weights.
     Raises:
@@ -50,6 +52,8 @@ def resolve(name_or_path: str | Path) -> Path:
     path = os.path.expanduser(given)
     if os.path.isdir(path):
         return Path(path)
+    if given == BUILT_IN:
+        return Path(__file__).parent / BUILT_IN
     advice = "give a folder with config.json and model.safetensors, or a name such as gpt2"
     if os.path.exists(path):
         raise InputError(f"{given!r} is not a folder: {advice}")

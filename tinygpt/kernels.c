@@ -337,6 +337,7 @@ ENTRY {
   float *scores = scratch + (long)R * (6 * C + F) + (long)core_id * T * S;
   for (int i = 0; i < (int)(sizeof layers / sizeof *layers); i++)
     block(out, i ? out : x, layers + i, padding, scratch, scores, sync, core_id, start_pos);
+  if (ln_f_weight) norm(out, out, ln_f_weight, ln_f_bias, core_id);
 }
 #endif
 

@@ -141,13 +141,15 @@ def transformer_blocks(
     start_pos: UOp,
     padding: Tensor | None,
     *,
+    final: Mapping[str, Tensor],
     scales: Sequence[float],
     epsilon: float,
     activation: str,
     pre_norm: bool,
     shortcut: bool,
 ) -> Tensor:
-    """Transformer blocks one after the other in one kernel, without gradients or dropout.
+    """Transformer blocks one after the other in one kernel, and the final norm if there is one;
+    without gradients or dropout.
 
     One kernel, because starting one on two threads takes tinygrad 0.14 ms. Their plain form is
     `layers.TransformerBlock`, whose arguments and weights (by their names there) these are. The
@@ -160,6 +162,7 @@ def transformer_blocks(
         cache: keys and values for each block, each (B, H, S, D).
         start_pos: a bound Variable, whose value x's own graph brings (positions depend on it).
         padding: int32 (B,) or None.
+        final: weight and bias of the final norm, as far as they are there.
         scales: of each block's attention scores.
     Returns:
         float32 (B, T, C).
@@ -170,7 +173,8 @@ def transformer_blocks(
     }  # fmt: skip
     for start in range(0, len(layers), _MOST_LAYERS):
         some = slice(start, start + _MOST_LAYERS)
-        x = _blocks(x, layers[some], cache[some], scales[some], start_pos, padding, macros)
+        last = final if some.stop >= len(layers) else {}
+        x = _blocks(x, layers[some], cache[some], last, scales[some], start_pos, padding, macros)
     return x
 
 
@@ -178,6 +182,7 @@ def _blocks(
     x: Tensor,
     layers: Sequence[Mapping[str, Tensor]],
     cache: Sequence[tuple[Tensor, Tensor]],
+    final: Mapping[str, Tensor],
     scales: Sequence[float],
     start_pos: UOp,
     padding: Tensor | None,
@@ -193,6 +198,8 @@ def _blocks(
         "sync": meeting_place(),
         "x": x.contiguous(),
         "padding": padding,
+        "ln_f_weight": final.get("weight"),
+        "ln_f_bias": final.get("bias"),
     }
     written, rows = ["out", "scratch", "sync"], []
     for i, (weights, pair, scale) in enumerate(zip(layers, cache, scales, strict=True)):

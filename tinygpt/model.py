@@ -136,27 +136,31 @@ class GPT:
         places = time if padding is None else (time - padding.reshape(-1, 1)).maximum(0)  # (B, T)
         x = self.wte(tokens) + self.encode_positions(places)
         x = x.dropout(self.config.embd_pdrop).contiguous()
-        x = self.transform(x, cache, start_pos, padding)
-        return self.ln_f(x) if self.config.norm == "pre" else x
+        return self.transform(x, cache, start_pos, padding)
 
     def transform(
         self, x: Tensor, cache: Cache | None, start_pos: int | UOp, padding: Tensor | None
     ) -> Tensor:
-        """Through all blocks, which when generating may be one kernel: (B, T, C) -> (B, T, C)."""
+        """Through all blocks and the final norm, which when generating may be one kernel.
+
+        float (B, T, C) -> float (B, T, C).
+        """
+        pre_norm = self.config.norm == "pre"
         generating = cache is not None and isinstance(start_pos, UOp) and not Tensor.training
         layers, config = [get_state_dict(block) for block in self.blocks], self.config
         if generating and fast_blocks(x, layers):
             return transformer_blocks(
                 x, layers, cache, start_pos, padding,
+                final=get_state_dict(self.ln_f) if pre_norm else {},
                 scales=[block.attn.scale for block in self.blocks],
                 epsilon=config.layer_norm_epsilon,
                 activation=config.activation,
-                pre_norm=config.norm == "pre",
+                pre_norm=pre_norm,
                 shortcut=config.shortcut,
             )  # fmt: skip
         for i, block in enumerate(self.blocks):
             x = block(x, None if cache is None else cache[i], start_pos, padding)
-        return x
+        return self.ln_f(x) if pre_norm else x
 
     def encode_positions(self, places: Tensor) -> Tensor:
         """int (..., T) -> (..., T, C): learned rows, or the fixed waves of Vaswani et al. 3.5."""

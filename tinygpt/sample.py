@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from tiktoken import Encoding
 
 _DEFAULT_PRESET = "nano"
+# The built-in model starts from a new line where there is no prompt; its tokens are short; and it
+# has learned too little to be followed into its every fancy.
+_BUILT_IN_START, _BUILT_IN_TOKENS, _BUILT_IN_TEMPERATURE = "\n", 300, 0.8
 # flag -> (kind: one of KINDS, or how the help writes a text; what it is; field of GPTConfig).
 _SHAPE = {
     "--layers": (int, "transformer blocks", "n_layer"),
@@ -48,13 +51,13 @@ _SHAPE = {
 _TEXT = {
     "--tokenizer": ("T", "gpt2, bytes, or a folder (default: the model's own)"),
     "--special-tokens": (True, "let the prompt's <|endoftext|> be that token, not plain text"),
-    "--max-new-tokens": (int, "how many at most (default: 128)"),
+    "--max-new-tokens": (int, "how many at most (default: 128; of the built-in's bytes 300)"),
     "--stop": (list, "end just before this text; may be given more than once"),
     "--num-samples": (int, "how many texts, each with the next seed (default: 1)"),
     "--seed": (int, "gives the same text again (default: another each time)"),
 }
 _SAMPLING = {
-    "--temperature": (float, "0 takes the likeliest token (default: 1; with --model 0)"),
+    "--temperature": (float, "0 takes the likeliest (default: 0.8; with --model 0; untrained 1)"),
     "--top-k": (int, "only the N likeliest tokens"),
     "--top-p": (float, "only the likeliest that together reach X"),
     "--min-p": (float, "only those at least X times as likely as the likeliest"),
@@ -68,7 +71,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     add = parser.add_argument
     add("prompt", nargs="?", metavar="PROMPT", help="text to continue; - or a pipe reads stdin")
-    add("--model", metavar="NAME|PATH", help="a folder, or a name to fetch, such as gpt2")
+    models = "a folder, or a name to fetch, such as gpt2 (default: the built-in shakespeare)"
+    add("--model", metavar="NAME|PATH", help=models)
+    words = "a new model of random weights; so does any flag of its shape"
+    add("--untrained", action="store_true", default=None, help=words)
     bits = f"hold weights in {', '.join(DTYPES)} (default: as stored)"
     add("--dtype", metavar="TYPE", help=bits)
     add("--json", action="store_true", help="print one JSON object instead of text")
@@ -81,25 +87,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             dest = field[0] if field else flag[2:].replace("-", "_")
             options = KINDS.get(kind, {"metavar": kind})
             group.add_argument(flag, dest=dest, help=words, **options)
-    parser.set_defaults(max_new_tokens=128, num_samples=1, stop=[], repetition_penalty=1.0)
+    parser.set_defaults(num_samples=1, stop=[], repetition_penalty=1.0)
     parser.set_defaults(frequency_penalty=0.0, presence_penalty=0.0)
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the text, and say on stderr what wrote it and how fast; the exit status."""
-    seed = int.from_bytes(os.urandom(4), "big") if args.seed is None else args.seed
-    if not 0 <= seed < 2**63:
-        raise InputError(f"--seed is {seed}: it must be a whole number from 0 to 2**63-1")
-    if args.num_samples < 1:
-        raise InputError(f"--num-samples is {args.num_samples}: it must be 1 or more")
-    if args.max_new_tokens < 0:
-        raise InputError(f"--max-new-tokens is {args.max_new_tokens}: it must be 0 or more")
-    if "" in args.stop:
-        raise InputError("--stop is empty: give at least one character")
-    if args.temperature is None:
-        args.temperature = 0.0 if args.model else 1.0
-    sampling = {field.name: getattr(args, field.name) for field in fields(Sampling)}
-    Sampling(**sampling)  # what cannot work is refused before anything is read or built
+    seed, sampling = _complete(args)
     run = _Run(args, _read_prompt(args.prompt))
     usual = signal.getsignal(signal.SIGINT)
     if usual is signal.default_int_handler:  # not where it is ignored, as in a background job
@@ -109,7 +103,8 @@ def run(args: argparse.Namespace) -> int:
         check_dtype(args.dtype or "float32")
         folder, config, tokenizer = _plan(args)
         end = end_token(tokenizer)  # what stands before a text in training, and after it
-        ids = encode(tokenizer, run.prompt, args.special_tokens) if run.prompt else [end or 0]
+        text = run.prompt or (_BUILT_IN_START if args.model == hub.BUILT_IN else "")
+        ids = encode(tokenizer, text, args.special_tokens) if text else [end or 0]
         run.tokenizer, run.prompt_ids = tokenizer, ids
         if folder:
             model = GPT.from_pretrained(folder, args.dtype)
@@ -138,6 +133,31 @@ def run(args: argparse.Namespace) -> int:
     return 130 if run.interrupted else 0
 
 
+def _complete(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    """Fill in what was not given, and refuse what cannot work before anything is read or built.
+
+    Returns:
+        the seed, and the fields of Sampling.
+    """
+    seed = int.from_bytes(os.urandom(4), "big") if args.seed is None else args.seed
+    if not 0 <= seed < 2**63:
+        raise InputError(f"--seed is {seed}: it must be a whole number from 0 to 2**63-1")
+    if args.num_samples < 1:
+        raise InputError(f"--num-samples is {args.num_samples}: it must be 1 or more")
+    if "" in args.stop:
+        raise InputError("--stop is empty: give at least one character")
+    tokens, temperature = 128, 0.0 if args.model else 1.0
+    if not args.model and _new_shape(args) is None:
+        args.model, tokens, temperature = hub.BUILT_IN, _BUILT_IN_TOKENS, _BUILT_IN_TEMPERATURE
+    args.max_new_tokens = tokens if args.max_new_tokens is None else args.max_new_tokens
+    args.temperature = temperature if args.temperature is None else args.temperature
+    if args.max_new_tokens < 0:
+        raise InputError(f"--max-new-tokens is {args.max_new_tokens}: it must be 0 or more")
+    sampling = {field.name: getattr(args, field.name) for field in fields(Sampling)}
+    Sampling(**sampling)
+    return seed, sampling
+
+
 def _read_prompt(given: str | None) -> str:
     """The prompt as text; "" when there is none, so that the text starts from nothing."""
     text, piped = given or "", False
@@ -155,18 +175,25 @@ def _read_prompt(given: str | None) -> str:
     return text
 
 
+def _new_shape(args: argparse.Namespace) -> str | None:
+    """The first flag given that is about a new model, if there is one."""
+    fields = {"--untrained": "untrained", "--preset": "preset"}
+    fields |= {flag: field for flag, (*_, field) in _SHAPE.items()} | {"--tokenizer": "tokenizer"}
+    given = (flag for flag, field in fields.items() if getattr(args, field) is not None)
+    return next(given, None)
+
+
 def _plan(args: argparse.Namespace) -> tuple[Path | None, GPTConfig, Encoding]:
     """The model's folder (None for a new one), its configuration and its tokenizer."""
-    given = {flag: getattr(args, field) for flag, (*_, field) in _SHAPE.items()}
-    given = {flag: value for flag, value in given.items() if value is not None}
     if args.model:
-        if flag := "--preset" if args.preset else next(iter(given), None):
+        if (flag := _new_shape(args)) not in (None, "--tokenizer"):
             raise InputError(f"{flag} describes a new model, but --model brings its own shape")
         folder = hub.resolve(args.model)
         config = read_config(folder)
         return folder, config, load_tokenizer(args.tokenizer or folder, config.vocab_size)
+    shape = {field: getattr(args, field) for *_, field in _SHAPE.values()}
+    shape = {field: value for field, value in shape.items() if value is not None}
     try:
-        shape = {_SHAPE[flag][-1]: value for flag, value in given.items()}
         config = GPTConfig.preset(args.preset or _DEFAULT_PRESET, **shape)
     except InputError as error:  # in the words that the user typed
         flags = {field: flag for flag, (*_, field) in _SHAPE.items()}

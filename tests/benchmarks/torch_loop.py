@@ -1,16 +1,10 @@
 """The same model and training loop in plain PyTorch: what ours are held against.
 
 Written as one would write it for PyTorch alone: fused query, key and value, its own attention, its
-own AdamW. Run as a program it times steps of nanoGPT's small recipe, or with --large of the larger:
-
-    python tests/benchmarks/torch_loop.py [--large] [--threads 2] [--steps 60]
+own AdamW. training.py runs it beside ours.
 """
 
 from __future__ import annotations
-
-import argparse
-import statistics
-import time
 
 import numpy as np
 import torch
@@ -119,32 +113,3 @@ def train_step(model, optimizer, tokens, targets, grad_clip=1.0):
     nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     optimizer.step()
     return loss.item()
-
-
-def main():
-    from tinygpt import GPTConfig
-
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--large", action="store_true", help="6 layers of 384, window 256, batch 8")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=60)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    shape = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64}
-    if args.large:
-        shape = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256}
-    config = GPTConfig(vocab_size=65, bias=False, **shape)
-    model = TorchGPT(config)
-    optimizer = model.adamw()
-    times = []
-    for _ in range(args.steps):
-        batch = torch.randint(0, 65, (2, 8 if args.large else 12, config.block_size))
-        start = time.perf_counter()
-        train_step(model, optimizer, *batch)
-        times.append(time.perf_counter() - start)
-    times = times[5:]
-    print(f"median {statistics.median(times) * 1e3:.1f} ms, fastest {min(times) * 1e3:.1f} ms")
-
-
-if __name__ == "__main__":
-    main()
