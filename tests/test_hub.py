@@ -188,8 +188,8 @@ def test_a_missing_shard_leaves_nothing(server: Server, tmp_path: Path) -> None:
 
 def test_what_the_hub_may_answer(server: Server, tmp_path: Path) -> None:
     fails("org/none", "no model 'org/none' with a config.json at http://127.0.0.1")
-    server.files["org/old"] = {CONFIG: b"{}", "pytorch_model.bin": b""}
-    fails("org/old", f"no model.safetensors or {INDEX}: only safetensors can be read")
+    server.files["org/old"] = {CONFIG: b"{}", "flax_model.msgpack": b""}
+    fails("org/old", "org/old has no model.safetensors or pytorch_model.bin")
     for status in (401, 403):
         server.status[CONFIG] = status
         fails("org/old", rf"does not give out org/old \(HTTP {status}\).*HF_TOKEN")
@@ -224,7 +224,7 @@ def test_an_index_must_be_what_it_says(index: bytes, server: Server, tmp_path: P
 
 
 def test_small_files_must_be_small(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "_MAX_TEXT_BYTES", 1 << 20)
+    monkeypatch.setattr(hub, "MAX_TEXT_BYTES", 1 << 20)
     server.files["org/tiny"] = SINGLE | {"vocab.json": b" " * (3 << 20)}
     fails("org/tiny", "vocab.json is larger than 1 MiB")
     monkeypatch.undo()
@@ -443,15 +443,17 @@ NOT_NAMES += ["é", "a\0b", "\ud800", "a//b", "x" * 97, "x" * 9999, "https://hug
 
 @pytest.mark.parametrize("name", NOT_NAMES, ids=range(len(NOT_NAMES)))
 def test_names_that_are_none(name: str, server: Server) -> None:
-    with pytest.raises(InputError, match="give a folder with") as caught:
+    with pytest.raises(InputError, match="give a model's folder or file") as caught:
         hub.resolve(name)
     assert "\n" not in str(caught.value)
     assert server.seen == []
 
 
-def test_a_file_is_no_model(server: Server) -> None:
-    Path("model.safetensors").write_bytes(b"")
-    fails("model.safetensors", "'model.safetensors' is not a folder")
+def test_a_file_is_itself_and_anything_else_is_no_model(server: Server) -> None:
+    Path("model.gguf").write_bytes(b"")
+    assert hub.resolve("model.gguf") == Path("model.gguf")
+    os.mkfifo("pipe")
+    fails("./pipe", "'./pipe' is neither a folder nor a file")
 
 
 def test_where_our_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:

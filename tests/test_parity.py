@@ -15,9 +15,9 @@ from conftest import SMALL, randomize
 from tinygrad import Tensor
 
 from tinygpt import GPT, Generator
+from tinygpt.forms import read_config
 from tinygpt.tokenizer import save_tokenizer
 from tinygpt.vocabulary import from_merges, spell
-from tinygpt.weights import read_config
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
