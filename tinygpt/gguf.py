@@ -98,7 +98,11 @@ class _Head:
 
     def text(self) -> str:
         """The next text, after its length."""
-        return self.take(self.number("Q")).decode()
+        data = self.take(self.number("Q"))
+        try:
+            return data.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the text {show(data)} in it is not UTF-8") from error
 
     def value(self, kind: int) -> Any:
         """The next value of metadata, of this type."""

@@ -138,13 +138,17 @@ class _Machine:
 
     def text(self, form: str) -> str:
         """The next text, after its length."""
-        return self.take(self.number(form)).decode()
+        data = self.take(self.number(form))
+        try:
+            return data.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"its pickle has the text {show(data)}, which is not UTF-8") from error
 
     def line(self) -> str:
         """The text up to the end of the line."""
         end = self.data.find(b"\n", self.at, self.at + 1000)
         need(end >= 0, "its pickle has a name without an end")
-        return self.take(end + 1 - self.at)[:-1].decode()
+        return self.take(end + 1 - self.at)[:-1].decode("ascii", "backslashreplace")
 
     def mark(self) -> None:
         """Begin a stack of its own, for the elements of what comes next."""
