@@ -180,7 +180,7 @@ def test_a_bomb_takes_little_memory(kind, tmp_path):
 
 def test_a_long_pickle_is_refused_before_it_is_read(tmp_path):
     path = put(tmp_path / "model.pth", b"N" * (MAX_BYTES + 1))
-    with pytest.raises(CheckpointError, match=r"'archive/data.pkl' has more than 2 MiB"):
+    with pytest.raises(CheckpointError, match=r"'archive/data.pkl' has more than 1 MiB"):
         torchfile.read_header(path)
 
 
