@@ -164,13 +164,14 @@ def attempt(path: Path) -> str:
     import numpy as np
     from tinygrad.nn.state import get_state_dict
 
-    from tinygpt import GPT, load_tokenizer
+    from tinygpt import GPT
     from tinygpt.files import CheckpointError
+    from tinygpt.vocabulary import from_gguf
 
     try:
         model = GPT.from_pretrained(path)
         if path.suffix == ".gguf":
-            load_tokenizer(path)
+            from_gguf(path)
     except CheckpointError as error:
         if "\n" in str(error):
             raise AssertionError(f"more than one line: {error}") from error

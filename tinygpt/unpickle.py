@@ -18,7 +18,6 @@ from tinygpt.files import need
 from tinygpt.tensors import MAX_ELEMENTS, MAX_RANK
 
 MAX_BYTES = 1 << 20  # GPT-2 XL takes 0.1 MB; nanoGPT's, with its optimizer, four times that
-)  # GPT-2 XL takes 0.1 MB; nanoGPT's, with the optimizer's state, three times that
 _STORAGES = {
     "torch DoubleStorage": "F64",
     "torch FloatStorage": "F32",
