@@ -340,8 +340,6 @@ def write_gguf(
 def requantize(source: Path, target: Path, kind: str) -> None:
     """From float32 to a K type, which the Python package cannot, by llama.cpp itself."""
     llama = pytest.importorskip("llama_cpp")
-    quiet = llama.llama_log_callback(lambda *_: None)
-    llama.llama_log_set(quiet, None)
     params = llama.llama_model_quantize_default_params()
     # of the file (LLAMA_FTYPE_MOSTLY_Q4_K_M, LLAMA_FTYPE_MOSTLY_Q6_K), of a tensor
     params.ftype, number = {"Q4_K": (15, 12), "Q6_K": (18, 14)}[kind]

@@ -105,7 +105,7 @@ def _weight_files(path: Path) -> list[Path]:
         others = [x for x in sorted(path.iterdir()) if x.suffix in _SUFFIXES and x.is_file()]
     except OSError as error:
         raise CheckpointError(f"{path}: {reason(error)}") from error
-    if len(others) == 1 and not (path / "config.json").exists():
+    if len(others) == 1:
         return others
     names = ", ".join(name for pair in hub.FILES for name in pair)
     if others:
