@@ -241,7 +241,10 @@ def test_llama_cpp_reads_our_vocabulary(ours, tmp_path, capsys):
 
 
 def test_a_vocabulary_comes_back_from_gguf_as_it_was(ours, tmp_path):
-    gpt2 = load_tokenizer("gpt2")
+    try:
+        gpt2 = load_tokenizer("gpt2")
+    except InputError:
+        pytest.skip("the vocabulary is not in the cache, and there is no network")
     model = GPT(replace(SMALL, vocab_size=50304, n_layer=1))
     save_gguf(model, tmp_path / "x.gguf", gpt2, "float16")
     again = load_tokenizer(tmp_path / "x.gguf", 50304)
@@ -320,7 +323,7 @@ def test_gguf_has_the_values_that_the_model_holds(held, ours, tmp_path):
     assert found["token_embd.weight"].tensor_type.name == kinds.get(held, "F32")
     logits = our_logits(GPT.from_pretrained(tmp_path / "x.gguf", "float32"))
     error = np.abs(logits - our_logits(model)).max()
-    assert error == 0 if held != "int8" else error < 1
+    assert error < (1 if held == "int8" else 1e-4)
 
 
 def test_the_command_writes_text_with_a_model_of_any_form(ours, tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import http.client
 import json
 import os
@@ -43,6 +44,7 @@ class Server:
         self.cut: dict[str, int] = {}  # announce the length, send only so many bytes, hang up
         self.chunked: dict[str, int] = {}  # announce no length; hang up after so many bytes
         self.claim: dict[str, int] = {}  # announce this length
+        self.stated: dict[str, str] = {}  # state this SHA-256
         self.seen: list[tuple[str, str, str | None]] = []  # (host, path, authorization)
         outer = self
 
@@ -74,6 +76,8 @@ class Server:
         else:
             found = 200 if name in self.files.get(repo, {}) else 404
             handler.send_response(self.status.get(name, found))
+        if name in self.stated and host == "127.0.0.1":
+            handler.send_header("X-Linked-Etag", self.stated[name])
         if name in self.chunked:
             handler.send_header("Transfer-Encoding", "chunked")
             handler.end_headers()
@@ -165,6 +169,35 @@ def test_a_body_of_unannounced_length(server: Server, tmp_path: Path) -> None:
     assert models(tmp_path) == []
     server.chunked["model.safetensors"] = 10**6
     assert contents(hub.resolve("org/tiny")) == SINGLE
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_stated_sum_is_checked(elsewhere: bool, server: Server, tmp_path: Path) -> None:
+    """As the Hub states it, also where another host has the file."""
+    name = "model.safetensors"
+    server.files["org/tiny"] = SINGLE
+    if elsewhere:
+        path = f"org/tiny/resolve/main/{name}"
+        server.redirect[name] = f"http://localhost:{server.port}/{path}"
+    server.stated[name] = '"' + "0" * 64 + '"'
+    fails("org/tiny", f"sent {name} with SHA-256 .*, where it states 0000")
+    assert models(tmp_path) == []
+    server.stated[name] = hashlib.sha256(SINGLE[name]).hexdigest()
+    assert contents(hub.resolve("org/tiny")) == SINGLE
+
+
+def test_a_model_of_torchs_files(server: Server) -> None:
+    files = {CONFIG: b"{}", "pytorch_model.bin": b"weights"}
+    server.files["org/old"] = files
+    assert contents(hub.resolve("org/old")) == files
+    shards = {"pytorch_model-1.bin": b"first", "pytorch_model-2.bin": b"second"}
+    index = json.dumps({"weight_map": dict(zip("ab", shards, strict=True))}).encode()
+    files = {CONFIG: b"{}", "pytorch_model.bin.index.json": index, **shards}
+    server.files["org/big"] = files
+    assert contents(hub.resolve("org/big")) == files
+    index = json.dumps({"weight_map": {"a": "../x.bin"}}).encode()
+    server.files["org/bad"] = {CONFIG: b"{}", "pytorch_model.bin.index.json": index}
+    fails("org/bad", "is not a plain .bin name", CheckpointError)
 
 
 @pytest.mark.parametrize("name", [CONFIG, "vocab.json", "model.safetensors"])

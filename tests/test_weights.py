@@ -20,7 +20,7 @@ from conftest import randomize, weights_of
 
 from tinygpt import GPT, GPTConfig, InputError
 from tinygpt.files import CheckpointError
-from tinygpt.forms import read_config
+from tinygpt.hfconfig import read_config
 from tinygpt.precision import convert
 from tinygpt.safetensors import read_header, write
 
@@ -341,7 +341,7 @@ def test_zero_biases_are_let_go_where_config_has_none(folder):
 )
 def test_config_fields_are_honoured(tmp_path, given, field, value):
     (tmp_path / "config.json").write_text(json.dumps(given))
-    assert read_config(tmp_path) == replace(GPTConfig(), **{field: value})
+    assert read_config(tmp_path / "config.json") == replace(GPTConfig(), **{field: value})
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ Writer = Callable[[Path], tuple[Path, np.ndarray]]
 
 def randomize(model) -> None:
     """Weights of a torch module all drawn, and large, so that each part counts."""
-    import torch
+    torch = pytest.importorskip("torch")
 
     rng = np.random.default_rng(0)
     with torch.no_grad():
@@ -34,7 +34,7 @@ def randomize(model) -> None:
 
 
 def logits_of(model, tokens: np.ndarray = TOKENS) -> np.ndarray:
-    import torch
+    torch = pytest.importorskip("torch")
 
     with torch.no_grad():
         out = model.eval()(torch.from_numpy(tokens))
@@ -61,7 +61,7 @@ def hf_safetensors(folder: Path) -> tuple[Path, np.ndarray]:
 
 def hf_bin(folder: Path) -> tuple[Path, np.ndarray]:
     """As transformers 4 wrote it: `torch.save` of the state dict, the tied head included."""
-    import torch
+    torch = pytest.importorskip("torch")
 
     model = hf_model()
     model.config.save_pretrained(folder)
@@ -70,7 +70,7 @@ def hf_bin(folder: Path) -> tuple[Path, np.ndarray]:
 
 
 def hf_bin_shards(folder: Path) -> tuple[Path, np.ndarray]:
-    import torch
+    torch = pytest.importorskip("torch")
 
     model = hf_model(tie_word_embeddings=False)
     model.config.save_pretrained(folder)
@@ -155,7 +155,7 @@ def nanogpt_model(bias: bool):
 
 
 def nanogpt(folder: Path, bias: bool = True, prefix: str = "") -> tuple[Path, np.ndarray]:
-    import torch
+    torch = pytest.importorskip("torch")
 
     model = nanogpt_model(bias)
     args = {name: SHAPE[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
@@ -255,7 +255,7 @@ def book_model(qkv_bias: bool):
 
 
 def book(folder: Path, qkv_bias: bool = False, nested: bool = False) -> tuple[Path, np.ndarray]:
-    import torch
+    torch = pytest.importorskip("torch")
 
     model = book_model(qkv_bias)
     (folder / "config.json").write_text('{"n_head": 2}')  # at width 32 it is not as in GPT-2
@@ -266,7 +266,7 @@ def book(folder: Path, qkv_bias: bool = False, nested: bool = False) -> tuple[Pa
 
 
 def book_safetensors(folder: Path) -> tuple[Path, np.ndarray]:
-    from safetensors.torch import save_file
+    save_file = pytest.importorskip("safetensors.torch").save_file
 
     model = book_model(True)
     (folder / "config.json").write_text('{"n_head": 2}')
@@ -350,7 +350,7 @@ def requantize(source: Path, target: Path, kind: str) -> None:
 
 def gguf_file(kind: str) -> Writer:
     def write(folder: Path) -> tuple[Path, np.ndarray]:
-        import gguf
+        gguf = pytest.importorskip("gguf")
 
         shape = K_SHAPE if kind.endswith("_K") else SHAPE
         model = hf_model(**shape)
@@ -369,7 +369,7 @@ def gguf_file(kind: str) -> Writer:
 
 def reference_logits(reader, shape: Mapping[str, int]) -> np.ndarray:
     """What the weights that the package `gguf` finds in its file give, in NumPy and float64."""
-    import gguf
+    gguf = pytest.importorskip("gguf")
 
     found = {
         t.name: gguf.dequantize(t.data, t.tensor_type).reshape(tuple(int(n) for n in t.shape[::-1]))

@@ -89,6 +89,10 @@ def to_hf(
         model.save_pretrained(temporary)
         if tokenizer:
             save_tokenizer(tokenizer, temporary)
+            if tokenizer.name == "char":
+                say(
+                    "transformers has no tokenizer of whole characters: it will load the model alone"
+                )
         os.rename(temporary, out)
     except OSError as error:
         raise InputError(f"cannot write {out}: {reason(error)}") from error

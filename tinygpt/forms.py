@@ -85,10 +85,8 @@ def read_config(path: Path) -> GPTConfig:
     """The configuration of a model in any form: a folder or a file.
 
     Raises:
-        CheckpointError: when it cannot be read, or names a part that the model does not have.
+        CheckpointError: as from `open_checkpoint`.
     """
-    if path.is_dir() and (path / "config.json").exists():
-        return read_config_json(path / "config.json")
     return open_checkpoint(path).config
 
 

@@ -9,6 +9,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
+from email.message import Message
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import BinaryIO
@@ -154,12 +155,15 @@ def _fetch_all(endpoint: str, repo: str, folder: Path) -> None:
 
 def _fetch(endpoint: str, repo: str, name: str, folder: Path) -> bool:
     """Download one file; False when the Hub has none of that name."""
-    response = _open(endpoint, repo, name)
+    response, stated = _open(endpoint, repo, name)
     if response is None:
         return False
     limit = None if name.endswith((".safetensors", ".bin")) else MAX_TEXT_BYTES
     with response, open(folder / name, "wb") as file:
-        _receive(response, endpoint, name, limit, file)
+        digest = _receive(response, endpoint, name, limit, file)
+        if stated and digest != stated:
+            fact = f"{endpoint} sent {name} with SHA-256 {digest}, where it states {stated}"
+            raise InputError(f"{fact}: try again")
         file.flush()
         os.fsync(file.fileno())
     return True
@@ -214,20 +218,23 @@ def _receive(
     return digest.hexdigest()
 
 
-def _open(endpoint: str, repo: str, name: str) -> HTTPResponse | None:
-    """The Hub's answer to a request for a file, None for 404."""
+def _open(endpoint: str, repo: str, name: str) -> tuple[HTTPResponse | None, str | None]:
+    """The Hub's answer to a request for a file, None for 404; and the SHA-256 it states, if any."""
     request = Request(f"{endpoint}/{repo}/resolve/main/{name}", headers={"User-Agent": "tinygpt"})
     token = os.environ.get("HF_TOKEN", "").strip()
     if token and not re.fullmatch(r"[!-~]+", token):
         raise InputError("HF_TOKEN is not a token: it has spaces or other unusual characters")
     if token:  # urllib would hand on an ordinary header to whichever host a redirect names
         request.add_unredirected_header("Authorization", f"Bearer {token}")
+    redirects = _Redirects()
     try:
-        return build_opener(_Redirects).open(request, timeout=_TIMEOUT_S)
+        response = build_opener(redirects).open(request, timeout=_TIMEOUT_S)
+        redirects.note(request.full_url, response.headers, response.geturl())
+        return response, redirects.sha256
     except HTTPError as error:
         error.close()
         if error.code == 404:
-            return None
+            return None, None
         if error.code in (401, 403):
             fact = f"{endpoint} does not give out {repo} (HTTP {error.code})"
             advice = "check the name; if it is private or gated, set HF_TOKEN"
@@ -253,13 +260,26 @@ def _chunks(response: HTTPResponse, endpoint: str, name: str) -> Iterator[bytes]
 
 
 class _Redirects(HTTPRedirectHandler):
-    """Follows redirects without giving up encryption or showing the token to another host."""
+    """Follows redirects without giving up encryption or showing the token to another host.
+
+    What the Hub itself states of a large file it states where it sends on to the host that has it.
+    Source: huggingface_hub's `HUGGINGFACE_HEADER_X_LINKED_ETAG`; of such files it is the SHA-256.
+    """
+
+    sha256: str | None = None
+
+    def note(self, asked: str, headers: Message, answered: str) -> None:
+        """Remember the SHA-256 that an answer of the host that was asked states."""
+        stated = re.fullmatch(r'"?([0-9a-f]{64})"?', headers.get("X-Linked-Etag") or "")
+        if stated and urlsplit(asked).netloc == urlsplit(answered).netloc:
+            self.sha256 = self.sha256 or stated[1]
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[no-untyped-def]
         old, new = urlsplit(req.full_url), urlsplit(newurl)
         if new.scheme != "https" and new.scheme != old.scheme:
             fp.close()
             raise InputError(f"{old.netloc} redirects from {old.scheme} to {new.scheme}: refused")
+        self.note(req.full_url, headers, req.full_url)
         request = super().redirect_request(req, fp, code, msg, headers, newurl)
         token = req.unredirected_hdrs.get("Authorization")
         if request and token and (old.scheme, old.netloc) == (new.scheme, new.netloc):
