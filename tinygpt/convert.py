@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from tinygpt import backend, hub
 from tinygpt.config import GPTConfig, InputError
-from tinygpt.files import reason
+from tinygpt.files import CheckpointError, reason
 from tinygpt.forms import read_config
 from tinygpt.model import GPT
 from tinygpt.precision import DTYPES, check_dtype, dtype_of
@@ -31,12 +31,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", metavar="IN", help="a model's folder or file, or a name to fetch, such as gpt2")
     add("out", metavar="OUT", help="the folder (hf) or file (gguf) to make")
-    add(
-        "--to",
-        choices=("hf", "gguf"),
-        required=True,
-        help="the form of what comes out",
-    )
+    add("--to", choices=("hf", "gguf"), required=True, help="the form of what comes out")
     names = ", ".join(DTYPES)
     add("--dtype", metavar="TYPE", help=f"of the weights: {names}, in GGUF Q8_0 (default: as held)")
     add("--tokenizer", metavar="T", help="gpt2, bytes, or a folder (default: the model's own)")
@@ -64,7 +59,7 @@ def _tokenizer(given: str | None, source: Path, vocab_size: int) -> Encoding | N
     try:
         return load_tokenizer(given or source, vocab_size)
     except InputError as error:
-        if given:
+        if given or isinstance(error, CheckpointError):
             raise
         say(f"without a tokenizer: {error}")
         return None
@@ -90,9 +85,7 @@ def to_hf(
         if tokenizer:
             save_tokenizer(tokenizer, temporary)
             if tokenizer.name == "char":
-                say(
-                    "transformers has no tokenizer of whole characters: it will load the model alone"
-                )
+                say("transformers has no tokenizer of characters: it will load the model alone")
         os.rename(temporary, out)
     except OSError as error:
         raise InputError(f"cannot write {out}: {reason(error)}") from error
