@@ -26,7 +26,7 @@ from tinygpt import GPT, Generator
 from tinygpt.cli import main
 from tinygpt.peers import FAMILIES
 
-COUNT = 16
+COUNT = 10  # with the prompt, within the window
 PROMPT = TOKENS[0, :5].tolist()
 
 
