@@ -13,6 +13,7 @@ from tinygrad.nn.state import get_state_dict
 
 from tinygpt import GPT, GPTConfig, bench, peers
 from tinygpt.config import InputError
+from tinygpt.weights import GGUF_TYPES, save_gguf
 
 # 32 is what Q8_0 divides a row into; 257 ids are those of the built-in byte tokenizer.
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=257)
@@ -41,7 +42,7 @@ def greedy(model: GPT, prompt: list[int], count: int) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["tinygpt", "transformers", "llama.cpp"])
 def test_every_contender_makes_the_same_tokens(gpt, folder, family):
-    packages = {"transformers": ("torch", "transformers"), "llama.cpp": ("gguf", "llama_cpp")}
+    packages = {"transformers": ("torch", "transformers"), "llama.cpp": ("llama_cpp",)}
     for package in packages.get(family, ()):
         pytest.importorskip(package)
     contender = peers.Contender(family, "float32", folder, threads=1)
@@ -57,11 +58,11 @@ def test_every_contender_makes_the_same_tokens(gpt, folder, family):
     assert both["peak_memory_bytes"] >= 4 * TINY.parameter_count
 
 
-@pytest.mark.parametrize("dtype", peers.GGUF_TYPES)
+@pytest.mark.parametrize("dtype", GGUF_TYPES)
 def test_gguf_holds_the_model(gpt, tmp_path, dtype):
     gguf = pytest.importorskip("gguf")
     path = tmp_path / "gguf"
-    peers.write_gguf(gpt, path, dtype)
+    save_gguf(gpt, path, dtype=dtype)
     reader = gguf.GGUFReader(path)
     stored = {t.name: t for t in reader.tensors}
     names = gguf.MODEL_TENSORS[gguf.MODEL_ARCH.GPT2]
@@ -78,17 +79,16 @@ def test_gguf_holds_the_model(gpt, tmp_path, dtype):
     for name, want in pairs.items():
         tensor = stored[name]
         full = want.ndim == 1
-        assert tensor.tensor_type.name == ("F32" if full else peers.GGUF_TYPES[dtype])
+        assert tensor.tensor_type.name == ("F32" if full else GGUF_TYPES[dtype])
         found = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(want.shape)
         error = {"F32": 0, "F16": 2**-11, "Q8_0": 0.6 / 127}[tensor.tensor_type.name]
         assert np.abs(found - want).max() <= error * np.abs(want).max()
 
 
 def test_gguf_of_another_model_is_refused(tmp_path):
-    pytest.importorskip("gguf")
     model = GPT(GPTConfig(1, 1, 32, 8, 8, norm="post"))
     with pytest.raises(InputError, match="norm is 'post'"):
-        peers.write_gguf(model, tmp_path / "gguf", "float32")
+        save_gguf(model, tmp_path / "gguf")
 
 
 def test_a_contender_that_dies_says_why(tmp_path):

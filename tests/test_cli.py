@@ -192,7 +192,7 @@ def test_a_folder_is_continued_greedily_with_its_own_tokenizer(cli, saved):
 DAMAGE = {
     "config.json: no such file": ("config.json", None),
     "config.json: its JSON is damaged": ("config.json", "{not JSON"),
-    "neither model.safetensors nor": ("model.safetensors", None),
+    "none of model.safetensors": ("model.safetensors", None),
     "must be of kind": ("tinygpt_tokenizer.json", '{"kind": "other"}'),
 }
 
@@ -213,8 +213,8 @@ BAD = {
     "several words": "unknown argument 'words': put a prompt of several words in quotes",
     "--layers two": "--layers: invalid int value: 'two'",
     "doctor --backend": "did you mean --backends?",
-    "--model ./nowhere": "no folder './nowhere'",
-    "--model run.py": "'run.py' is not a folder",
+    "--model ./nowhere": "no folder or file './nowhere'",
+    "--model run.py": "it is cut or no safetensors file",
     "--model gpt2": "cannot fetch config.json from http://127.0.0.1:1: connection refused",
     "--model gpt2 --layers 2": "--layers describes a new model, but --model brings its own",
     "--model gpt2 --preset nano": "--preset describes a new model",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import http.client
 import json
 import os
@@ -43,6 +44,7 @@ class Server:
         self.cut: dict[str, int] = {}  # announce the length, send only so many bytes, hang up
         self.chunked: dict[str, int] = {}  # announce no length; hang up after so many bytes
         self.claim: dict[str, int] = {}  # announce this length
+        self.stated: dict[str, str] = {}  # state this SHA-256
         self.seen: list[tuple[str, str, str | None]] = []  # (host, path, authorization)
         outer = self
 
@@ -74,6 +76,8 @@ class Server:
         else:
             found = 200 if name in self.files.get(repo, {}) else 404
             handler.send_response(self.status.get(name, found))
+        if name in self.stated and host == "127.0.0.1":
+            handler.send_header("X-Linked-Etag", self.stated[name])
         if name in self.chunked:
             handler.send_header("Transfer-Encoding", "chunked")
             handler.end_headers()
@@ -167,6 +171,35 @@ def test_a_body_of_unannounced_length(server: Server, tmp_path: Path) -> None:
     assert contents(hub.resolve("org/tiny")) == SINGLE
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_stated_sum_is_checked(elsewhere: bool, server: Server, tmp_path: Path) -> None:
+    """As the Hub states it, also where another host has the file."""
+    name = "model.safetensors"
+    server.files["org/tiny"] = SINGLE
+    if elsewhere:
+        path = f"org/tiny/resolve/main/{name}"
+        server.redirect[name] = f"http://localhost:{server.port}/{path}"
+    server.stated[name] = '"' + "0" * 64 + '"'
+    fails("org/tiny", f"sent {name} with SHA-256 .*, where it states 0000")
+    assert models(tmp_path) == []
+    server.stated[name] = hashlib.sha256(SINGLE[name]).hexdigest()
+    assert contents(hub.resolve("org/tiny")) == SINGLE
+
+
+def test_a_model_of_torchs_files(server: Server) -> None:
+    files = {CONFIG: b"{}", "pytorch_model.bin": b"weights"}
+    server.files["org/old"] = files
+    assert contents(hub.resolve("org/old")) == files
+    shards = {"pytorch_model-1.bin": b"first", "pytorch_model-2.bin": b"second"}
+    index = json.dumps({"weight_map": dict(zip("ab", shards, strict=True))}).encode()
+    files = {CONFIG: b"{}", "pytorch_model.bin.index.json": index, **shards}
+    server.files["org/big"] = files
+    assert contents(hub.resolve("org/big")) == files
+    index = json.dumps({"weight_map": {"a": "../x.bin"}}).encode()
+    server.files["org/bad"] = {CONFIG: b"{}", "pytorch_model.bin.index.json": index}
+    fails("org/bad", "is not a plain .bin name", CheckpointError)
+
+
 @pytest.mark.parametrize("name", [CONFIG, "vocab.json", "model.safetensors"])
 @pytest.mark.parametrize("kept", [0, 1])
 def test_a_download_cut_short_leaves_nothing(
@@ -188,8 +221,8 @@ def test_a_missing_shard_leaves_nothing(server: Server, tmp_path: Path) -> None:
 
 def test_what_the_hub_may_answer(server: Server, tmp_path: Path) -> None:
     fails("org/none", "no model 'org/none' with a config.json at http://127.0.0.1")
-    server.files["org/old"] = {CONFIG: b"{}", "pytorch_model.bin": b""}
-    fails("org/old", f"no model.safetensors or {INDEX}: only safetensors can be read")
+    server.files["org/old"] = {CONFIG: b"{}", "flax_model.msgpack": b""}
+    fails("org/old", "org/old has no model.safetensors or pytorch_model.bin")
     for status in (401, 403):
         server.status[CONFIG] = status
         fails("org/old", rf"does not give out org/old \(HTTP {status}\).*HF_TOKEN")
@@ -224,7 +257,7 @@ def test_an_index_must_be_what_it_says(index: bytes, server: Server, tmp_path: P
 
 
 def test_small_files_must_be_small(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "_MAX_TEXT_BYTES", 1 << 20)
+    monkeypatch.setattr(hub, "MAX_TEXT_BYTES", 1 << 20)
     server.files["org/tiny"] = SINGLE | {"vocab.json": b" " * (3 << 20)}
     fails("org/tiny", "vocab.json is larger than 1 MiB")
     monkeypatch.undo()
@@ -443,15 +476,17 @@ NOT_NAMES += ["é", "a\0b", "\ud800", "a//b", "x" * 97, "x" * 9999, "https://hug
 
 @pytest.mark.parametrize("name", NOT_NAMES, ids=range(len(NOT_NAMES)))
 def test_names_that_are_none(name: str, server: Server) -> None:
-    with pytest.raises(InputError, match="give a folder with") as caught:
+    with pytest.raises(InputError, match="give a model's folder or file") as caught:
         hub.resolve(name)
     assert "\n" not in str(caught.value)
     assert server.seen == []
 
 
-def test_a_file_is_no_model(server: Server) -> None:
-    Path("model.safetensors").write_bytes(b"")
-    fails("model.safetensors", "'model.safetensors' is not a folder")
+def test_a_file_is_itself_and_anything_else_is_no_model(server: Server) -> None:
+    Path("model.gguf").write_bytes(b"")
+    assert hub.resolve("model.gguf") == Path("model.gguf")
+    os.mkfifo("pipe")
+    fails("./pipe", "'./pipe' is neither a folder nor a file")
 
 
 def test_where_our_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:

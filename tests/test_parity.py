@@ -15,9 +15,9 @@ from conftest import SMALL, randomize
 from tinygrad import Tensor
 
 from tinygpt import GPT, Generator
+from tinygpt.hfconfig import read_config
 from tinygpt.tokenizer import save_tokenizer
 from tinygpt.vocabulary import from_merges, spell
-from tinygpt.weights import read_config
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -145,7 +145,7 @@ def test_their_model_without_a_head_loads(tmp_path):
 
 def test_an_empty_config_means_the_same_model(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    ours, theirs = read_config(tmp_path), transformers.GPT2Config()
+    ours, theirs = read_config(tmp_path / "config.json"), transformers.GPT2Config()
     names = (
         "n_layer n_head n_embd n_inner vocab_size layer_norm_epsilon scale_attn_weights "
         "scale_attn_by_inverse_layer_idx tie_word_embeddings initializer_range"

@@ -29,14 +29,15 @@ from tinygrad.helpers import CPU_COUNT
 import tinygpt
 from tinygpt import backend, hub
 from tinygpt.config import GPTConfig, InputError
+from tinygpt.forms import read_config
 from tinygpt.model import GPT
-from tinygpt.peers import GGUF_TYPES, Contender, environment
+from tinygpt.peers import Contender, environment
 from tinygpt.precision import DTYPES, check_dtype
 from tinygpt.terminal import KINDS, say
 from tinygpt.tokenizer import load_tokenizer
-from tinygpt.weights import read_config
+from tinygpt.weights import GGUF_TYPES
 
-_PACKAGES = ("tinygrad", "numpy", "torch", "transformers", "llama-cpp-python", "gguf")
+_PACKAGES = ("tinygrad", "numpy", "torch", "transformers", "llama-cpp-python")
 _STREAM_BYTES = 1 << 30  # far more than a cache holds
 _MATMUL_SIZES = (1024, 1536, 2048)
 _PROMPT = "The most important thing about a machine is"

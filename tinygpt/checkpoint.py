@@ -23,6 +23,7 @@ from tinygpt import safetensors
 from tinygpt.config import InputError, show
 from tinygpt.files import CheckpointError, read_json, reason, write_text
 from tinygpt.model import GPT
+from tinygpt.tensors import read_tensor
 from tinygpt.tokenizer import save_tokenizer
 
 if TYPE_CHECKING:
@@ -108,9 +109,7 @@ def load(folder: Path) -> tuple[GPT, dict[str, np.ndarray], dict[str, Any]]:
             "model that is not a checkpoint of training, pass it as --model"
         )
     infos, _ = safetensors.read_header(folder / _TENSORS)
-    arrays = {
-        name: safetensors.read_tensor(folder / _TENSORS, info) for name, info in infos.items()
-    }
+    arrays = {name: read_tensor(folder / _TENSORS, info) for name, info in infos.items()}
     return GPT.from_pretrained(folder), arrays, state
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
-from tinygpt import __version__, bench, doctor, evaluate, plot, prepare, sample, train
+from tinygpt import __version__, bench, convert, doctor, evaluate, plot, prepare, sample, train
 from tinygpt.config import InputError
 from tinygpt.files import reason
 from tinygpt.terminal import Parser, say
@@ -16,6 +16,7 @@ from tinygpt.terminal import Parser, say
 # Each has `add_flags(parser)`, `run(args)`, which gives the exit status, and a docstring to show.
 _COMMANDS = {
     "bench": bench,
+    "convert": convert,
     "doctor": doctor,
     "evaluate": evaluate,
     "plot": plot,

@@ -12,9 +12,26 @@ from typing import Any, BinaryIO
 
 from tinygpt.config import InputError, show
 
+# No file of text that a model brings along comes near these, not even a large vocabulary. As
+# Python's objects, JSON takes up to twenty times its bytes.
+MAX_TEXT_BYTES, _MAX_JSON_BYTES = 64 << 20, 16 << 20
+
 
 class CheckpointError(InputError):
     """A file that came from elsewhere is damaged, incomplete or contradicts itself."""
+
+
+def need(condition: bool, fact: str) -> None:
+    """Raise ValueError where a file lacks what it needs; who reads it adds the file's name."""
+    if not condition:
+        raise ValueError(fact)
+
+
+def _read(path: str | Path, most_bytes: int) -> bytes:
+    with open(path, "rb") as file:
+        data = file.read(most_bytes + 1)
+    need(len(data) <= most_bytes, f"it has more than {most_bytes >> 20} MiB")
+    return data
 
 
 def parse_json(text: bytes) -> dict[str, Any]:
@@ -47,7 +64,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         CheckpointError: when the file cannot be read or holds anything else.
     """
     try:
-        return parse_json(Path(path).read_bytes())
+        return parse_json(_read(path, _MAX_JSON_BYTES))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {reason(error)}") from error
 
@@ -59,7 +76,7 @@ def read_text(path: str | Path) -> str:
         CheckpointError: when the file cannot be read or is not UTF-8.
     """
     try:
-        return Path(path).read_bytes().decode()
+        return _read(path, MAX_TEXT_BYTES).decode()
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {reason(error)}") from error
 

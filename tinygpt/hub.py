@@ -9,6 +9,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
+from email.message import Message
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import BinaryIO
@@ -17,12 +18,13 @@ from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from tinygpt.config import InputError, show
-from tinygpt.files import CheckpointError, atomic_file, read_json, reason
+from tinygpt.files import MAX_TEXT_BYTES, CheckpointError, atomic_file, read_json, reason
 
 _GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 BUILT_IN = "shakespeare"  # the folder of the model in the package, and its name
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-_MAX_TEXT_BYTES = 64 << 20  # for every file but weights
+WEIGHTS = "model.safetensors"
+# Whole or in shards with an index, the preferred first.
+FILES = tuple((name, f"{name}.index.json") for name in (WEIGHTS, "pytorch_model.bin"))
 _TIMEOUT_S = 30  # of silence; a download that keeps coming may take as long as it needs
 
 
@@ -36,33 +38,33 @@ def _folder(variable: str, default: str | Path) -> Path:
 
 
 def resolve(name_or_path: str | Path) -> Path:
-    """The local folder of a model, downloaded first if it has to be.
+    """The local folder or file of a model, downloaded first if it has to be.
 
     Args:
-        name_or_path: a folder; "shakespeare", the small model that the package carries; or a name
-            on the Hugging Face Hub such as "gpt2" or "org/name". Such a one is looked for in
-            `cache_folder()`, then in the Hugging Face cache.
+        name_or_path: a folder; a file; "shakespeare", the small model that the package carries; or
+            a name on the Hugging Face Hub such as "gpt2" or "org/name". Such a one is looked for
+            in `cache_folder()`, then in the Hugging Face cache.
     Returns:
-        the folder; from a cache or the Hub it has config.json and all of the weights.
+        the path; from a cache or the Hub a folder with config.json and all of the weights.
     Raises:
-        InputError: when there is no such folder or model, or it cannot be fetched or stored.
+        InputError: when there is no such path or model, or it cannot be fetched or stored.
         CheckpointError: when the model's list of files cannot be trusted.
     """
     given = os.fspath(name_or_path)
     path = os.path.expanduser(given)
-    if os.path.isdir(path):
+    if os.path.isdir(path) or os.path.isfile(path):
         return Path(path)
     if given == BUILT_IN:
         return Path(__file__).parent / BUILT_IN
-    advice = "give a folder with config.json and model.safetensors, or a name such as gpt2"
+    advice = "give a model's folder or file, or a name such as gpt2"
     if os.path.exists(path):
-        raise InputError(f"{given!r} is not a folder: {advice}")
+        raise InputError(f"{given!r} is neither a folder nor a file: {advice}")
     if given.startswith(("/", "./", "../", "~")) or "\\" in given or given.count("/") > 1:
-        raise InputError(f"no folder {given!r}: {advice}")
+        raise InputError(f"no folder or file {given!r}: {advice}")
     part = r"[A-Za-z0-9_][\w.-]{0,95}"
     # The Hub, too, forbids "--": it stands for the slash in folder names.
     if not re.fullmatch(rf"({part}/)?{part}", given, re.ASCII) or "--" in given or ".." in given:
-        raise InputError(f"{given!r} is neither a folder nor a model's name: {advice}")
+        raise InputError(f"{given!r} is neither a path nor a model's name: {advice}")
     repo = f"openai-community/{given}" if given in _GPT2 else given
     target = cache_folder() / "models" / repo.replace("/", "--")
     if os.path.isfile(target / "config.json"):
@@ -82,11 +84,19 @@ def _in_hugging_face_cache(repo: str) -> Path | None:
         folder = cache / f"models--{name.replace('/', '--')}"
         with suppress(OSError, ValueError):  # not our folder: whatever is wrong there, look further
             snapshot = folder / "snapshots" / (folder / "refs" / "main").read_text().strip()
-            whole = (snapshot / WEIGHTS).is_file()
-            files = [WEIGHTS] if whole else shards(snapshot / INDEX)
-            if all((snapshot / file).is_file() for file in ("config.json", *files)):
+            if (snapshot / "config.json").is_file() and _is_whole(snapshot):
                 return snapshot
     return None
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether all of a model's weights are there."""
+    for name, index in FILES:
+        if (folder / name).is_file():
+            return True
+        if (folder / index).is_file():
+            return all((folder / shard).is_file() for shard in shards(folder / index))
+    return False
 
 
 def shards(index: str | Path) -> list[str]:
@@ -99,9 +109,10 @@ def shards(index: str | Path) -> list[str]:
     files = read_json(index).get("weight_map")
     if not isinstance(files, dict) or not files:
         raise CheckpointError(f"{index.name}: weight_map must map each tensor to its file")
+    suffix = Path(index.name.removesuffix(".index.json")).suffix
     for file in files.values():
-        if not isinstance(file, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", file, re.A):
-            raise CheckpointError(f"{index.name}: {show(file)} is not a plain .safetensors name")
+        if not isinstance(file, str) or not re.fullmatch(rf"[\w-][\w.-]*\{suffix}", file, re.A):
+            raise CheckpointError(f"{index.name}: {show(file)} is not a plain {suffix} name")
     return sorted(set(files.values()))
 
 
@@ -135,23 +146,28 @@ def _fetch_all(endpoint: str, repo: str, folder: Path) -> None:
         raise InputError(f"no model {repo!r} with a config.json at {endpoint}: check the name")
     for name in ("vocab.json", "merges.txt", "tokenizer.json"):
         _fetch(endpoint, repo, name, folder)
-    if _fetch(endpoint, repo, WEIGHTS, folder):
-        return
-    if not _fetch(endpoint, repo, INDEX, folder):
-        raise InputError(f"{repo} has no {WEIGHTS} or {INDEX}: only safetensors can be read")
-    for name in shards(folder / INDEX):
-        if not _fetch(endpoint, repo, name, folder):
-            raise CheckpointError(f"{repo} has no {name}, which its {INDEX} names")
+    for whole, index in FILES:
+        if _fetch(endpoint, repo, whole, folder):
+            return
+        if _fetch(endpoint, repo, index, folder):
+            for name in shards(folder / index):
+                if not _fetch(endpoint, repo, name, folder):
+                    raise CheckpointError(f"{repo} has no {name}, which its {index} names")
+            return
+    raise InputError(f"{repo} has no {' or '.join(name for name, _ in FILES)}")
 
 
 def _fetch(endpoint: str, repo: str, name: str, folder: Path) -> bool:
     """Download one file; False when the Hub has none of that name."""
-    response = _open(endpoint, repo, name)
+    response, stated = _open(endpoint, repo, name)
     if response is None:
         return False
-    limit = None if name.endswith(".safetensors") else _MAX_TEXT_BYTES
+    limit = None if name.endswith((".safetensors", ".bin")) else MAX_TEXT_BYTES
     with response, open(folder / name, "wb") as file:
-        _receive(response, endpoint, name, limit, file)
+        digest = _receive(response, endpoint, name, limit, file)
+        if stated and digest != stated:
+            fact = f"{endpoint} sent {name} with SHA-256 {digest}, where it states {stated}"
+            raise InputError(f"{fact}: try again")
         file.flush()
         os.fsync(file.fileno())
     return True
@@ -177,7 +193,7 @@ def fetch(url: str, path: Path, sha256: str) -> None:
     except (OSError, HTTPException, ValueError) as error:
         raise InputError(f"cannot fetch {url}: {reason(error)}; try again") from error
     with response, atomic_file(path) as file:
-        digest = _receive(response, host, name, _MAX_TEXT_BYTES, file)
+        digest = _receive(response, host, name, MAX_TEXT_BYTES, file)
         if digest != sha256:
             raise InputError(f"{url} has SHA-256 {digest}, not {sha256}: it is not kept")
 
@@ -206,20 +222,23 @@ def _receive(
     return digest.hexdigest()
 
 
-def _open(endpoint: str, repo: str, name: str) -> HTTPResponse | None:
-    """The Hub's answer to a request for a file, None for 404."""
+def _open(endpoint: str, repo: str, name: str) -> tuple[HTTPResponse | None, str | None]:
+    """The Hub's answer to a request for a file, None for 404; and the SHA-256 it states, if any."""
     request = Request(f"{endpoint}/{repo}/resolve/main/{name}", headers={"User-Agent": "tinygpt"})
     token = os.environ.get("HF_TOKEN", "").strip()
     if token and not re.fullmatch(r"[!-~]+", token):
         raise InputError("HF_TOKEN is not a token: it has spaces or other unusual characters")
     if token:  # urllib would hand on an ordinary header to whichever host a redirect names
         request.add_unredirected_header("Authorization", f"Bearer {token}")
+    redirects = _Redirects()
     try:
-        return build_opener(_Redirects).open(request, timeout=_TIMEOUT_S)
+        response = build_opener(redirects).open(request, timeout=_TIMEOUT_S)
+        redirects.note(request.full_url, response.headers, response.geturl())
+        return response, redirects.sha256
     except HTTPError as error:
         error.close()
         if error.code == 404:
-            return None
+            return None, None
         if error.code in (401, 403):
             fact = f"{endpoint} does not give out {repo} (HTTP {error.code})"
             advice = "check the name; if it is private or gated, set HF_TOKEN"
@@ -245,13 +264,26 @@ def _chunks(response: HTTPResponse, endpoint: str, name: str) -> Iterator[bytes]
 
 
 class _Redirects(HTTPRedirectHandler):
-    """Follows redirects without giving up encryption or showing the token to another host."""
+    """Follows redirects without giving up encryption or showing the token to another host.
+
+    What the Hub itself states of a large file it states where it sends on to the host that has it.
+    Source: huggingface_hub's `HUGGINGFACE_HEADER_X_LINKED_ETAG`; of such files it is the SHA-256.
+    """
+
+    sha256: str | None = None
+
+    def note(self, asked: str, headers: Message, answered: str) -> None:
+        """Remember the SHA-256 that an answer of the host that was asked states."""
+        stated = re.fullmatch(r'"?([0-9a-f]{64})"?', headers.get("X-Linked-Etag") or "")
+        if stated and urlsplit(asked).netloc == urlsplit(answered).netloc:
+            self.sha256 = self.sha256 or stated[1]
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[no-untyped-def]
         old, new = urlsplit(req.full_url), urlsplit(newurl)
         if new.scheme != "https" and new.scheme != old.scheme:
             fp.close()
             raise InputError(f"{old.netloc} redirects from {old.scheme} to {new.scheme}: refused")
+        self.note(req.full_url, headers, req.full_url)
         request = super().redirect_request(req, fp, code, msg, headers, newurl)
         token = req.unredirected_hdrs.get("Authorization")
         if request and token and (old.scheme, old.netloc) == (new.scheme, new.netloc):

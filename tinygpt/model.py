@@ -51,7 +51,7 @@ class GPT:
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, dtype: str | None = None) -> GPT:
-        """A model from a folder or a name in Hugging Face form: see `weights.load_pretrained`."""
+        """A model from a folder, a file or a name: see `weights.load_pretrained`."""
         from tinygpt.weights import load_pretrained
 
         return load_pretrained(name_or_path, dtype)

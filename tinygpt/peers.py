@@ -1,7 +1,7 @@
 """Those that `bench` compares, each in a process of its own that answers how fast it was.
 
 Both ends are here: `Contender` asks, `serve` answers, each with a line of JSON. So are the other
-implementations, and GPT-2 as a GGUF file, which is what llama.cpp reads.
+implementations.
 """
 
 from __future__ import annotations
@@ -18,26 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tinygrad.nn.state import get_state_dict
 
-from tinygpt.config import GPTConfig, InputError
 from tinygpt.generate import Generator
 from tinygpt.model import GPT
-
-# GGUF's name for each type of weights that it shares with us.
-GGUF_TYPES = {"float32": "F32", "float16": "F16", "int8": "Q8_0"}
-# Ours -> theirs. Source: GGUF's `MODEL_TENSORS` and `TENSOR_NAMES` for the architecture "gpt2".
-_GGUF_NAMES = {
-    "wte": "token_embd",
-    "wpe": "position_embd",
-    "ln_1": "attn_norm",
-    "attn.out_proj": "attn_output",
-    "ln_2": "ffn_norm",
-    "mlp.c_fc": "ffn_up",
-    "mlp.c_proj": "ffn_down",
-    "ln_f": "output_norm",
-    "lm_head": "output",
-}
+from tinygpt.weights import save_gguf
 
 
 class Ours:
@@ -166,7 +150,6 @@ class Contender:
             step; `peak_memory_bytes`, or None where the system does not say.
         Raises:
             RuntimeError: when it dies instead, with its last words.
-            Exception: what the package `gguf` raises.
         """
         if self.process is None:
             self._start()
@@ -185,7 +168,8 @@ class Contender:
         self.place, path = Path(self.temporary.name), self.folder
         if self.family == "llama.cpp":
             path = self.place / "gguf"
-            write_gguf(GPT.from_pretrained(self.folder, dtype="float32"), path, self.dtype)
+            model = GPT.from_pretrained(self.folder, dtype="float32")
+            save_gguf(model, path, dtype=self.dtype)
         # tinygrad's number of threads, and that of libraries which want to know it beforehand
         changes = {"CPU_COUNT": str(self.threads), "OMP_NUM_THREADS": str(self.threads)}
         if self.family == "stock tinygrad":
@@ -213,57 +197,6 @@ class Contender:
 def environment() -> dict[str, str]:
     """For a Python that is to find the packages that this one has found."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-
-
-def write_gguf(model: GPT, path: Path, dtype: str) -> None:
-    """Write a float32 model as a GGUF file without a vocabulary: ids in, ids out.
-
-    Args:
-        dtype: one of `GGUF_TYPES`, for the matrices; the rest stays float32, as llama.cpp's own
-            `convert_hf_to_gguf.py` has it.
-    Raises:
-        InputError: for a model that llama.cpp's GPT-2 is not.
-    """
-    import gguf
-
-    config = model.config
-    for name in ("norm", "position", "activation", "bias", "shortcut", "scale_attn_weights",
-                 "scale_attn_by_inverse_layer_idx"):  # fmt: skip
-        if getattr(config, name) != getattr(GPTConfig, name):
-            raise InputError(f"{name} is {getattr(config, name)!r}: llama.cpp's GPT-2 has no such")
-    writer = gguf.GGUFWriter(path, "gpt2")
-    writer.add_context_length(config.block_size)
-    writer.add_embedding_length(config.n_embd)
-    writer.add_feed_forward_length(config.inner_dim)
-    writer.add_block_count(config.n_layer)
-    writer.add_head_count(config.n_head)
-    writer.add_layer_norm_eps(config.layer_norm_epsilon)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
-    for name, array in _gguf_tensors(model):
-        full = array.ndim == 1 or name.startswith("position_embd")
-        kind = gguf.GGMLQuantizationType[GGUF_TYPES["float32" if full else dtype]]
-        writer.add_tensor(name, gguf.quantize(array, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def _gguf_tensors(model: GPT) -> Iterator[tuple[str, np.ndarray]]:
-    """A GGUF's tensors by their names there: as ours, but query, key and value in one."""
-    parameters = get_state_dict(model)
-    for full, parameter in parameters.items():
-        *place, last = full.split(".")
-        layer = f"blk.{place[1]}." if place[0] == "blocks" else ""
-        name = ".".join(place[2:] if layer else place)
-        if name in ("attn.k_proj", "attn.v_proj"):
-            continue
-        if name == "attn.q_proj":
-            parts = [parameters[full.replace("q_proj", f"{x}_proj")].numpy() for x in "qkv"]
-            yield f"{layer}attn_qkv.{last}", np.concatenate(parts)
-        else:
-            yield f"{layer}{_GGUF_NAMES[name]}.{last}", parameter.numpy()
 
 
 def serve(family: str, path: str, dtype: str, threads: str) -> None:

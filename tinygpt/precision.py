@@ -15,7 +15,7 @@ from tinygpt.config import InputError, unknown
 from tinygpt.kernels import widen
 from tinygpt.layers import Embedding, Linear
 from tinygpt.model import GPT
-from tinygpt.safetensors import to_bfloat16
+from tinygpt.tensors import to_bfloat16
 
 DTYPES = {
     "float32": dtypes.float32,

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from tinygpt import backend, hub
 from tinygpt.config import PRESETS, GPTConfig, InputError
+from tinygpt.forms import read_config
 from tinygpt.generate import Generator
 from tinygpt.model import GPT
 from tinygpt.precision import DTYPES, check_dtype, convert
 from tinygpt.sampling import Sampling
 from tinygpt.terminal import KINDS, say
 from tinygpt.tokenizer import decode, decode_stream, encode, end_token, load_tokenizer
-from tinygpt.weights import read_config
 
 if TYPE_CHECKING:
     from tiktoken import Encoding

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 from tinygpt.config import InputError, show, unknown
 from tinygpt.files import read_json, read_text, reason, write_text
 from tinygpt.vocabulary import (
+    END,
     SURROGATE,
     find_merges,
+    from_gguf,
     from_merges,
     from_tokenizers,
     spell,
@@ -29,7 +31,7 @@ NAMES = ("gpt2", "bytes")
 _OWN = "tinygpt_tokenizer.json"
 _PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 _FILES = (_OWN, *(" and ".join(pair) for pair in _PAIRS), "tokenizer.json")
-_END = "<|endoftext|>"
+_USUAL = {50257: "gpt2", 50304: "gpt2", 257: "bytes"}  # nanoGPT rounds up to a multiple of 64
 _EACH = r"(?s:.)"  # a split pattern: every character by itself
 
 # GPT-2's pattern takes white space, less its last character, as one piece, but backtracks through
@@ -46,9 +48,10 @@ def load_tokenizer(name_or_path: str | Path, vocab_size: int | None = None) -> E
 
     Args:
         name_or_path: `gpt2` (from tiktoken's cache, else downloaded), `bytes` (256 bytes and
-            `<|endoftext|>`) or a folder; a Path is always a folder.
+            `<|endoftext|>`), a folder, or a model's file: a GGUF file's own, else what is in the
+            file's folder. A Path is never a name.
         vocab_size: how many ids the model knows; a tokenizer with more is refused. For a folder
-            without a tokenizer, 50257 means `gpt2` and 257 `bytes`.
+            without a tokenizer, 50257 and nanoGPT's 50304 mean `gpt2`, and 257 `bytes`.
     Raises:
         InputError: for an unknown name, a file that cannot be used, or too large a tokenizer.
     """
@@ -57,6 +60,8 @@ def load_tokenizer(name_or_path: str | Path, vocab_size: int | None = None) -> E
         tokenizer = _named(name)
     elif os.path.isdir(name):
         tokenizer = _from_folder(Path(name), vocab_size)
+    elif os.path.isfile(name):
+        tokenizer = from_gguf(Path(name)) or _from_folder(Path(name).parent, vocab_size)
     else:
         raise unknown("tokenizer", name, (*NAMES, f"a folder with {' or '.join(_FILES)}"))
     if vocab_size is not None and tokenizer.n_vocab > vocab_size:
@@ -149,7 +154,7 @@ def encode(tokenizer: Encoding, text: str, special: bool = False) -> list[int]:
 
 def end_token(tokenizer: Encoding) -> int | None:
     """The id of `<|endoftext|>`, None where the tokenizer has none."""
-    return tokenizer._special_tokens.get(_END)
+    return tokenizer._special_tokens.get(END)
 
 
 def decode(tokenizer: Encoding, ids: Iterable[int]) -> str:
@@ -216,7 +221,7 @@ def _named(name: str) -> Encoding:
     if name == "bytes":
         ranks = {bytes([byte]): byte for byte in range(256)}
         return tiktoken.Encoding(
-            name, pat_str=_EACH, mergeable_ranks=ranks, special_tokens={_END: 256}
+            name, pat_str=_EACH, mergeable_ranks=ranks, special_tokens={END: 256}
         )
     try:
         return tiktoken.get_encoding(name)
@@ -243,8 +248,8 @@ def _from_folder(folder: Path, vocab_size: int | None) -> Encoding:
             return from_merges(read_json(folder / vocab), pairs, str(folder))
     if "tokenizer.json" in present:
         return from_tokenizers(folder / "tokenizer.json")
-    if vocab_size in (50257, 257) and present.isdisjoint(name for pair in _PAIRS for name in pair):
-        return _named("gpt2" if vocab_size == 50257 else "bytes")
+    if vocab_size in _USUAL and present.isdisjoint(name for pair in _PAIRS for name in pair):
+        return _named(_USUAL[vocab_size])
     raise InputError(
         f"no tokenizer in folder {str(folder)!r}: it needs {' or '.join(_FILES)}; "
         f"add them, or pass --tokenizer with {', '.join(NAMES)} or another folder"

@@ -7,14 +7,22 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from tinygpt import gguf
 from tinygpt.config import InputError, show
-from tinygpt.files import read_json
+from tinygpt.files import CheckpointError, read_json
 
 if TYPE_CHECKING:  # imported where text is handled: most of the package never does
     from tiktoken import Encoding
 
 SURROGATE = re.compile("[\ud800-\udfff]")  # what JSON can spell but UTF-8 cannot
 _NEVER = 2**31  # more than any id
+END = "<|endoftext|>"
+# The parts of a token are joined in steps of its length: for GPT-2's tokens together 2.6 million.
+_MOST_STEPS = 30_000_000
+# The kinds of tokens in GGUF, and what llama.cpp's converter calls those that no text gives.
+_NORMAL, _CONTROL, _UNUSED = 1, 3, 5
 
 # GPT-2's files spell a byte as one visible character: itself where it is printable Latin-1, else
 # the next free one from U+0100. Source: `bytes_to_unicode` in GPT-2's encoder.py.
@@ -65,6 +73,60 @@ def from_tokenizers(path: Path) -> Encoding:
     if isinstance(merges, list):
         merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
     return from_merges(vocab, merges, str(path))
+
+
+def gguf_metadata(tokenizer: Encoding | None, vocab_size: int) -> dict[str, Any]:
+    """A tokenizer as GGUF's metadata have it, padded with unused tokens to the model's ids.
+
+    Source: the GGUF specification, "Tokenizer", and llama.cpp's `convert_hf_to_gguf.py`.
+
+    Raises:
+        InputError: for a tokenizer that is not a byte-level BPE.
+    """
+    if tokenizer is None:
+        return {"tokenizer.ggml.model": "no_vocab"}
+    ranks, special = tokenizer._mergeable_ranks, tokenizer._special_tokens
+    merges = find_merges(ranks, tokenizer.name)
+    names = {number: spell(token) for token, number in ranks.items()}
+    names |= {number: token for token, number in special.items()}
+    kinds = {number: _CONTROL if number in special.values() else _NORMAL for number in names}
+    found = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": [names.get(i, f"[PAD{i}]") for i in range(vocab_size)],
+        "tokenizer.ggml.token_type": [kinds.get(i, _UNUSED) for i in range(vocab_size)],
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in merges],
+        "tokenizer.ggml.add_bos_token": False,
+    }
+    if (end := special.get(END)) is not None:
+        found |= {f"tokenizer.ggml.{x}_token_id": end for x in ("bos", "eos", "unknown")}
+    return found
+
+
+def from_gguf(path: Path) -> Encoding | None:
+    """The tokenizer that a GGUF file brings; None for a file of another form, or without one."""
+    with open(path, "rb") as file:
+        if file.read(4) != gguf.MAGIC:
+            return None
+    metadata = gguf.read_header(path)[1]
+    found = {x: metadata.get(f"tokenizer.ggml.{x}") for x in ("model", "pre", "tokens", "merges")}
+    kinds = metadata.get("tokenizer.ggml.token_type")
+    try:
+        match found:
+            case {"model": None | "no_vocab"}:
+                return None
+            case {"model": "gpt2", "pre": None | "default" | "gpt-2", "tokens": list(tokens)}:
+                merges = found["merges"] if isinstance(found["merges"], list) else []
+            case _:
+                raise InputError(f"its tokenizer is {show(found)}: it must be gpt2's")
+        spare = np.flatnonzero(kinds == _UNUSED) if isinstance(kinds, np.ndarray) else ()
+        vocab: dict[str, int] = {}
+        for number in sorted(set(range(len(tokens))).difference(spare)):
+            if vocab.setdefault(tokens[number], number) != number:
+                raise InputError(f"its token {show(tokens[number])} is there twice")
+        return from_merges(vocab, [merge.split(" ") for merge in merges], str(path))
+    except InputError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def from_merges(vocab: Any, merges: Any, source: str) -> Encoding:
@@ -122,6 +184,8 @@ def from_merges(vocab: Any, merges: Any, source: str) -> Encoding:
 
 def find_merges(ranks: dict[bytes, int], source: str) -> list[list[str]]:
     """The merge that makes each longer token: the two parts that all earlier merges leave of it."""
+    if sum(len(token) ** 2 for token in ranks) > _MOST_STEPS:
+        raise InputError(f"tokenizer {source!r}: its tokens are too long; use another")
     merges, earlier = [], {}
     for token in sorted(ranks, key=ranks.__getitem__):
         if len(token) == 1:

@@ -1,0 +1,196 @@
+"""The archives that torch writes, and what else a zip archive can be made to say."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tinygpt import GPT, torchfile
+from tinygpt.files import CheckpointError
+from tinygpt.tensors import read_tensor
+
+FLOATS = np.arange(6, dtype=np.float32)
+
+
+def tensor(shape: tuple, strides: tuple, offset: int = 0, size: int = 6, key: str = "0") -> bytes:
+    """The pickle of {"w": tensor}, by hand: protocol 2 as torch writes it."""
+
+    def plain(value: object) -> bytes:
+        return pickle.dumps(value, 2)[2:-1]
+
+    storage = b"(" + plain("storage") + b"ctorch\nFloatStorage\n" + plain(key) + plain("cpu")
+    storage += plain(size) + b"tQ"
+    arguments = b"(" + storage + plain(offset) + plain(shape) + plain(strides) + b"\x89}t"
+    call = b"ctorch._utils\n_rebuild_tensor_v2\n" + arguments + b"R"
+    return b"\x80\x02}" + plain("w") + call + b"s."
+
+
+GOOD = tensor((2, 3), (3, 1))
+
+
+def archive(entries: list[tuple[str, bytes]], compression: int = zipfile.ZIP_STORED) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", compression) as file:
+        for name, content in entries:
+            file.writestr(zipfile.ZipInfo(name), content, compression)
+    return out.getvalue()
+
+
+def usual(pickled: bytes = GOOD, **more: bytes) -> list[tuple[str, bytes]]:
+    return [("x/data.pkl", pickled), ("x/data/0", FLOATS.tobytes()), *more.items()]
+
+
+def refuses(path: Path, data: bytes, words: str) -> None:
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        torchfile.read_header(path)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < len(str(path)) + 300
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "offset", "want"),
+    [
+        ((2, 3), (3, 1), 0, FLOATS.reshape(2, 3)),
+        ((3, 2), (1, 3), 0, FLOATS.reshape(2, 3).T),
+        ((2,), (2,), 1, FLOATS[1:4:2]),
+        ((), (), 5, FLOATS[5]),
+        ((0, 9), (9, 1), 6, np.zeros((0, 9))),
+    ],
+)
+def test_a_view_is_read_as_its_strides_say(tmp_path, shape, strides, offset, want):
+    (tmp_path / "x.pt").write_bytes(archive(usual(tensor(shape, strides, offset))))
+    tensors, rest = torchfile.read_header(tmp_path / "x.pt")
+    assert rest == {}
+    np.testing.assert_array_equal(read_tensor(tmp_path / "x.pt", tensors["w"]), want)
+
+
+@pytest.mark.parametrize(
+    ("pickled", "words"),
+    [
+        (tensor((2, 3), (3, 1), offset=1), "reaches past its storage of 6"),
+        (tensor((2, 3), (4, 1)), "reaches past its storage of 6"),
+        (tensor((7,), (1,)), "reaches past its storage of 6"),
+        (tensor((2**40,), (0,)), "with strides"),
+        (tensor((2**40, 2**40), (0, 0)), "is too large"),
+        (tensor((2,), (2**47,)), "reaches past its storage"),
+        (tensor((2, 3), (-3, 1)), r"has \(-3, 1\) where whole numbers"),
+        (tensor((2, 3), (3, 1), offset=-1), r"has \[-1\] where whole numbers"),
+        (tensor((2, 3.0), (3, 1)), "where whole numbers"),
+        (tensor((2, True), (3, 1)), "where whole numbers"),
+        (tensor((2**62,), (1,)), "where whole numbers"),
+        (tensor((1,) * 33, (1,) * 33), "where whole numbers"),
+        (tensor((2, 3), (1,)), r"of shape \(2, 3\) has strides \(1,\)"),
+        (tensor((2, 3), (3, 1), size=7), "7 of F32 are not 24 bytes"),
+        (tensor((2, 3), (3, 1), size=2**47), "of F32 are not 24 bytes"),
+        (tensor((2, 3), (3, 1), key="1"), "no storage '1'"),
+        (b"\x80\x02]N.", "ends in the middle"),
+        (b"\x80\x02].", r"it holds \[\], not a state dict"),
+        (b"\x80\x02}X\x01\0\0\0aK\x01s.", "'a' is 1, not a tensor"),
+    ],
+)  # fmt: skip
+def test_a_tensor_that_is_not_in_its_storage_is_refused(tmp_path, pickled, words):
+    refuses(tmp_path / "x.pt", archive(usual(pickled)), words)
+
+
+LONG = "x/" + "a" * 60_000
+ODD_NAMES = ["../x", "/x", "x//y", "x\\y", "C:x", "x/./y", "x/../../y", "x/\ny", "\u202ex", "x/"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_no_entry_leaves_the_archive_by_its_name(tmp_path, name):
+    refuses(tmp_path / "x.pt", archive([*usual(), (name, b"")]), "is no plain name in a folder")
+    assert os.listdir(tmp_path) == ["x.pt"]
+
+
+def test_a_compressed_archive_is_refused_before_it_is_read(tmp_path):
+    """A kilobyte can be a gigabyte; torch never compresses."""
+    bomb = [*usual(), ("x/data/1", bytes(10**7))]
+    data = archive(bomb, zipfile.ZIP_DEFLATED)
+    assert len(data) < 50_000
+    refuses(tmp_path / "x.pt", data, "is compressed or encrypted")
+
+
+def test_an_entry_twice_is_refused(tmp_path):
+    with pytest.warns(UserWarning, match="Duplicate"):
+        data = archive([*usual(), ("x/data/0", b"")])
+    refuses(tmp_path / "x.pt", data, "'x/data/0' is there twice")
+
+
+def test_entries_over_one_another_are_refused(tmp_path):
+    """As in Fifield 2019, "A better zip bomb": many names for the same bytes."""
+    data = bytearray(archive([*usual(), ("x/data/1", FLOATS.tobytes())]))
+    first, second = data.index(b"x/data/0") - 30, data.index(b"x/data/1") - 30
+    listed = data.rindex(b"x/data/1") - 46
+    data[listed + 42 : listed + 46] = struct.pack("<I", first)
+    refuses(tmp_path / "x.pt", bytes(data), "differs from the list of contents")
+    data[second + 30 : second + 38] = b"x/data/9"
+    data[first + 30 : first + 38] = b"x/data/1"
+    refuses(tmp_path / "x.pt", bytes(data), "'x/data/0' differs from the list of contents")
+    grown = bytearray(archive([*usual(), ("x/data/1", FLOATS.tobytes())]))
+    listed = grown.rindex(b"x/data/0") - 46
+    grown[listed + 20 : listed + 28] = struct.pack("<II", 100, 100)
+    refuses(tmp_path / "x.pt", bytes(grown), "'x/data/1' overlaps another")
+
+
+def test_a_long_list_of_contents_is_not_read(tmp_path):
+    entries = [(f"{LONG}{i}", b"") for i in range(80)]
+    refuses(tmp_path / "x.pt", archive([*usual(), *entries]), "list of contents is too long")
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ([("x/data/0", b"")], "one folder with one data.pkl"),
+        ([*usual(), ("y/data.pkl", b"")], "one folder with one data.pkl"),
+        ([("data.pkl", GOOD)], "one folder with one data.pkl"),
+        (usual(**{"x/byteorder": b"big"}), "its byte order is not little"),
+        (usual(**{"x/byteorder": b"x" * (2 << 20)}), "has more than 1 MiB"),
+    ],
+)
+def test_what_torch_does_not_write_is_refused(tmp_path, entries, words):
+    refuses(tmp_path / "x.pt", archive(entries), words)
+
+
+def test_a_changed_pickle_is_noticed(tmp_path):
+    data = archive(usual()).replace(b"FloatStorage", b"LongxStorage")
+    refuses(tmp_path / "x.pt", data, "'x/data.pkl' is damaged: fetch it again")
+
+
+def test_cut_anywhere_is_refused(tmp_path):
+    data = archive(usual())
+    for size in range(0, len(data), 3):
+        (tmp_path / "x.pt").write_bytes(data[:size])
+        with pytest.raises(CheckpointError):
+            torchfile.read_header(tmp_path / "x.pt")
+
+
+def test_tensors_that_share_a_storage_do_not_multiply_it(tmp_path):
+    """A thousand layers that are all the same bytes would make a small file a large model."""
+    torch = pytest.importorskip("torch")
+    from writers import nanogpt_model
+
+    model, layers = nanogpt_model(bias=False), 50
+    state = model.state_dict()
+    blocks = {n: v for n, v in state.items() if n.startswith("transformer.h.0.")}
+    for i in range(layers):
+        state |= {n.replace(".h.0.", f".h.{i}."): v for n, v in blocks.items()}
+    args = {"n_layer": layers, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 300}
+    torch.save({"model": state, "model_args": {**args, "bias": False}}, tmp_path / "ckpt.pt")
+    with pytest.raises(CheckpointError, match=r"its tensors are \d+ bytes in files of"):
+        GPT.from_pretrained(tmp_path / "ckpt.pt")
+
+
+def test_torchs_older_form_is_told(tmp_path):
+    torch = pytest.importorskip("torch")
+    state = {"w": torch.zeros(2)}
+    torch.save(state, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"torch before 1.6 wrote it: load it there, and"):
+        GPT.from_pretrained(tmp_path / "x.pt")

@@ -1,0 +1,244 @@
+"""Pickles that would run code, fill the memory or never end: refused by name, nothing executed."""
+
+from __future__ import annotations
+
+import builtins
+import collections
+import os
+import pickle
+import pickletools
+import struct
+import subprocess
+import sys
+import tracemalloc
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tinygpt import GPT, torchfile, unpickle
+from tinygpt.files import CheckpointError
+from tinygpt.tensors import read_tensor
+from tinygpt.unpickle import ALLOWED, MAX_BYTES, load
+
+DICT = b"ccollections\nOrderedDict\n"
+REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
+
+
+def put(path: Path, data: bytes, **others: bytes) -> Path:
+    """A torch file around a pickle."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", data)
+        for name, content in {"data/0": bytes(24), "byteorder": b"little", **others}.items():
+            archive.writestr(f"archive/{name}", content)
+    return path
+
+
+class Calls:
+    """Pickles as a call of a function."""
+
+    def __init__(self, function: Any, *args: Any) -> None:
+        self.function, self.args = function, args
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.function, self.args
+
+
+class Sets:
+    """Pickles as a call whose result is given a state, which BUILD hands to `__setstate__`."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return collections.OrderedDict, (), {"x": Calls(os.system, "touch hacked")}
+
+
+def by_hand(module: str, name: str, argument: str = "touch hacked") -> bytes:
+    """A call in protocol 2, of what need not be there to be named."""
+    text = struct.pack("<I", len(argument)) + argument.encode()
+    return b"\x80\x02" + f"c{module}\n{name}\n".encode() + b"X" + text + b"\x85R."
+
+
+# Kind -> (pickle, the name in the message).
+CODE = "__import__('pathlib').Path('hacked').touch()"
+HOSTILE: dict[str, tuple[bytes, str]] = {
+    "os.system": (pickle.dumps(Calls(os.system, "touch hacked"), 2), "posix.system"),
+    "os.system, protocol 0": (b"cos\nsystem\n(S'touch hacked'\ntR.", "os.system"),
+    "os.system, protocol 4": (pickle.dumps(Calls(os.system, "touch hacked"), 4), "posix.system"),
+    "os.system as INST": (b"(S'touch hacked'\nios\nsystem\n.", "instruction b'S'"),
+    "os.system as INST, newer texts": (b"(X\x01\0\0\0aios\nsystem\n.", "os.system"),
+    "subprocess": (pickle.dumps(Calls(subprocess.Popen, ["touch", "hacked"]), 2), "Popen"),
+    "builtins.eval": (pickle.dumps(Calls(builtins.eval, CODE), 2), "__builtin__.eval"),
+    "builtins.exec": (pickle.dumps(Calls(builtins.exec, CODE), 4), "builtins.exec"),
+    "builtins.getattr": (by_hand("builtins", "getattr"), "builtins.getattr"),
+    "builtins.__import__": (by_hand("builtins", "__import__", "os"), "builtins.__import__"),
+    "a dotted name": (by_hand("collections", "OrderedDict.fromkeys"), "OrderedDict.fromkeys"),
+    "a dotted module": (b"\x80\x04\x8c\x05torch\x8c\x09os.system\x93.", "torch.os.system"),
+    "numpy, runstring": (by_hand("numpy.testing._private.utils", "runstring"), "runstring"),
+    "numpy, load with pickles": (by_hand("numpy", "load", "hacked.npy"), "numpy.load"),
+    "numpy, an object array": (pickle.dumps(np.array([{}], object), 2), "_reconstruct"),
+    "torch, load": (by_hand("torch", "load", "hacked.pt"), "torch.load"),
+    "torch, hub": (by_hand("torch.hub", "load", "x/y"), "torch.hub.load"),
+    "torch, extension": (by_hand("torch.utils.cpp_extension", "load"), "cpp_extension.load"),
+    "torch, a library": (by_hand("torch.ops", "load_library", "x.so"), "load_library"),
+    "torch, a storage from a file": (
+        by_hand("torch.FloatStorage", "from_file"), "torch.FloatStorage.from_file"
+    ),
+    "codecs": (by_hand("_codecs", "encode"), "_codecs.encode"),
+    "a partial": (by_hand("functools", "partial"), "functools.partial"),
+    "nested reduce": (
+        b"\x80\x02" + DICT + by_hand("os", "system")[2:-1] + b"\x85R.", "os.system"
+    ),
+    "reduce of a reduce": (b"\x80\x02" + DICT + b")R)R.", "nothing to call"),
+    "a storage called": (b"\x80\x02ctorch\nFloatStorage\nK\x05\x85R.", "nothing to call"),
+    "a call in a state": (pickle.dumps(Sets(), 2), "posix.system"),
+    "a state for a tensor": (b"\x80\x02" + DICT + b"}b.", "sets the state of"),
+    "NEWOBJ": (b"\x80\x02" + DICT + b")\x81.", r"instruction b'\\x81'"),
+    "NEWOBJ_EX": (b"\x80\x04" + DICT + b")}\x92.", r"instruction b'\\x92'"),
+    "OBJ": (b"(" + DICT + b"o.", "instruction b'o'"),
+    "an extension": (b"\x80\x02\x82\x01.", r"instruction b'\\x82'"),
+    "a buffer": (b"\x80\x05\x97.", "protocol 5"),
+    "a persistent id as a line": (b"Pcos.system\n.", "which is no storage"),
+    "a persistent id of text": (b"\x80\x02X\x04\0\0\0evilQ.", "refers to 'evil'"),
+    "a persistent path": (
+        b"\x80\x02(X\x07\0\0\0storagectorch\nFloatStorage\nX\x0b\0\0\0../../etc/xX\x03\0\0\0cpuK\x06tQ.",
+        "which is no storage",
+    ),
+    "a persistent id with a call": (
+        b"\x80\x02(X\x07\0\0\0storagecos\nsystem\nX\x01\0\0\x000X\x03\0\0\0cpuK\x06tQ.", "os.system"
+    ),
+    "a memo that is not there": (b"\x80\x02j\xff\xff\xff\xff.", "KeyError"),
+    "a key that takes for ever to hash": (
+        b"\x80\x02}" + b")" + b"\x85" * 100_000 + b"Ns.", "no text or number"
+    ),
+    "a number without end": (b"\x80\x02\x8b\xff\xff\xff\x7f", r"instruction b'\\x8b'"),
+    "a text without end": (b"\x80\x02X\xff\xff\xff\xff", "is cut"),
+    "an empty stack": (b"\x80\x02R.", "takes more from the stack"),
+    "nothing": (b"", "is cut"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_pickle_is_refused_by_name_and_runs_nothing(kind, tmp_path, monkeypatch):
+    data, name = HOSTILE[kind]
+    path = put(tmp_path / "model.pth", data)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError):  # once before, for what any refusal imports
+        GPT.from_pretrained(path)
+    imported = set(sys.modules)
+    with pytest.raises(CheckpointError, match=name) as caught:
+        GPT.from_pretrained(path)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < len(str(path)) + 300
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pth"]
+    assert set(sys.modules) == imported
+
+
+def test_the_same_pickles_run_where_anything_is_allowed(tmp_path, monkeypatch):
+    """So that the test above could fail."""
+    monkeypatch.chdir(tmp_path)
+    for kind in ("os.system", "os.system, protocol 4", "builtins.exec", "a call in a state"):
+        pickle.loads(HOSTILE[kind][0])
+        (tmp_path / "hacked").unlink()
+
+
+def bomb(kind: str) -> bytes:
+    """A small pickle of an object that would be immense, were each part of it a copy."""
+    if kind == "tuples of twice the same":
+        return b"\x80\x02]q\0" + b"h\0h\0\x86q\0" * 60 + b"."
+    if kind == "lists of twice the same":
+        return b"\x80\x02]q\0" + b"](h\0h\0eq\0" * 60 + b"."
+    if kind == "a list in itself":
+        return b"\x80\x02]q\0h\0a."
+    if kind == "lists in lists":
+        return b"\x80\x02" + b"]" * 50_000 + b"a" * 49_999 + b"."
+    if kind == "marks":
+        return b"\x80\x02" + b"(" * 50_000
+    assert kind == "a memo of far numbers"
+    places = b"".join(b"r" + struct.pack("<I", 2**32 - 1 - i) for i in range(20_000))
+    return b"\x80\x02]" + places + b"."
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "tuples of twice the same", "lists of twice the same", "a list in itself", "lists in lists",
+        "marks", "a memo of far numbers",
+    ],
+)  # fmt: skip
+def test_a_bomb_takes_little_memory(kind, tmp_path):
+    path = put(tmp_path / "model.pth", bomb(kind))
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError) as caught:
+            torchfile.read_header(path)
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+    finally:
+        tracemalloc.stop()
+    assert len(str(caught.value)) < len(str(path)) + 500
+
+
+def test_a_long_pickle_is_refused_before_it_is_read(tmp_path):
+    path = put(tmp_path / "model.pth", b"N" * (MAX_BYTES + 1))
+    with pytest.raises(CheckpointError, match=r"'archive/data.pkl' has more than 1 MiB"):
+        torchfile.read_header(path)
+
+
+def test_the_allowed_names_are_these():
+    kinds = "Double Float Half BFloat16 Long Int Short Char Byte Bool"
+    assert {
+        "collections OrderedDict",
+        "torch._utils _rebuild_tensor_v2",
+        "torch._utils _rebuild_parameter",
+        *(f"torch {kind}Storage" for kind in kinds.split()),
+    } == ALLOWED
+
+
+def test_no_unpickler_but_ours_is_in_the_package():
+    for path in Path(unpickle.__file__).parent.glob("*.py"):
+        text = path.read_text()
+        assert "import pickle" not in text
+        assert "pickle.load" not in text.replace("unpickle.load", "")
+        assert "torch_load" not in text
+
+
+PLAIN = [
+    None, True, False, 0, 255, 256, 65536, -1, 2**31, -(2**62), 1.5, float("inf"), "", "ü" * 99,
+    (), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), [], [1], [1, 2], {}, {"a": 1}, {1: [(), {}]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+@pytest.mark.parametrize("value", [*PLAIN, PLAIN], ids=lambda value: str(value)[:20])
+def test_plain_data_comes_as_pickle_reads_it(value, protocol):
+    assert load(pickle.dumps(value, protocol)) == value
+
+
+def test_what_torch_writes_needs_nothing_more(tmp_path):
+    torch = pytest.importorskip("torch")
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    tensors = model.state_dict()  # an OrderedDict with a state of its own
+    tensors |= {
+        "parameter": torch.nn.Parameter(torch.randn(2)),
+        "turned": torch.randn(3, 4).T,
+        "part": torch.randn(6, 5)[1:4, 2:4],
+        "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(2.5),
+        **{
+            name: torch.tensor([0, 1, 3]).to(getattr(torch, name))
+            for name in ("float64", "float16", "bfloat16", "int64", "int32", "int16", "int8")
+        },
+        "uint8": torch.tensor([0, 255], dtype=torch.uint8),
+        "bool": torch.tensor([True, False]),
+    }
+    torch.save({"model": tensors, "step": 3}, tmp_path / "x.pt")
+    found, rest = torchfile.read_header(tmp_path / "x.pt")
+    assert rest == {"step": 3}
+    assert found.keys() == tensors.keys()
+    for name, info in found.items():
+        want = tensors[name].detach()
+        array = read_tensor(tmp_path / "x.pt", info)
+        np.testing.assert_array_equal(array, want.float() if want.dtype.is_floating_point else want)
+    with zipfile.ZipFile(tmp_path / "x.pt") as archive:
+        used = {code.name for code, _, _ in pickletools.genops(archive.read("x/data.pkl"))}
+    assert {"BINPERSID", "REDUCE", "BUILD"} <= used

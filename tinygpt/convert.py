@@ -1,0 +1,107 @@
+"""Turn a checkpoint of any form into one of Hugging Face's form, or into a GGUF file.
+
+What comes out is there whole or not at all, and nothing that is there already is replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tinygpt import backend, hub
+from tinygpt.config import GPTConfig, InputError
+from tinygpt.files import CheckpointError, reason
+from tinygpt.forms import read_config
+from tinygpt.model import GPT
+from tinygpt.precision import DTYPES, check_dtype, dtype_of
+from tinygpt.terminal import say
+from tinygpt.tokenizer import load_tokenizer, save_tokenizer
+from tinygpt.weights import check_gguf, save_gguf
+
+if TYPE_CHECKING:
+    from tiktoken import Encoding
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `tinygpt convert`."""
+    add = parser.add_argument
+    add("source", metavar="IN", help="a model's folder or file, or a name to fetch, such as gpt2")
+    add("out", metavar="OUT", help="the folder (hf) or file (gguf) to make")
+    add("--to", choices=("hf", "gguf"), required=True, help="the form of what comes out")
+    names = ", ".join(DTYPES)
+    add("--dtype", metavar="TYPE", help=f"of the weights: {names}, in GGUF Q8_0 (default: as held)")
+    add("--tokenizer", metavar="T", help="gpt2, bytes, or a folder (default: the model's own)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`tinygpt convert`: print the path of what it made."""
+    backend.check()
+    if args.dtype:
+        check_dtype(args.dtype)
+    out = Path(args.out)
+    if os.path.lexists(out):
+        raise InputError(f"{out} is there already: name another, or remove it first")
+    source = hub.resolve(args.source)
+    config = read_config(source)
+    tokenizer = _tokenizer(args.tokenizer, source, config.vocab_size)
+    save = {"hf": to_hf, "gguf": to_gguf}[args.to]
+    save(source, out, config, tokenizer, args.dtype)
+    print(out)
+    return 0
+
+
+def _tokenizer(given: str | None, source: Path, vocab_size: int) -> Encoding | None:
+    """The model's tokenizer; None, and a word about it, where it brings none."""
+    try:
+        return load_tokenizer(given or source, vocab_size)
+    except InputError as error:
+        if given or isinstance(error, CheckpointError):
+            raise
+        say(f"without a tokenizer: {error}")
+        return None
+
+
+def to_hf(
+    source: Path, out: Path, config: GPTConfig, tokenizer: Encoding | None, dtype: str | None
+) -> None:
+    """A folder that `transformers` loads as a model and a tokenizer.
+
+    Raises:
+        InputError: for a model that GPT-2's form cannot say, or what cannot be written.
+    """
+    for name in ("norm", "position", "shortcut"):
+        if (value := getattr(config, name)) != getattr(GPTConfig, name):
+            raise InputError(f"{name} is {value!r}, which Hugging Face's gpt2 cannot say")
+    model = GPT.from_pretrained(source, dtype)
+    if (held := dtype_of(model.wte)) == "int8":
+        raise InputError(f"dtype is {held!r}, which Hugging Face's gpt2 cannot say: give --dtype")
+    temporary = out.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        model.save_pretrained(temporary)
+        if tokenizer:
+            save_tokenizer(tokenizer, temporary)
+            if tokenizer.name == "char":
+                say("transformers has no tokenizer of characters: it will load the model alone")
+        os.rename(temporary, out)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {reason(error)}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def to_gguf(
+    source: Path, out: Path, config: GPTConfig, tokenizer: Encoding | None, dtype: str | None
+) -> None:
+    """A file with which llama.cpp continues a prompt as the model does: see `save_gguf`.
+
+    Raises:
+        InputError: for a model or tokenizer that GGUF's form cannot say, or what cannot be written.
+    """
+    check_gguf(config, dtype)
+    # Blocks are made of the weights as they are, not of what another rounding leaves of them.
+    model = GPT.from_pretrained(source, "float32" if dtype == "int8" else dtype)
+    save_gguf(model, out, tokenizer, dtype)

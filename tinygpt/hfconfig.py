@@ -1,0 +1,79 @@
+"""`config.json`, as GPT-2's Hugging Face form has it, to GPTConfig and back."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from tinygpt.config import GPTConfig, InputError, show, unknown
+from tinygpt.files import CheckpointError, read_json
+
+# Their names for what is called otherwise here, older spellings first.
+_FIELDS = {
+    "n_ctx": "block_size",
+    "n_positions": "block_size",
+    "max_position_embeddings": "block_size",
+    "hidden_size": "n_embd",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+    "activation_function": "activation",
+}
+_ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "relu": "relu",
+}
+# Fields that change the forward pass in ways the model has no part for.
+_UNSUPPORTED = ("add_cross_attention", "is_encoder_decoder", "quantization_config", "pruned_heads")
+
+
+def read_config(path: Path) -> GPTConfig:
+    """The configuration that a `config.json` describes.
+
+    Raises:
+        CheckpointError: when it is missing or unreadable, holds values that cannot work, or names
+            a part that the model does not have.
+    """
+    theirs = read_json(path)
+    try:
+        if theirs.get("model_type", "gpt2") not in ("gpt2", "tinygpt"):
+            raise InputError(f"model_type is {show(theirs['model_type'])}: only gpt2 can be loaded")
+        for name in _UNSUPPORTED:
+            if theirs.get(name):
+                raise InputError(f"{name} is set, which this model has no part for")
+        known = {field.name for field in fields(GPTConfig)}
+        ours = {name: value for name, value in theirs.items() if name in known}
+        ours |= {ours: theirs[name] for name, ours in _FIELDS.items() if name in theirs}
+        if "activation_function" in theirs:
+            name = theirs["activation_function"]
+            if not isinstance(name, str) or name not in _ACTIVATIONS:
+                raise unknown("activation_function", name, _ACTIVATIONS)
+            ours["activation"] = _ACTIVATIONS[name]
+        return GPTConfig(**ours)
+    except InputError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def to_json(config: GPTConfig, dtype: str) -> dict[str, Any]:
+    """What `config.json` is to hold; a model that GPT-2's form cannot say has a type of our own."""
+    ours = {field.name: getattr(config, field.name) for field in fields(config)}
+    names = {v: k for k, v in reversed(_ACTIVATIONS.items())}  # the first spelling of each
+    extra = {name: ours.pop(name) for name in ("norm", "position", "shortcut", "bias")}
+    changed = {k: v for k, v in extra.items() if v != getattr(GPTConfig, k)}
+    is_gpt2 = changed.keys() <= {"bias"} and dtype != "int8"
+    end = 50256 if config.vocab_size > 50256 else None
+    return {
+        "model_type": "gpt2" if is_gpt2 else "tinygpt",
+        "architectures": ["GPT2LMHeadModel"] if is_gpt2 else ["GPT"],
+        "n_positions": ours.pop("block_size"),
+        "activation_function": names[ours.pop("activation")],
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "dtype": dtype,
+        **ours,
+        **changed,
+    }
