@@ -221,8 +221,13 @@ def test_llama_cpp_continues_alike(dtype, ours, tmp_path, capsys):
     assert convert(capsys, ours[0], path, "--to", "gguf", "--dtype", dtype)[0] == 0
     model = GPT.from_pretrained(path, "float32")  # with the values that the file has
     for prompt in ([72, 101, 108], [84], [0, 255, 256]):
-        want = [*Generator(model).generate(prompt, max_new_tokens=20, temperature=0)]
-        assert llama_greedy(path, prompt, 20) == want
+        found = llama_greedy(path, prompt, 20)
+        if dtype != "int8":
+            assert found == [*Generator(model).generate(prompt, max_new_tokens=20, temperature=0)]
+        # llama.cpp rounds what it multiplies with Q8_0 to as many bits, which may turn a near tie
+        logits = our_logits(model, np.array([prompt + found[:-1]]))[0, len(prompt) - 1 :]
+        behind = logits.max(-1) - logits[np.arange(20), found]
+        assert behind.max() <= (0.05 if dtype == "int8" else 0) * np.abs(logits).max()
 
 
 def test_llama_cpp_reads_our_vocabulary(ours, tmp_path, capsys):
@@ -302,7 +307,7 @@ def test_what_convert_refuses_leaves_nothing(ours, tmp_path, capsys):
     save_tokenizer(char_tokenizer("aé"), folder)  # which bytes cannot spell
     status, _, err = convert(capsys, folder, tmp_path / "new", "--to", "gguf")
     assert status == 2
-    assert "no merge of two earlier tokens makes" in err
+    assert "tokenizer 'char' has tokens of bytes such as" in err
 
 
 def test_a_model_of_no_biases_goes_out_with_zeros(tmp_path):

@@ -233,7 +233,14 @@ def test_what_the_hub_may_answer(server: Server, tmp_path: Path) -> None:
 
 
 NOT_SHARDS = ["../x.safetensors", "/x.safetensors", "a/b.safetensors", "a\\b.safetensors"]
-NOT_SHARDS += [".x.safetensors", "x.bin", "", "x.safetensors\n", "é.safetensors"]
+NOT_SHARDS += [
+    "9" * 300 + ".safetensors",
+    ".x.safetensors",
+    "x.bin",
+    "",
+    "x.safetensors\n",
+    "é.safetensors",
+]
 
 
 @pytest.mark.parametrize("shard", [*NOT_SHARDS, 1, None, ["x.safetensors"]])

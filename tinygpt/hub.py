@@ -111,7 +111,9 @@ def shards(index: str | Path) -> list[str]:
         raise CheckpointError(f"{index.name}: weight_map must map each tensor to its file")
     suffix = Path(index.name.removesuffix(".index.json")).suffix
     for file in files.values():
-        if not isinstance(file, str) or not re.fullmatch(rf"[\w-][\w.-]*\{suffix}", file, re.A):
+        if not isinstance(file, str) or not re.fullmatch(
+            rf"[\w-][\w.-]{{0,200}}\{suffix}", file, re.A
+        ):
             raise CheckpointError(f"{index.name}: {show(file)} is not a plain {suffix} name")
     return sorted(set(files.values()))
 

@@ -88,6 +88,9 @@ def gguf_metadata(tokenizer: Encoding | None, vocab_size: int) -> dict[str, Any]
     ranks, special = tokenizer._mergeable_ranks, tokenizer._special_tokens
     merges = find_merges(ranks, tokenizer.name)
     names = {number: spell(token) for token, number in ranks.items()}
+    if odd := {part for merge in merges for part in merge}.difference(names.values()):
+        fact = f"has tokens of bytes such as {show(min(odd))} that are none themselves"
+        raise InputError(f"tokenizer {tokenizer.name!r} {fact}, which GGUF's gpt2 cannot say")
     names |= {number: token for token, number in special.items()}
     kinds = {number: _CONTROL if number in special.values() else _NORMAL for number in names}
     found = {
