@@ -289,11 +289,11 @@ def test_transformers_finds_the_same_validation_loss(whole, data):
     assert log(whole)[-1]["val_loss"] == pytest.approx(loss.item(), abs=1e-5)
 
 
-def test_the_cpu_recipe_is_nanogpts():
+def test_the_cpu_recipe_is_nanogpts_at_twice_the_rate():
     config = TrainConfig.of(RECIPES["shakespeare-cpu"])
     expected = {
         "n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12,
-        "steps": 2000, "dropout": 0.0, "learning_rate": 1e-3, "min_learning_rate": 1e-4,
+        "steps": 2000, "dropout": 0.0, "learning_rate": 2e-3, "min_learning_rate": 2e-4,
         "warmup_steps": 100, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1, "grad_clip": 1.0,
         "bias": False,
     }  # fmt: skip

@@ -24,9 +24,9 @@ from tinygpt import GPT
 from tinygpt.data import Batches, Dataset
 from tinygpt.evaluate import mean_loss, spread
 from tinygpt.optim import scheduled
-from tinygpt.recipes import TrainConfig
+from tinygpt.recipes import RECIPES, TrainConfig
 
-SMALL = TrainConfig()  # the recipe shakespeare-cpu
+SMALL = TrainConfig.of(RECIPES["shakespeare-cpu"])
 LARGE = replace(SMALL, n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=8)
 THREADS, VOCABULARY, STEPS_A_TURN = 2, 65, 10
 
