@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 from conftest import SHARED
+from tinygrad.helpers import Context
 
 from tinygpt import GPT, Generator, hub, load_tokenizer
 from tinygpt.cli import main
@@ -29,6 +30,13 @@ def words_of(text: str) -> list[str]:
 
 def common_share(text: str) -> float:
     return np.mean([word in COMMON.split() for word in words_of(text)])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _kernels_are_a_users():
+    """See NOOPT in conftest.py: without its loops unrolled this model crashes tinygrad's assembler."""
+    with Context(NOOPT=0):
+        yield
 
 
 @pytest.fixture(scope="module")
