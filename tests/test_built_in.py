@@ -34,7 +34,7 @@ def common_share(text: str) -> float:
 
 @pytest.fixture(autouse=True, scope="module")
 def _kernels_are_a_users():
-    """See NOOPT in conftest.py: with it set, what tinygrad's assembler makes of this model crashes."""
+    """With NOOPT, see conftest.py, what tinygrad's assembler makes of this model crashes."""
     with Context(NOOPT=0):
         yield
 
