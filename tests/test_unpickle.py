@@ -50,10 +50,10 @@ class Sets:
     """Pickles as a call whose result is given a state, which BUILD hands to `__setstate__`."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return collections.OrderedDict, (), {"x": Calls(os.system, "touch hacked")}
+        return collections.OrderedDict, (), {"x": Calls(os.system, "echo > hacked")}
 
 
-def by_hand(module: str, name: str, argument: str = "touch hacked") -> bytes:
+def by_hand(module: str, name: str, argument: str = "echo > hacked") -> bytes:
     """A call in protocol 2, of what need not be there to be named."""
     text = struct.pack("<I", len(argument)) + argument.encode()
     return b"\x80\x02" + f"c{module}\n{name}\n".encode() + b"X" + text + b"\x85R."
@@ -62,12 +62,12 @@ def by_hand(module: str, name: str, argument: str = "touch hacked") -> bytes:
 # Kind -> (pickle, the name in the message).
 CODE = "__import__('pathlib').Path('hacked').touch()"
 HOSTILE: dict[str, tuple[bytes, str]] = {
-    "os.system": (pickle.dumps(Calls(os.system, "touch hacked"), 2), "posix.system"),
-    "os.system, protocol 0": (b"cos\nsystem\n(S'touch hacked'\ntR.", "os.system"),
-    "os.system, protocol 4": (pickle.dumps(Calls(os.system, "touch hacked"), 4), "posix.system"),
-    "os.system as INST": (b"(S'touch hacked'\nios\nsystem\n.", "instruction b'S'"),
+    "os.system": (pickle.dumps(Calls(os.system, "echo > hacked"), 2), "posix.system"),
+    "os.system, protocol 0": (b"cos\nsystem\n(S'echo > hacked'\ntR.", "os.system"),
+    "os.system, protocol 4": (pickle.dumps(Calls(os.system, "echo > hacked"), 4), "posix.system"),
+    "os.system as INST": (b"(S'echo > hacked'\nios\nsystem\n.", "instruction b'S'"),
     "os.system as INST, newer texts": (b"(X\x01\0\0\0aios\nsystem\n.", "os.system"),
-    "subprocess": (pickle.dumps(Calls(subprocess.Popen, ["touch", "hacked"]), 2), "Popen"),
+    "subprocess": (pickle.dumps(Calls(subprocess.Popen, ["mkdir", "hacked"]), 2), "Popen"),
     "builtins.eval": (pickle.dumps(Calls(builtins.eval, CODE), 2), "__builtin__.eval"),
     "builtins.exec": (pickle.dumps(Calls(builtins.exec, CODE), 4), "builtins.exec"),
     "builtins.getattr": (by_hand("builtins", "getattr"), "builtins.getattr"),
