@@ -21,10 +21,11 @@ if (SHARED / "tiktoken_cache").is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
 
 # Elsewhere there is nothing to compare: the plain forms are all there is.
-CLANG = type(Device["CPU"].renderer).__name__ == "ClangJITRenderer"
+RENDERER = type(Device["CPU"].renderer).__name__
+CLANG = RENDERER == "ClangJITRenderer"
 needs_clang = pytest.mark.skipif(not CLANG, reason="no fast forms without clang on the CPU")
 
-if type(Device["CPU"].renderer).__name__ == "X86Renderer":
+if RENDERER == "X86Renderer":
     # tinygrad's own assembler is written in Python: tests take half the time where kernels are not
     # unrolled. NOOPT=0 has them as a user has them, as `.ci/run` does for the backends' numerics.
     os.environ.setdefault("NOOPT", "1")

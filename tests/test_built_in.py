@@ -58,6 +58,13 @@ def test_it_is_the_default_and_says_so(capsys):
     assert "untrained" not in err
 
 
+def test_a_folder_of_its_name_does_not_take_its_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / hub.BUILT_IN).mkdir()
+    assert hub.resolve(hub.BUILT_IN) == FOLDER
+    assert hub.resolve(f"./{hub.BUILT_IN}").resolve() == tmp_path / hub.BUILT_IN
+
+
 @pytest.mark.parametrize("flags", [["--untrained"], ["--preset", "nano"], ["--layers", "4"]])
 def test_a_new_model_is_had_by_asking(flags, capsys):
     assert main(["Hi", "--max-new-tokens", "0", *flags]) == 0

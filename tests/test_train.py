@@ -124,7 +124,7 @@ def test_resuming_is_exact(stop_at, whole, data, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
-    [{"optimizer": "muon"}, {"lora_rank": 2, "accumulate": 2, "batch_size": 2}],
+    [{"optimizer": "muon", "order": "epoch"}, {"lora_rank": 2, "accumulate": 2, "batch_size": 2}],
 )
 def test_resuming_is_exact_with(settings, data, tmp_path):
     settings = TINY | {"steps": 6, "eval_every": 3} | settings

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import secrets
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinygpt import backend, hub
 from tinygpt.config import GPTConfig, InputError
-from tinygpt.files import CheckpointError, reason
+from tinygpt.files import CheckpointError, atomic_folder
 from tinygpt.forms import read_config
 from tinygpt.model import GPT
 from tinygpt.precision import DTYPES, check_dtype, dtype_of
@@ -79,18 +77,12 @@ def to_hf(
     model = GPT.from_pretrained(source, dtype)
     if (held := dtype_of(model.wte)) == "int8":
         raise InputError(f"dtype is {held!r}, which Hugging Face's gpt2 cannot say: give --dtype")
-    temporary = out.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        model.save_pretrained(temporary)
+    with atomic_folder(out) as folder:
+        model.save_pretrained(folder)
         if tokenizer:
-            save_tokenizer(tokenizer, temporary)
+            save_tokenizer(tokenizer, folder)
             if tokenizer.name == "char":
                 say("transformers has no tokenizer of characters: it will load the model alone")
-        os.rename(temporary, out)
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {reason(error)}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def to_gguf(

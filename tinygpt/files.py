@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -118,6 +119,25 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | Path, advice: str = "") -> Iterator[Path]:
+    """A folder that has its name only once the block is through, and is gone if that fails.
+
+    Raises:
+        InputError: when it cannot be written: which, why, and the advice.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.rename(temporary, target)  # which takes the place of an empty folder, of no other
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {reason(error)}{advice}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def reason(error: Exception) -> str:

@@ -52,10 +52,10 @@ def resolve(name_or_path: str | Path) -> Path:
     """
     given = os.fspath(name_or_path)
     path = os.path.expanduser(given)
+    if name_or_path == BUILT_IN:  # whatever else the folder one is in calls so; a Path is no name
+        return Path(__file__).parent / BUILT_IN
     if os.path.isdir(path) or os.path.isfile(path):
         return Path(path)
-    if given == BUILT_IN:
-        return Path(__file__).parent / BUILT_IN
     advice = "give a model's folder or file, or a name such as gpt2"
     if os.path.exists(path):
         raise InputError(f"{given!r} is neither a folder nor a file: {advice}")

@@ -62,7 +62,8 @@ class Run:
                 f"window of {config.block_size}: give more text or a smaller --block-size"
             )
         self.trainer = Trainer(model, config)
-        self.batches = Batches(data.train, config.batch_size, config.block_size, config.seed)
+        shape = config.batch_size, config.block_size
+        self.batches = Batches(data.train, *shape, config.seed, config.order)
         self.scorer, self.generator = Scorer(model), Generator(model)
         self.best: dict[str, Any] | None = None  # the step of the lowest validation loss, and it
         self.val_loss: float | None = None

@@ -6,12 +6,10 @@ import argparse
 import hashlib
 import os
 import re
-import secrets
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +19,7 @@ import numpy as np
 from tinygpt.bpe import bpe_tokenizer, train_bpe
 from tinygpt.config import InputError, show, unknown
 from tinygpt.data import SPLITS, Dataset, Header, Split, ids_dtype
-from tinygpt.files import reason
+from tinygpt.files import atomic_folder, reason
 from tinygpt.hub import cache_folder, fetch
 from tinygpt.terminal import say
 from tinygpt.text import PIECE_BYTES, Piece, Source
@@ -81,7 +79,7 @@ def prepare(
     settings = {"source": text.sha256(), "tokenizer": tokenizer, "val": val, "field": field}
     if existing := _existing(out, settings):
         return existing
-    with _atomic_folder(out) as folder:
+    with atomic_folder(out, "; pass another -o") as folder:
         encoding = _tokenizer(tokenizer, int(size[1]) if size else 0, text)
         save_tokenizer(encoding, folder)
         splits = _write(folder, encoding, text)
@@ -127,21 +125,6 @@ def _existing(out: Path, settings: dict[str, Any]) -> Header | None:
             fact = "other text" if name == "source" else f"{name} {show(had)}, not {show(value)}"
             raise InputError(f"{out} was prepared with {fact}: pass another -o, or remove it first")
     return header
-
-
-@contextmanager
-def _atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder that has its name only once the block is through, and is gone if that fails."""
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        os.rename(temporary, target)  # which takes the place of an empty folder, of no other
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {reason(error)}; pass another -o") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _tokenizer(kind: str, size: int, text: Source) -> Encoding:

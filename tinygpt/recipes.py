@@ -16,6 +16,7 @@ from tinygpt.files import CheckpointError, read_text
 _CHOICES = {
     "optimizer": ("adamw", "muon"),
     "schedule": ("cosine", "linear", "constant"),
+    "order": ("random", "epoch"),
     "compute": ("float32", "bfloat16", "float16"),
 }
 # Settings that describe a new model, by their names in GPTConfig.
@@ -46,6 +47,7 @@ class TrainConfig:
     activation: str = _setting("gelu_tanh", "gelu_tanh, gelu or relu")
     bias: bool = _setting(False, "bias terms in linear layers and layer norms")
     dropout: float = _setting(0.0, "share of activations dropped while training")
+    order: str = _setting("random", "random windows, or epoch: each window once, then anew")
     batch_size: int = _setting(12, "samples that are computed at once")
     accumulate: int = _setting(1, "batches whose gradients make one step")
     steps: int = _setting(2000, "updates of the weights in all")

@@ -73,7 +73,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("prompt", nargs="?", metavar="PROMPT", help="text to continue; - or a pipe reads stdin")
     models = "a folder, or a name to fetch, such as gpt2 (default: the built-in shakespeare)"
     add("--model", metavar="NAME|PATH", help=models)
-    words = "a new model of random weights; so does any flag of its shape"
+    words = "a new model of random weights; so does --tokenizer, or any flag of its shape"
     add("--untrained", action="store_true", default=None, help=words)
     bits = f"hold weights in {', '.join(DTYPES)} (default: as stored)"
     add("--dtype", metavar="TYPE", help=bits)
