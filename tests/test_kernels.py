@@ -26,6 +26,8 @@ RAGGED = {
     "post-norm without bias": {"norm": "post", "bias": False, "n_embd": 21, "n_head": 3},
     "gelu": {"activation": "gelu"},
     "relu": {"activation": "relu"},
+    "waves, an output of its own": {"position": "sinusoidal", "tie_word_embeddings": False},
+    "in several kernels": {"n_layer": 5},
     "scaled": {"scale_attn_by_inverse_layer_idx": True, "layer_norm_epsilon": 0.1},
 }
 
@@ -74,18 +76,20 @@ def test_a_linear_layer_is_that_of_numpy(rows, out):
 @needs_clang
 @pytest.mark.parametrize(("batch", "time", "padded"), [(1, 1, 0), (1, 9, 0), (3, 1, 1), (3, 5, 1)])
 @pytest.mark.parametrize("options", RAGGED.values(), ids=RAGGED)
-def test_a_block_equals_its_plain_form(options, batch, time, padded, monkeypatch):
-    config = replace(SMALL, n_layer=1, **options)
+def test_reading_equals_its_plain_form(options, batch, time, padded, monkeypatch):
+    config = replace(SMALL, **{"n_layer": 1, **options})
+    monkeypatch.setattr("tinygpt.reading._MOST_LAYERS", 2)
     model, tokens = randomize(GPT(config)), np.arange(batch * time).reshape(batch, time)
     old = draw(2, batch, config.n_head, 16, config.head_dim)
     results = []
     for kernels in "10":
         monkeypatch.setenv("TINYGPT_KERNELS", kernels)
-        cache = [tuple(Tensor(part).realize() for part in old)]
+        cache = [tuple(Tensor(part).realize() for part in old) for _ in range(config.n_layer)]
         padding = Tensor(np.arange(batch, dtype=np.int32) * 2).realize() if padded else None
         start_pos = Variable("start_pos", 0, 15).bind(6)
-        y = model.embed_and_transform(Tensor(tokens), cache, start_pos, padding)
-        results.append([y.numpy(), *(part.numpy() for part in cache[0])])
+        ids = Tensor(tokens.astype(np.int32))
+        y = model.read(ids, cache, start_pos, padding, end=time // 2)
+        results.append([y.numpy(), *(part.numpy() for part in cache[-1])])
     for got, true in zip(*results, strict=True):
         assert np.allclose(got, true, rtol=1e-4, atol=1e-4)
     assert not np.allclose(results[0][1], old[0])  # new keys were written
@@ -94,15 +98,15 @@ def test_a_block_equals_its_plain_form(options, batch, time, padded, monkeypatch
 @needs_clang
 @pytest.mark.parametrize("time", [1, 9])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
-def test_a_block_of_narrow_weights_equals_its_plain_form(dtype, time, monkeypatch):
+def test_reading_with_narrow_weights_equals_its_plain_form(dtype, time, monkeypatch):
     config = replace(SMALL, n_layer=1, n_embd=42, n_inner=37)
     model = convert(randomize(GPT(config)), dtype)
     results = []
     for kernels in "10":
         monkeypatch.setenv("TINYGPT_KERNELS", kernels)
         start_pos = Variable("start_pos", 0, 15).bind(0)
-        tokens = Tensor(np.arange(time).reshape(1, time))
-        results.append(model(tokens, model.empty_cache(1, 16), start_pos).numpy())
+        tokens = Tensor(np.arange(time, dtype=np.int32).reshape(1, time))
+        results.append(model.read(tokens, model.empty_cache(1, 16), start_pos, end=0).numpy())
     assert np.allclose(*results, rtol=1e-4, atol=1e-4)
 
 

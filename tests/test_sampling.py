@@ -89,7 +89,7 @@ def test_warpers_equal_transformers(seed):
         theirs = warper(torch.tensor(seen), theirs)
     settings = Sampling(0.7, top_k=200, top_p=0.8, min_p=0.02, repetition_penalty=1.3)
     ours = Tensor(logits)
-    for name, bound in settings.bounds().items():
+    for name, bound in bounds(settings).items():
         if name in sampling.PENALTIES:
             ours = sampling.PENALTIES[name](ours, Tensor(counts), bound)
         else:
@@ -97,11 +97,15 @@ def test_warpers_equal_transformers(seed):
     np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-5)
 
 
+def bounds(settings: Sampling) -> dict[str, Tensor]:
+    return {name: Tensor(bound) for name, bound in settings.bounds().items()}
+
+
 def draws(settings: Sampling, count: int) -> np.ndarray:
     """How often each token is drawn, at one step each from `count` seeds."""
     seeds = Tensor(np.arange(count, dtype=np.uint64))
     logits = Tensor(LOGITS[:1]).expand(count, -1).contiguous()
-    tokens = choose(logits, settings.bounds(), seeds).numpy()
+    tokens = choose(logits, bounds(settings), seeds).numpy()
     return np.bincount(tokens, minlength=LOGITS.shape[1])
 
 
@@ -114,7 +118,7 @@ def draws(settings: Sampling, count: int) -> np.ndarray:
 def test_draws_follow_the_distribution(settings):
     """20,000 draws against exact probabilities, by a chi-squared test at 6 sigma."""
     logits = Tensor(LOGITS[:1])
-    for name, bound in settings.bounds().items():
+    for name, bound in bounds(settings).items():
         logits = sampling.FILTERS[name](logits, bound)
     expected = softmax(logits.numpy().astype(np.float64))[0] * 20_000
     seen = draws(settings, 20_000)

@@ -15,7 +15,7 @@ from threading import Lock
 
 import numpy as np
 from tinygrad import Device, Tensor
-from tinygrad.dtype import _from_np_dtype
+from tinygrad.dtype import _from_np_dtype, _to_np_dtype
 from tinygrad.helpers import DEV, Context
 
 from tinygpt.config import InputError
@@ -191,3 +191,16 @@ def write(target: Tensor, values: np.ndarray) -> None:
         np.copyto(memory.reshape(values.shape), values)
     else:
         buffer.copyin(memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8)))
+
+
+def read(source: Tensor) -> np.ndarray:
+    """The values of a realised tensor that has memory of its own: a copy, in one dimension.
+
+    `Tensor.tolist` would build a graph first, though there is nothing to compute.
+    """
+    buffer = source.uop.base.buffer
+    if source.device != "CPU":
+        return buffer.numpy()
+    return np.frombuffer(
+        buffer.as_memoryview(force_zero_copy=True), _to_np_dtype(source.dtype)
+    ).copy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -112,9 +113,11 @@ class Generator:
         return seeds
 
     def _steps(self, runner, rows, max_new_tokens, seeds, stop_tokens, settings):
-        bounds = settings.bounds()
-        seeds = None if settings.greedy else backend.tensor(np.array(seeds, np.uint64))
-        counts = _count(rows, self.model.config.vocab_size) if settings.needs_counts else None
+        inputs: dict[str, np.ndarray] = settings.bounds()
+        if not settings.greedy:
+            inputs["seeds"] = np.array(seeds, np.uint64)
+        if settings.needs_counts:
+            inputs["counts"] = _count(rows, self.model.config.vocab_size)
         live = [True] * len(rows)
         contexts = rows
         for step in range(max_new_tokens):
@@ -123,15 +126,15 @@ class Generator:
                     self._window(ids) if alive else [0]
                     for ids, alive in zip(contexts, live, strict=True)
                 ]
-                chosen = runner.read(contexts, bounds, seeds, step, counts)
+                chosen = runner.read(contexts, inputs, step)
             else:
-                chosen = runner.next([ids[-1] for ids in contexts], bounds, seeds, step, counts)
+                chosen = runner.next([ids[-1] for ids in contexts], inputs, step)
             for row, token in enumerate(chosen):
                 live[row] = live[row] and token not in stop_tokens
                 if live[row]:
                     contexts[row].append(token)
-                    if counts is not None:
-                        counts[:, row, token] += 1
+                    if settings.needs_counts:
+                        inputs["counts"][:, row, token] += 1
             if not any(live):
                 return
             yield [token if alive else None for token, alive in zip(chosen, live, strict=True)]
@@ -160,6 +163,9 @@ class _Runner:
 
     Rows stand flush right: shorter ones are padded at the left, so that all have the same next
     position, and the model is told how much of each is padding.
+
+    What a graph reads lies in tensors that are captured with it, as the cache is: TinyJit takes
+    0.1 ms and more a call for those that it is given.
     """
 
     def __init__(self, model: GPT, batch_size: int, chunk_size: int) -> None:
@@ -170,23 +176,23 @@ class _Runner:
         self.padding: Tensor | None = None
         self._read: dict[int, Callable[..., Tensor]] = {}  # one graph for each length of a chunk
         self._next: dict[tuple, Callable[..., Tensor]] = {}  # one graph for each set of settings
-        self._inputs: dict[tuple[int, ...], Tensor] = {}  # by shape: see `_input`
+        self._inputs: dict[tuple, Tensor] = {}  # by name and shape: see `_input`
 
     @property
     def full(self) -> bool:
         """Whether no position is left in the cache."""
         return self.position == self.block_size
 
-    def read(self, contexts: list[list[int]], *settings: Any) -> list[int]:
+    def read(self, contexts: list[list[int]], inputs: dict[str, np.ndarray], step: int) -> list:
         """Fill the cache with each row's tokens, chunk by chunk, and choose the token after them.
 
         Args:
-            settings: bounds, seeds, step and counts: see `sampling.choose`.
+            inputs: bounds, seeds and counts, as far as they are needed: see `sampling.choose`.
         """
         longest, size = max(map(len, contexts)), self.chunk_size
         padding = [longest - len(ids) for ids in contexts]
         if self.batch_size > 1:
-            self.padding = self._input(np.array(padding, np.int32))
+            self.padding = self._input("padding", np.array(padding, np.int32))
         if longest == 1:
             size = 1
         tokens = np.zeros((self.batch_size, max(longest, size)), np.int32)
@@ -199,55 +205,53 @@ class _Runner:
         while (rest := longest - start) > size:
             # a long prompt in larger chunks, each of which reads all weights once
             length = 4 * size if rest > 4 * size else size
+            chunk = self._input("tokens", tokens[:, start : start + length])
             if length not in self._read:
-                self._read[length] = _captured(self._read_chunk)
-            chunk = self._input(tokens[:, start : start + length])
-            self._read[length](chunk, self._place(start, length), self.padding)
+                self._read[length] = _captured(partial(self._read_chunk, chunk))
+            self._read[length](self._place(start, length))
             start += length
         start = max(0, longest - size)
         self.position = longest
-        return self._choose(tokens[:, start:], start, longest - 1 - start, *settings)
+        return self._choose(tokens[:, start:], start, longest - 1 - start, inputs, step)
 
-    def next(self, last: list[int], *settings: Any) -> list[int]:
+    def next(self, last: list[int], inputs: dict[str, np.ndarray], step: int) -> list[int]:
         """Read one more token of each row, and choose the one after it."""
         tokens = np.array(last, np.int32).reshape(-1, 1)
         self.position += 1
-        return self._choose(tokens, self.position - 1, 0, *settings)
+        return self._choose(tokens, self.position - 1, 0, inputs, step)
 
-    def _choose(self, tokens, start, end, bounds, seeds, step, counts) -> list[int]:
+    def _choose(self, tokens, start, end, inputs, step) -> list[int]:
         """Read tokens (B, T) at start, and choose what follows the one in column `end`."""
         length = tokens.shape[1]
-        key = (length, *bounds, seeds is not None)
-        if key not in self._next:
-            self._next[key] = _captured(self._next_tokens)
-        return self._next[key](
-            self._input(tokens),
+        held = {"tokens": tokens, **inputs}
+        held = {name: self._input(name, values) for name, values in held.items()}
+        if (key := (length, *inputs)) not in self._next:
+            self._next[key] = _captured(partial(self._next_tokens, **held))
+        chosen = self._next[key](
             self._place(start, length),
             end if length == 1 else Variable("end", 0, length - 1).bind(end),
-            self.padding,
-            bounds,
-            seeds,
-            0 if seeds is None else Variable("step", 0, 2**31 - 1).bind(step),
-            None if counts is None else self._input(counts),
-        ).tolist()
+            Variable("step", 0, 2**31 - 1).bind(step) if "seeds" in inputs else 0,
+        )
+        return backend.read(chosen).tolist()
 
-    def _input(self, values: np.ndarray) -> Tensor:
-        """The values on the device, in the one tensor that this runner has for their shape."""
-        if values.shape not in self._inputs:
-            self._inputs[values.shape] = backend.tensor(values)
-        backend.write(self._inputs[values.shape], values)
-        return self._inputs[values.shape]
+    def _input(self, name: str, values: np.ndarray) -> Tensor:
+        """The values on the device, in the one tensor that this runner has for name and shape."""
+        if (key := (name, values.shape)) not in self._inputs:
+            self._inputs[key] = backend.tensor(values)
+        backend.write(self._inputs[key], values)
+        return self._inputs[key]
 
     def _place(self, start: int, length: int) -> UOp:
         return Variable("start_pos", 0, max(1, self.block_size - length)).bind(start)
 
-    def _read_chunk(self, tokens: Tensor, start_pos: UOp, padding: Tensor | None) -> Tensor:
-        return self.model.embed_and_transform(tokens, self.cache, start_pos, padding)
+    def _read_chunk(self, tokens: Tensor, start_pos: UOp) -> Tensor:
+        return self.model.read(tokens, self.cache, start_pos, self.padding)
 
-    def _next_tokens(self, tokens, start_pos, end, padding, bounds, seeds, step, counts) -> Tensor:
-        x = self.model.embed_and_transform(tokens, self.cache, start_pos, padding)
-        x = x[:, 0] if tokens.shape[1] == 1 else x[:, end : end + 1].squeeze(1)  # (B, C)
-        return choose(self.model.project(x).float(), bounds, seeds, step, counts)
+    def _next_tokens(
+        self, start_pos, end, step, *, tokens, seeds=None, counts=None, **bounds
+    ) -> Tensor:
+        logits = self.model.read(tokens, self.cache, start_pos, self.padding, end)
+        return choose(logits, bounds, seeds, step, counts)
 
 
 def _captured(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -29,16 +29,16 @@ _EVEN = 64
 # Up to so many rows a product with weights is bound by reading them: see `few` in kernels.c.
 _FEW = 8
 
+# Buffers of int32, where they are absent.
+_INTEGERS = ("tokens", "padding", "end")
 # How C names what weights may be held in.
-_WEIGHTS = {
+WEIGHTS = {
     dtypes.float32: {"WEIGHT": "float"},
     dtypes.float16: {"WEIGHT": "__fp16"},
     dtypes.uint16: {"WEIGHT": "unsigned short", "BFLOAT16": 1},
     dtypes.int8: {"WEIGHT": "signed char"},
 }
 ACTIVATIONS = {"gelu_tanh": 1, "gelu": 2, "relu": 3}
-# So many blocks in one kernel at most: their pointers are the arguments of one C call.
-_MOST_LAYERS = 16
 # Starting a second thread takes about as long as this many floating-point operations of one.
 _THREAD_FLOPS = 1_500_000
 
@@ -108,7 +108,7 @@ def matmul(a: Tensor, b: Tensor, a_transposed: bool = False, b_transposed: bool 
         )
     batch = math.prod(leading)
     macros = {
-        "MATMUL": 1, "BATCH": batch, "SIZE_M": M, "SIZE_N": N, "SIZE_K": K, **_WEIGHTS[b.dtype],
+        "MATMUL": 1, "BATCH": batch, "SIZE_M": M, "SIZE_N": N, "SIZE_K": K, **WEIGHTS[b.dtype],
         "A_TRANSPOSED": int(a_transposed), "B_TRANSPOSED": int(b_transposed),
         "FEW": int(b_transposed and not a_transposed and batch == 1 and M <= _FEW),
     }  # fmt: skip
@@ -126,104 +126,6 @@ def matmul(a: Tensor, b: Tensor, a_transposed: bool = False, b_transposed: bool 
     buffers = {"c": Tensor.empty(*leading, M, N), "a": a, "b": b}
     gradient = gradient if b.dtype == dtypes.float32 else None
     return call("matmul", buffers, ("c",), macros, flops, gradient=gradient)[0]
-
-
-def fast_blocks(x: Tensor, layers: Sequence[Mapping[str, Tensor]]) -> bool:
-    """Whether `transformer_blocks` holds: as `fast`, and with all matrices of one dtype."""
-    weights = [weight for layer in layers for weight in layer.values()]
-    return fast(x, *weights) and len({w.dtype for w in weights if w.ndim == 2}) == 1
-
-
-def transformer_blocks(
-    x: Tensor,
-    layers: Sequence[Mapping[str, Tensor]],
-    cache: Sequence[tuple[Tensor, Tensor]],
-    start_pos: UOp,
-    padding: Tensor | None,
-    *,
-    final: Mapping[str, Tensor],
-    scales: Sequence[float],
-    epsilon: float,
-    activation: str,
-    pre_norm: bool,
-    shortcut: bool,
-) -> Tensor:
-    """Transformer blocks one after the other in one kernel, and the final norm if there is one;
-    without gradients or dropout.
-
-    One kernel, because starting one on two threads takes tinygrad 0.14 ms. Their plain form is
-    `layers.TransformerBlock`, whose arguments and weights (by their names there) these are. The
-    cache is written at start_pos.
-
-    Args:
-        x: float32 (B, T, C).
-        layers: each block's weights, the matrices of one dtype, the rest float32; a bias or scale
-            may be absent.
-        cache: keys and values for each block, each (B, H, S, D).
-        start_pos: a bound Variable, whose value x's own graph brings (positions depend on it).
-        padding: int32 (B,) or None.
-        final: weight and bias of the final norm, as far as they are there.
-        scales: of each block's attention scores.
-    Returns:
-        float32 (B, T, C).
-    """
-    macros = {
-        "EPSILON": f"{epsilon!r}f", "ACTIVATION": ACTIVATIONS[activation],
-        "PRE_NORM": int(pre_norm), "SHORTCUT": int(shortcut),
-    }  # fmt: skip
-    for start in range(0, len(layers), _MOST_LAYERS):
-        some = slice(start, start + _MOST_LAYERS)
-        last = final if some.stop >= len(layers) else {}
-        x = _blocks(x, layers[some], cache[some], last, scales[some], start_pos, padding, macros)
-    return x
-
-
-def _blocks(
-    x: Tensor,
-    layers: Sequence[Mapping[str, Tensor]],
-    cache: Sequence[tuple[Tensor, Tensor]],
-    final: Mapping[str, Tensor],
-    scales: Sequence[float],
-    start_pos: UOp,
-    padding: Tensor | None,
-    macros: Mapping[str, object],
-) -> Tensor:
-    (B, T, C), (_, H, S, D) = x.shape, cache[0][0].shape
-    inner = layers[0]["mlp.c_fc.weight"].shape[0]
-    flops = 2 * B * T * sum(w.numel() for weights in layers for w in weights.values())
-    threads = count_threads(flops)
-    buffers = {
-        "out": Tensor.empty(B, T, C),
-        "scratch": Tensor.empty(B * T * (6 * C + inner) + threads * T * S),
-        "sync": meeting_place(),
-        "x": x.contiguous(),
-        "padding": padding,
-        "ln_f_weight": final.get("weight"),
-        "ln_f_bias": final.get("bias"),
-    }
-    written, rows = ["out", "scratch", "sync"], []
-    for i, (weights, pair, scale) in enumerate(zip(layers, cache, scales, strict=True)):
-        row = {f"l{i}_{name.replace('.', '_')}": weights.get(name) for name in _layer_names()}
-        row |= {f"l{i}_keys": pair[0], f"l{i}_values": pair[1]}
-        buffers |= {name: tensor for name, tensor in row.items() if tensor is not None}
-        written += [f"l{i}_keys", f"l{i}_values"]
-        names = ["0" if tensor is None else name for name, tensor in row.items()]
-        rows.append(f"{{{', '.join(names)}, {float(scale)!r}f}}")
-    macros = {
-        **macros, "BLOCKS": 1, "B": B, "T": T, "H": H, "D": D, "F": inner, "S": S,
-        "LAYERS": ", ".join(rows), **_WEIGHTS[layers[0]["mlp.c_fc.weight"].dtype],
-    }  # fmt: skip
-    place = {"start_pos": start_pos.unbind()[0]}
-    return call("blocks", buffers, written, macros, flops, place)[0]
-
-
-@functools.cache
-def _layer_names() -> tuple[str, ...]:
-    """A block's weights, in the order of `struct layer` in kernels.c."""
-    linears = [f"attn.{name}_proj" for name in ("q", "k", "v", "out")] + ["mlp.c_fc", "mlp.c_proj"]
-    layers = [(name, ("weight", "bias")) for name in ("ln_1", "ln_2")]
-    layers += [(name, ("weight", "bias", "scale")) for name in linears]
-    return tuple(f"{layer}.{part}" for layer, parts in layers for part in parts)
 
 
 def count_threads(flops: int) -> int:
@@ -282,7 +184,7 @@ def call(
     numbers = [f"int {number}" for number in ("core_id", *variables)]
     lines = [f"#define {key} {value}" for key, value in {**macros, "THREADS": threads}.items()]
     for null in (name for name in buffers if name not in present):
-        lines.append(f"static {'int' if null == 'padding' else 'float'} *const {null} = 0;")
+        lines.append(f"static {'int' if null in _INTEGERS else 'float'} *const {null} = 0;")
     lines += [f"#define ENTRY void {name}({', '.join([*pointers, *numbers])})", _source(*sources)]
     size_bytes = sum(tensor.nbytes() for tensor in present.values())
 

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 from tinygrad import Tensor, UOp, dtypes
-from tinygrad.nn.state import get_state_dict
+from tinygrad.nn.state import get_parameters, get_state_dict
 
 from tinygpt.backend import require_memory, tensor, write
 from tinygpt.config import GPTConfig, InputError
-from tinygpt.kernels import fast_blocks, linear, transformer_blocks
+from tinygpt.kernels import linear
 from tinygpt.layers import Embedding, LayerNorm, Linear, TransformerBlock
+from tinygpt.reading import fast_reading, read_tokens
 
 # One (keys, values) pair a block, each (B, H, cache length, D): see `GPT.empty_cache`.
 Cache = list[tuple[Tensor, Tensor]]
@@ -118,6 +119,46 @@ class GPT:
         """
         return self.project(self.embed_and_transform(tokens, cache, start_pos, padding))
 
+    def read(
+        self,
+        tokens: Tensor,
+        cache: Cache,
+        start_pos: UOp,
+        padding: Tensor | None = None,
+        end: int | UOp | None = None,
+    ) -> Tensor:
+        """What generating asks of `__call__`: the cache filled, and one position's logits.
+
+        Args:
+            tokens: int32 (B, T).
+            start_pos: a bound Variable.
+            end: the column of tokens whose logits are wanted, or None.
+        Returns:
+            float32 (B, V); without an end something that need only be realised.
+        """
+        config = self.config
+        head = self.wte if config.tie_word_embeddings else self.lm_head
+        weights = [*get_parameters(self.blocks), *get_parameters(self.wte), *get_parameters(head)]
+        if Tensor.training or not fast_reading(weights):
+            x = self.embed_and_transform(tokens, cache, start_pos, padding)
+            if end is None:
+                return x
+            x = x[:, 0] if tokens.shape[1] == 1 else x[:, end : end + 1].squeeze(1)  # (B, C)
+            return self.project(x).float()
+        places = self._places(tokens.shape[1], start_pos, padding)
+        return read_tokens(
+            tokens, self.encode_positions(places), cache, start_pos, padding, end,
+            table=get_state_dict(self.wte),
+            layers=[get_state_dict(block) for block in self.blocks],
+            final=get_state_dict(self.ln_f) if config.norm == "pre" else {},
+            head=get_state_dict(head),
+            scales=[block.attn.scale for block in self.blocks],
+            epsilon=config.layer_norm_epsilon,
+            activation=config.activation,
+            pre_norm=config.norm == "pre",
+            shortcut=config.shortcut,
+        )  # fmt: skip
+
     def embed_and_transform(
         self,
         tokens: Tensor,
@@ -132,35 +173,17 @@ class GPT:
                 f"tokens at positions {start_pos} to {start_pos + T - 1} reach past the window "
                 f"of {self.config.block_size}: give fewer, or slide the window"
             )
-        time = Tensor.arange(T, dtype=dtypes.int32).reshape(1, T) + start_pos  # (1, T)
-        places = time if padding is None else (time - padding.reshape(-1, 1)).maximum(0)  # (B, T)
-        x = self.wte(tokens) + self.encode_positions(places)
+        x = self.wte(tokens) + self.encode_positions(self._places(T, start_pos, padding))
         x = x.dropout(self.config.embd_pdrop).contiguous()
-        return self.transform(x, cache, start_pos, padding)
-
-    def transform(
-        self, x: Tensor, cache: Cache | None, start_pos: int | UOp, padding: Tensor | None
-    ) -> Tensor:
-        """Through all blocks and the final norm, which when generating may be one kernel.
-
-        float (B, T, C) -> float (B, T, C).
-        """
-        pre_norm = self.config.norm == "pre"
-        generating = cache is not None and isinstance(start_pos, UOp) and not Tensor.training
-        layers, config = [get_state_dict(block) for block in self.blocks], self.config
-        if generating and fast_blocks(x, layers):
-            return transformer_blocks(
-                x, layers, cache, start_pos, padding,
-                final=get_state_dict(self.ln_f) if pre_norm else {},
-                scales=[block.attn.scale for block in self.blocks],
-                epsilon=config.layer_norm_epsilon,
-                activation=config.activation,
-                pre_norm=pre_norm,
-                shortcut=config.shortcut,
-            )  # fmt: skip
         for i, block in enumerate(self.blocks):
             x = block(x, None if cache is None else cache[i], start_pos, padding)
-        return self.ln_f(x) if pre_norm else x
+        return self.ln_f(x) if self.config.norm == "pre" else x
+
+    @staticmethod
+    def _places(T: int, start_pos: int | UOp, padding: Tensor | None) -> Tensor:
+        """The positions of T tokens, counted from where each row's padding ends: (B or 1, T)."""
+        time = Tensor.arange(T, dtype=dtypes.int32).reshape(1, T) + start_pos
+        return time if padding is None else (time - padding.reshape(-1, 1)).maximum(0)
 
     def encode_positions(self, places: Tensor) -> Tensor:
         """int (..., T) -> (..., T, C): learned rows, or the fixed waves of Vaswani et al. 3.5."""

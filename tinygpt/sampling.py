@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 from tinygrad import Tensor, UOp, dtypes
 
 from tinygpt.config import InputError, unknown
@@ -77,9 +78,10 @@ class Sampling:
         """Whether the penalties need to know what came before."""
         return any(name.endswith("penalty") for name in self.active)
 
-    def bounds(self) -> dict[str, Tensor]:
-        """The active settings as realised tensors of shape (1,), for `choose`."""
-        return {name: Tensor([getattr(self, name)]).realize() for name in self.active}
+    def bounds(self) -> dict[str, np.ndarray]:
+        """The active settings, each of shape (1,) and as a tensor what `choose` takes."""
+        types = {"top_k": np.int32}
+        return {x: np.array([getattr(self, x)], types.get(x, np.float32)) for x in self.active}
 
 
 def choose(
@@ -93,7 +95,7 @@ def choose(
 
     Args:
         logits: float (B, V).
-        bounds: the settings to apply, from `Sampling.bounds`.
+        bounds: the settings to apply: see `Sampling.bounds`.
         seeds: uint64 (B,), one for each row's own stream of draws; None is greedy.
         step: which draw of the stream this is.
         counts: float (2, B, V): how often each token stands in prompt and text; in the text alone.
