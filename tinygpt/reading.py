@@ -1,4 +1,4 @@
-"""The forward pass of a GPT that generates, as one C kernel, in reading.c; its plain form is `model`.
+"""The forward pass of a GPT that generates, as one C kernel (reading.c); plain, it is in `model`.
 
 One kernel, because starting one on two threads takes tinygrad 0.14 ms, and whatever Python does
 between two of them it does with caches that the weights have just gone through.
