@@ -60,11 +60,6 @@ INLINE vec activate(vec x) {
 
 enum { ROWS = 6, COLUMNS = 16 };            // of the tile held in registers
 enum { DEPTH = 256, BLOCK_ROWS = 40 * ROWS };  // of what is worked on at a time
-#if defined(MATMUL) && A_TRANSPOSED
-enum { PACKED = BLOCK_ROWS * DEPTH };
-#else
-enum { PACKED = 1 };
-#endif
 
 // A panel of b, its COLUMNS side by side for each k, zeros past its edge: panel[k][column].
 // Eight rows of b at a time go through registers, where they are transposed.
@@ -103,15 +98,14 @@ INLINE float value(const float *p) { return *p; }
 DEFINE_PACK(pack, float, load, value)
 DEFINE_PACK(pack_weights, WEIGHT, widen, widen1)
 
-// One tile: c[ROWS][COLUMNS] (+)= a[.][depth] times a panel; `rows` and `columns` of it are real.
-INLINE void tile(float *c, long ldc, const float *a, long row, long step, const float *panel, int rows, int columns, int depth, int add) {
+// One tile: c[ROWS][COLUMNS] (+)= packed rows of a times a panel; `rows` and `columns` of it are real.
+INLINE void tile(float *c, long ldc, const float *packed, const float *panel, int rows, int columns, int depth, int add) {
   vec acc[ROWS][2];
-  const float *r[ROWS];
-  UNROLLED(i, ROWS) { r[i] = a + MIN(i, rows - 1) * row; acc[i][0] = acc[i][1] = (vec){0}; }
+  UNROLLED(i, ROWS) acc[i][0] = acc[i][1] = (vec){0};
   _Pragma("clang loop unroll_count(2)")
   for (int k = 0; k < depth; k++) {
     vec b0 = load(panel + k * COLUMNS), b1 = load(panel + k * COLUMNS + 8);
-    UNROLLED(i, ROWS) { vec x = splat(r[i][k * step]); acc[i][0] += x * b0; acc[i][1] += x * b1; }
+    UNROLLED(i, ROWS) { vec x = splat(packed[k * ROWS + i]); acc[i][0] += x * b0; acc[i][1] += x * b1; }
   }
   UNROLLED(i, ROWS) if (i < rows) {
     float *p = c + i * ldc;
@@ -125,29 +119,35 @@ INLINE void tile(float *c, long ldc, const float *a, long row, long step, const 
   }
 }
 
-// A block of a transposed a, tile by tile: packed[tile][k][row], so that a tile reads it in order.
-static void pack_rows(float *packed, const float *a, long ld, int rows, int depth) {
+// A block of a, whose rows lie `row` apart and columns `step`, tile by tile: packed[tile][k][row], so
+// that a tile reads it in order.
+INLINE void pack_rows(float *packed, const float *a, long row, long step, int rows, int depth) {
   for (int m = 0; m < rows; m += ROWS) for (int k = 0; k < depth; k++)
-    UNROLLED(i, ROWS) packed[(long)m * depth + k * ROWS + i] = a[k * ld + MIN(m + i, rows - 1)];
+    UNROLLED(i, ROWS) packed[(long)m * depth + k * ROWS + i] = a[MIN(m + i, rows - 1) * row + k * step];
+}
+
+// Lines first to last, `width` bytes each and `ld` apart, on their way into the cache.
+INLINE void fetch(const char *p, long ld, int first, int last, int width) {
+  for (int i = first; i < last; i++) for (int x = 0; x < width; x += 64) __builtin_prefetch(p + i * ld + x);
 }
 
 // `a` is [m][k], or [k][m] if a_transposed. Blocks are cut so that a panel stays in the first
-// cache and a block of rows in the second.
+// cache and a block of rows in the second; with each tile comes a share of the next panel's b.
 #define DEFINE_PRODUCT(product, pack, TYPE)                                                          \
   static void product(float *c, long ldc, const float *a, long lda, int a_transposed, const TYPE *b, long ldb, int transposed, int M, int N, int K) { \
-    float panel[DEPTH * COLUMNS] __attribute__((aligned(64))), packed[PACKED];                       \
+    float panel[DEPTH * COLUMNS] __attribute__((aligned(64))), packed[BLOCK_ROWS * DEPTH];           \
     for (int k = 0; k < K; k += DEPTH) for (int m0 = 0; m0 < M; m0 += BLOCK_ROWS) {                  \
       int depth = MIN(DEPTH, K - k), m1 = MIN(m0 + BLOCK_ROWS, M);                                   \
-      if (PACKED > 1 && a_transposed) pack_rows(packed, a + k * lda + m0, lda, m1 - m0, depth);      \
+      if (a_transposed) pack_rows(packed, a + k * lda + m0, 1, lda, m1 - m0, depth);                 \
+      else pack_rows(packed, a + m0 * lda + k, lda, 1, m1 - m0, depth);                              \
       for (int n = 0; n < N; n += COLUMNS) {                                                         \
         int columns = MIN(COLUMNS, N - n);                                                           \
         pack(panel, transposed ? b + n * ldb + k : b + k * ldb + n, ldb, transposed, columns, depth); \
-        for (int m = m0; m < m1; m += ROWS) {                                                        \
-          int rows = MIN(ROWS, m1 - m);                                                              \
-          float *p = c + m * ldc + n;                                                                \
-          if (PACKED > 1 && a_transposed)                                                            \
-            tile(p, ldc, packed + (long)(m - m0) * depth, 1, ROWS, panel, rows, columns, depth, k > 0); \
-          else tile(p, ldc, a + m * lda + k, lda, 1, panel, rows, columns, depth, k > 0);            \
+        const TYPE *next = transposed ? b + (n + COLUMNS) * ldb + k : b + k * ldb + n + COLUMNS;     \
+        int lines = n + COLUMNS < N ? (transposed ? COLUMNS : depth) : 0, share = lines * ROWS / (m1 - m0) + 1; \
+        for (int m = m0, i = 0; m < m1; m += ROWS, i += share) {                                     \
+          fetch((const char *)next, ldb * sizeof(TYPE), i, MIN(i + share, lines), (transposed ? depth : COLUMNS) * sizeof(TYPE)); \
+          tile(c + m * ldc + n, ldc, packed + (long)(m - m0) * depth, panel, MIN(ROWS, m1 - m), columns, depth, k > 0); \
         }                                                                                            \
       }                                                                                              \
     }                                                                                                \
