@@ -9,7 +9,7 @@ import pytest
 from conftest import CLANG, SMALL, needs_clang, randomize
 from tinygrad import Tensor, Variable
 
-from tinygpt import GPT
+from tinygpt import GPT, sampling
 from tinygpt.kernels import fast, linear, matmul
 from tinygpt.precision import convert, supported
 
@@ -126,6 +126,24 @@ def test_a_linear_layer_of_narrow_weights_is_that_of_numpy(rows):
             wide = (weight.astype(np.uint32) << 16).view(np.float32)
         y = linear(Tensor(x), Tensor(weight), scale=Tensor(scale))
         assert close(y, x @ wide.T * scale)
+
+
+@needs_clang
+@pytest.mark.parametrize("shape", [(1, 1), (1, 33), (3, 71), (2, 5003)])
+def test_a_threshold_is_found_as_in_plain_tensors(shape, monkeypatch):
+    order = np.random.default_rng(0).integers(0, 2**32, shape, np.uint32)
+    order[:, ::3] = order[:, :1]  # ties
+    for weights, target in (
+        (np.ones(shape, np.float32), np.array([shape[1] // 2 + 1], np.int32)),
+        (np.abs(draw(*shape)), np.array([shape[1] / 3], np.float32)),
+        (np.ones(shape, np.float32), np.array([10**6], np.int32)),  # out of reach
+    ):
+        found = []
+        for kernels in "10":
+            monkeypatch.setenv("TINYGPT_KERNELS", kernels)
+            args = (Tensor(order), Tensor(weights), Tensor(target))
+            found.append(sampling._threshold(*args).numpy())
+        assert np.array_equal(*found)
 
 
 @needs_clang

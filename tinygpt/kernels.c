@@ -212,3 +212,28 @@ ENTRY {
 #endif
 }
 #endif
+
+#ifdef THRESHOLD
+// ---- for each row the largest t for which the weights where order >= t sum to the target, or 0 ----
+
+typedef unsigned uvec __attribute__((vector_size(32), aligned(4)));
+
+ENTRY {
+  for (int row = ROWS_OF_ORDER * core_id / THREADS; row < ROWS_OF_ORDER * (core_id + 1) / THREADS; row++) {
+    const unsigned *p = order + (long)row * SIZE;
+    const float *w = weights + (long)row * SIZE;
+    unsigned t = 0;
+    for (unsigned bit = 1u << 31; bit; bit >>= 1) {
+      unsigned trial = t | bit;
+      vec sums[4] = {splat(0), splat(0), splat(0), splat(0)};
+      int i = 0;
+      for (; i + 32 <= SIZE; i += 32) UNROLLED(u, 4)
+        sums[u] += (vec)((ivec)(*(const uvec *)(p + i + u * 8) >= trial) & (ivec)load(w + i + u * 8));
+      float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+      for (; i < SIZE; i++) if (p[i] >= trial) total += w[i];
+      if (total >= *target) t = trial;
+    }
+    found[row] = t;
+  }
+}
+#endif

@@ -14,6 +14,7 @@ import numpy as np
 from tinygrad import Tensor, UOp, dtypes
 
 from tinygpt.config import InputError, unknown
+from tinygpt.kernels import fast, threshold
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,8 @@ def _threshold(order: Tensor, weights: Tensor, target: Tensor) -> Tensor:
     A sort of the vocabulary would take over a hundred kernels. This takes 32 runs of one: t is
     found from its highest bit down, and the bit under trial is the candidate's lowest set bit.
     """
+    if fast(order, weights):
+        return threshold(order, weights, target)
     candidate = Tensor.full((order.shape[0], 1), 2**31, dtype=dtypes.uint32).contiguous()
     for _ in range(32):
         bit = candidate & ((candidate ^ 0xFFFFFFFF) + 1)
