@@ -177,6 +177,7 @@ class _Runner:
         self._read: dict[int, Callable[..., Tensor]] = {}  # one graph for each length of a chunk
         self._next: dict[tuple, Callable[..., Tensor]] = {}  # one graph for each set of settings
         self._inputs: dict[tuple, Tensor] = {}  # by name and shape: see `_input`
+        self._held: dict[str, Tensor] = {}  # those that say how to choose, in their order
 
     @property
     def full(self) -> bool:
@@ -189,6 +190,7 @@ class _Runner:
         Args:
             inputs: bounds, seeds and counts, as far as they are needed: see `sampling.choose`.
         """
+        self._held = {name: self._input(name, values) for name, values in inputs.items()}
         longest, size = max(map(len, contexts)), self.chunk_size
         padding = [longest - len(ids) for ids in contexts]
         if self.batch_size > 1:
@@ -212,25 +214,30 @@ class _Runner:
             start += length
         start = max(0, longest - size)
         self.position = longest
-        return self._choose(tokens[:, start:], start, longest - 1 - start, inputs, step)
+        return self._choose(tokens[:, start:], start, longest - 1 - start, step)
 
     def next(self, last: list[int], inputs: dict[str, np.ndarray], step: int) -> list[int]:
-        """Read one more token of each row, and choose the one after it."""
+        """Read one more token of each row, and choose the one after it.
+
+        Args:
+            inputs: those that `read` was given, of which only counts may have changed.
+        """
+        if "counts" in inputs:
+            self._input("counts", inputs["counts"])
         tokens = np.array(last, np.int32).reshape(-1, 1)
         self.position += 1
-        return self._choose(tokens, self.position - 1, 0, inputs, step)
+        return self._choose(tokens, self.position - 1, 0, step)
 
-    def _choose(self, tokens, start, end, inputs, step) -> list[int]:
+    def _choose(self, tokens, start, end, step) -> list[int]:
         """Read tokens (B, T) at start, and choose what follows the one in column `end`."""
         length = tokens.shape[1]
-        held = {"tokens": tokens, **inputs}
-        held = {name: self._input(name, values) for name, values in held.items()}
-        if (key := (length, *inputs)) not in self._next:
-            self._next[key] = _captured(partial(self._next_tokens, **held))
+        tokens = self._input("tokens", tokens)
+        if (key := (length, *self._held)) not in self._next:
+            self._next[key] = _captured(partial(self._next_tokens, tokens=tokens, **self._held))
         chosen = self._next[key](
             self._place(start, length),
             end if length == 1 else Variable("end", 0, length - 1).bind(end),
-            Variable("step", 0, 2**31 - 1).bind(step) if "seeds" in inputs else 0,
+            Variable("step", 0, 2**31 - 1).bind(step) if "seeds" in self._held else 0,
         )
         return backend.read(chosen).tolist()
 

@@ -135,14 +135,14 @@ def threshold(order: Tensor, weights: Tensor, target: Tensor) -> Tensor:
 
     Args:
         order: uint32 (B, V).
-        weights: float32 (B, V).
+        weights: float (B, V).
         target: (1,).
     Returns:
         uint32 (B, 1).
     """
     B, V = order.shape
     found = Tensor.empty(B, 1, dtype=dtypes.uint32)
-    buffers = {"found": found, "order": order, "weights": weights, "target": target.float()}
+    buffers = {"found": found, "order": order, "weights": weights.float(), "target": target.float()}
     buffers = {name: tensor.contiguous() for name, tensor in buffers.items()}
     macros = {"THRESHOLD": 1, "ROWS_OF_ORDER": B, "SIZE": V, **WEIGHTS[dtypes.float32]}
     flops = 64 * B * V

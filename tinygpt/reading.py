@@ -122,7 +122,7 @@ def _blocks(
     }  # fmt: skip
     place, sources = {"start_pos": start_pos.unbind()[0]}, ("kernels.c", "reading.c")
     made = call("read", buffers, written, macros, flops, place, sources=sources)
-    return made[0] if buffers["logits"] is None else made[3]
+    return made[0] if buffers["logits"] is None else made[3]  # behind out, scratch and sync
 
 
 @functools.cache
