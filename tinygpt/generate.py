@@ -28,9 +28,9 @@ class Generator:
         """
         Args:
             model: whose weights to use.
-            chunk_size: how many tokens of a prompt are read at once, or four times as many while
-                there are more. Two sizes for all, so that another prompt's length compiles
-                nothing new.
+            chunk_size: how many tokens of a prompt are read at once, or four times as many where
+                more than three times are left. Two sizes for all, so that another prompt's
+                length compiles nothing new.
         """
         if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
             raise InputError(f"chunk_size is {chunk_size!r}: it must be a whole number, 1 or more")
@@ -191,30 +191,33 @@ class _Runner:
             inputs: bounds, seeds and counts, as far as they are needed: see `sampling.choose`.
         """
         self._held = {name: self._input(name, values) for name, values in inputs.items()}
-        longest, size = max(map(len, contexts)), self.chunk_size
+        longest = max(map(len, contexts))
         padding = [longest - len(ids) for ids in contexts]
         if self.batch_size > 1:
             self.padding = self._input("padding", np.array(padding, np.int32))
-        if longest == 1:
-            size = 1
-        tokens = np.zeros((self.batch_size, max(longest, size)), np.int32)
+        tokens = np.zeros((self.batch_size, max(longest, self._length(longest))), np.int32)
         for row, ids in enumerate(contexts):
             tokens[row, padding[row] : longest] = ids
-        # The last chunk ends where the text does, and so may read some tokens twice. Of a text
-        # shorter than a chunk the rest is zeros: the positions they fill are written again
-        # before a query can see them.
         start = 0
-        while (rest := longest - start) > size:
-            # a long prompt in larger chunks, each of which reads all weights once
-            length = 4 * size if rest > 4 * size else size
+        while (length := self._length(longest - start)) < longest - start:
             chunk = self._input("tokens", tokens[:, start : start + length])
             if length not in self._read:
                 self._read[length] = _captured(partial(self._read_chunk, chunk))
             self._read[length](self._place(start, length))
             start += length
-        start = max(0, longest - size)
+        # The last chunk ends where the text does, and so may read some tokens twice. Of a text
+        # shorter than a chunk the rest is zeros: the positions they fill are written again
+        # before a query can see them.
+        start = max(0, longest - length)
         self.position = longest
-        return self._choose(tokens[:, start:], start, longest - 1 - start, step)
+        ending = tokens[:, start : start + length]
+        return self._choose(ending, start, longest - 1 - start, step)
+
+    def _length(self, rest: int) -> int:
+        """Of the next chunk, where so many tokens are left to read."""
+        if rest > 3 * self.chunk_size:  # the large one takes the time of three
+            return min(4 * self.chunk_size, self.block_size)
+        return self.chunk_size if rest > 1 else 1
 
     def next(self, last: list[int], inputs: dict[str, np.ndarray], step: int) -> list[int]:
         """Read one more token of each row, and choose the one after it.

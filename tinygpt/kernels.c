@@ -59,10 +59,11 @@ INLINE vec activate(vec x) {
 // ---- matrix product: c[m][n] = sum over k of a[m][k] * b, b[n][k] if `transposed`, else b[k][n] ----
 
 enum { ROWS = 6, COLUMNS = 16 };            // of the tile held in registers
-enum { DEPTH = 256, BLOCK_ROWS = 40 * ROWS };  // of what is worked on at a time
+enum { DEPTH = 256, BLOCK_ROWS = 44 * ROWS };  // of what is worked on at a time
 
 // A panel of b, its COLUMNS side by side for each k, zeros past its edge: panel[k][column].
-// Eight rows of b at a time go through registers, where they are transposed.
+// Eight rows of b at a time go through registers, where they are transposed; not all sixteen in turn,
+// which where they lie a multiple of 4096 bytes apart are more than the first cache keeps.
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 INLINE void transpose(vec r[8]) {
   vec t[8];
@@ -81,14 +82,15 @@ INLINE void transpose(vec r[8]) {
 #define DEFINE_PACK(pack, TYPE, widen, widen1)                                                       \
   static void pack(float *panel, const TYPE *b, long ld, int transposed, int columns, int depth) {  \
     int k = 0;                                                                                       \
-    if (columns == COLUMNS && transposed)                                                            \
-      for (; k + 8 <= depth; k += 8) UNROLLED(half, 2) {                                             \
+    if (columns == COLUMNS && transposed) {                                                          \
+      k = depth / 8 * 8;                                                                             \
+      for (int half = 0; half < COLUMNS; half += 8) for (int j = 0; j < k; j += 8) {                 \
         vec r[8];                                                                                    \
-        UNROLLED(i, 8) r[i] = widen(b + (half * 8 + i) * ld + k);                                    \
+        UNROLLED(i, 8) r[i] = widen(b + (half + i) * ld + j);                                        \
         transpose(r);                                                                                \
-        UNROLLED(i, 8) store(panel + (k + i) * COLUMNS + half * 8, r[i]);                            \
+        UNROLLED(i, 8) store(panel + (j + i) * COLUMNS + half, r[i]);                                \
       }                                                                                              \
-    else if (columns == COLUMNS)                                                                     \
+    } else if (columns == COLUMNS)                                                                   \
       for (; k < depth; k++) UNROLLED(half, 2)                                                       \
         store(panel + k * COLUMNS + half * 8, widen(b + k * ld + half * 8));                         \
     for (; k < depth; k++) for (int n = 0; n < COLUMNS; n++)                                         \
@@ -131,13 +133,14 @@ INLINE void fetch(const char *p, long ld, int first, int last, int width) {
   for (int i = first; i < last; i++) for (int x = 0; x < width; x += 64) __builtin_prefetch(p + i * ld + x);
 }
 
-// `a` is [m][k], or [k][m] if a_transposed. Blocks are cut so that a panel stays in the first
-// cache and a block of rows in the second; with each tile comes a share of the next panel's b.
+// `a` is [m][k], or [k][m] if a_transposed. Blocks are cut evenly, and so that a panel stays in the
+// first cache and a block of rows in the second; with each tile comes a share of the next panel's b.
 #define DEFINE_PRODUCT(product, pack, TYPE)                                                          \
   static void product(float *c, long ldc, const float *a, long lda, int a_transposed, const TYPE *b, long ldb, int transposed, int M, int N, int K) { \
     float panel[DEPTH * COLUMNS] __attribute__((aligned(64))), packed[BLOCK_ROWS * DEPTH];           \
-    for (int k = 0; k < K; k += DEPTH) for (int m0 = 0; m0 < M; m0 += BLOCK_ROWS) {                  \
-      int depth = MIN(DEPTH, K - k), m1 = MIN(m0 + BLOCK_ROWS, M);                                   \
+    int blocks = (M + BLOCK_ROWS - 1) / BLOCK_ROWS, height = (M + blocks * ROWS - 1) / (blocks * ROWS) * ROWS; \
+    for (int k = 0; k < K; k += DEPTH) for (int m0 = 0; m0 < M; m0 += height) {                      \
+      int depth = MIN(DEPTH, K - k), m1 = MIN(m0 + height, M);                                       \
       if (a_transposed) pack_rows(packed, a + k * lda + m0, 1, lda, m1 - m0, depth);                 \
       else pack_rows(packed, a + m0 * lda + k, lda, 1, m1 - m0, depth);                              \
       for (int n = 0; n < N; n += COLUMNS) {                                                         \
