@@ -9,17 +9,29 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from tinygpt.config import InputError, show
+
+if TYPE_CHECKING:
+    from tinygrad.helpers import tqdm
 
 # No file of text that a model brings along comes near these, not even a large vocabulary. As
 # Python's objects, JSON takes up to twenty times its bytes.
 MAX_TEXT_BYTES, _MAX_JSON_BYTES = 64 << 20, 16 << 20
+LONG_BYTES = 1 << 30  # of weights, to read or write: a second or more
 
 
 class CheckpointError(InputError):
     """A file that came from elsewhere is damaged, incomplete or contradicts itself."""
+
+
+def byte_bar(title: str, total: int | None, least: int = 0) -> tqdm:
+    """A progress bar that counts bytes: at a terminal, and where there are `least` of them."""
+    from tinygrad.helpers import tqdm  # here, because not all that has to do with files needs it
+
+    hidden = True if total is not None and total < least else None
+    return tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=hidden)
 
 
 def need(condition: bool, fact: str) -> None:

@@ -74,7 +74,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _sizes(tensors: Tensors) -> list[int]:
-    return [info.end - info.start for _, info in tensors.values()]
+    return [info.size_bytes for _, info in tensors.values()]
 
 
 def _file_size(path: Path) -> int:
@@ -247,12 +247,12 @@ def _is_tied(tensors: Tensors, dialect: Dialect) -> bool:
 
 def _same_bytes(one: tuple[Path, TensorInfo], other: tuple[Path, TensorInfo]) -> bool:
     infos = one[1], other[1]
-    if len({(info.dtype, info.shape, info.strides, info.end - info.start) for info in infos}) > 1:
+    if len({(info.dtype, info.shape, info.strides, info.size_bytes) for info in infos}) > 1:
         return False
     step = 1 << 20
     with open(one[0], "rb") as first, open(other[0], "rb") as second:
-        for at in range(0, infos[0].end - infos[0].start, step):
-            size = min(step, infos[0].end - infos[0].start - at)
+        for at in range(0, infos[0].size_bytes, step):
+            size = min(step, infos[0].size_bytes - at)
             first.seek(infos[0].start + at)
             second.seek(infos[1].start + at)
             if first.read(size) != second.read(size):

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from tinygpt.config import InputError, show
-from tinygpt.files import CheckpointError, atomic_file, need, reason
+from tinygpt.files import LONG_BYTES, CheckpointError, atomic_file, byte_bar, need, reason
 from tinygpt.tensors import MAX_ELEMENTS, SIZES, TensorInfo
 
 MAGIC = b"GGUF"
@@ -229,13 +229,13 @@ def write(
         head.append(struct.pack("<IQ", _TYPES[kind][0], at))
         at += _padded(_size_bytes(kind, shape))
     start = b"".join(head)
-    with atomic_file(path) as file:
+    with atomic_file(path) as file, byte_bar(f"writing {Path(path).name}", at, LONG_BYTES) as bar:
         file.write(start.ljust(_padded(len(start)), b"\0"))
         for name, (kind, shape) in layout.items():
             array = value(name)
             assert array.shape == shape, (name, array.shape, shape)
             data = _stored(name, array, kind).tobytes()
-            file.write(data.ljust(_padded(len(data)), b"\0"))
+            bar.update(file.write(data.ljust(_padded(len(data)), b"\0")))
 
 
 def _stored(name: str, array: np.ndarray, kind: str) -> np.ndarray:

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from tinygpt.config import InputError, show
-from tinygpt.files import MAX_TEXT_BYTES, CheckpointError, atomic_file, read_json, reason
+from tinygpt.files import MAX_TEXT_BYTES, CheckpointError, atomic_file, byte_bar, read_json, reason
 
 _GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 BUILT_IN = "shakespeare"  # the folder of the model in the package, and its name
@@ -204,14 +204,12 @@ def _receive(
     response: HTTPResponse, endpoint: str, name: str, limit: int | None, file: BinaryIO
 ) -> str:
     """Write an answer's body to a file, watched by length; its SHA-256."""
-    from tinygrad.helpers import tqdm  # here, because only a download needs tinygrad
-
     length = response.length  # what the server announced, or None
     free = shutil.disk_usage(os.path.dirname(file.name)).free
     if length and length > free:
         raise OSError(f"{name} has {length >> 20} MiB, but only {free >> 20} MiB are free")
     received, digest = 0, hashlib.sha256()
-    with tqdm(total=length, desc=name, unit="B", unit_scale=True, disable=None) as bar:
+    with byte_bar(name, length) as bar:
         for chunk in _chunks(response, endpoint, name):
             received += len(chunk)
             if limit and received > limit:

@@ -16,7 +16,15 @@ from typing import Any
 import numpy as np
 
 from tinygpt.config import InputError, show
-from tinygpt.files import CheckpointError, atomic_file, need, parse_json, reason
+from tinygpt.files import (
+    LONG_BYTES,
+    CheckpointError,
+    atomic_file,
+    byte_bar,
+    need,
+    parse_json,
+    reason,
+)
 from tinygpt.tensors import DTYPES, MAX_ELEMENTS, MAX_RANK, SIZES, TensorInfo, to_bfloat16
 
 # The reference implementation allows twelve times as much, which as a Python object is gigabytes.
@@ -105,7 +113,7 @@ def write(
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, at]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with atomic_file(path) as file:
+    with atomic_file(path) as file, byte_bar(f"writing {Path(path).name}", at, LONG_BYTES) as bar:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             dtype, shape = layout[name]
@@ -119,3 +127,4 @@ def write(
             except FloatingPointError as error:
                 raise InputError(f"tensor {name} has values too large for {dtype}") from error
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            bar.update(array.nbytes)

@@ -34,6 +34,11 @@ class TensorInfo:
         """How many numbers it has."""
         return math.prod(self.shape)
 
+    @property
+    def size_bytes(self) -> int:
+        """How much of the file it takes."""
+        return self.end - self.start
+
 
 def read_tensor(source: str | Path | BinaryIO, info: TensorInfo) -> np.ndarray:
     """Read one tensor into a fresh array, and nothing else of the file.
@@ -50,7 +55,7 @@ def read_tensor(source: str | Path | BinaryIO, info: TensorInfo) -> np.ndarray:
         if isinstance(source, str | Path):
             with open(source, "rb") as file:
                 return read_tensor(file, info)
-        raw = np.empty(info.end - info.start, np.uint8)
+        raw = np.empty(info.size_bytes, np.uint8)
         rest = memoryview(raw)
         source.seek(info.start)
         while rest and (count := source.readinto(rest)):  # a read may give less than asked for

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tinygpt.config import InputError, show
-from tinygpt.files import parse_json, reason
+from tinygpt.files import byte_bar, parse_json, reason
 
 Piece = tuple[bool, str, bool]  # whether for validation; text; whether a document ends with it
 PIECE_BYTES = 4 << 20
@@ -89,10 +89,8 @@ class Source:
         Raises:
             InputError: for a file that cannot be read, is not UTF-8, or not JSONL with the field.
         """
-        from tinygrad.helpers import tqdm
-
         start = 0
-        with tqdm(total=self.total, desc=title, unit="B", unit_scale=True, disable=None) as bar:
+        with byte_bar(title, self.total) as bar:
             for path, stat in self.files.items():
                 if self.field is None:
                     yield from self._plain(path, start, stat.st_size, end, bar.update)

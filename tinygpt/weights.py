@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from tinygrad.nn.state import get_state_dict
 
 from tinygpt import backend, gguf, hfconfig, hub, safetensors
 from tinygpt.config import GPTConfig, InputError, unknown
-from tinygpt.files import CheckpointError, atomic_file, reason
+from tinygpt.files import LONG_BYTES, CheckpointError, atomic_file, byte_bar, reason
 from tinygpt.forms import Checkpoint, open_checkpoint
 from tinygpt.kernels import widen
 from tinygpt.layout import GGUF, HF, Entry, layout
@@ -37,6 +37,7 @@ from tinygpt.vocabulary import gguf_metadata
 
 if TYPE_CHECKING:
     from tiktoken import Encoding
+    from tinygrad.helpers import tqdm
 
 _LOADERS = 2  # tensors that are read and turned at a time
 # What the model holds a matrix in that is stored so; any other, float32.
@@ -70,6 +71,7 @@ def load_pretrained(name_or_path: str | Path, dtype: str | None = None) -> GPT:
     parameters, layers = get_state_dict(model), matrices(model)
     scales = {e.ours[0]: name for name, e in found.layout.items() if e.ours[0].endswith(".scale")}
     names = [name for name in found.layout if name not in scales.values()]  # read with weights
+    sizes = {name: found.tensors[name][1].size_bytes for name in names}
     missing = set(parameters)
 
     def load(name: str) -> None:
@@ -93,24 +95,19 @@ def load_pretrained(name_or_path: str | Path, dtype: str | None = None) -> GPT:
 
     # tinygrad computes what is in blocks, and a GPU's driver may know one thread only.
     alone = any(info.dtype in gguf.BLOCKS for _, info in found.tensors.values())
-    _each(load, names, 1 if alone or Device.DEFAULT != "CPU" else _LOADERS)
+    threads = 1 if alone or Device.DEFAULT != "CPU" else _LOADERS
+    _each(load, sizes, threads, byte_bar(f"reading {path.name}", sum(sizes.values()), LONG_BYTES))
     for our_name in missing:  # biases of query, key and value that the book's form leaves out
         backend.write(parameters[our_name], np.zeros(parameters[our_name].shape, np.float32))
     return model
 
 
-def _each(load: Callable[[str], None], names: Sequence[str], threads: int) -> None:
-    """Load every name, on some threads, or on this one."""
-    if threads == 1:
-        for name in names:
-            load(name)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for future in [pool.submit(load, name) for name in names]:
-                future.result()
-        finally:  # after an error, read no further
-            pool.shutdown(cancel_futures=True)
+def _each(load: Callable[[str], None], sizes: Mapping[str, int], threads: int, bar: tqdm) -> None:
+    """Load every name, on some threads or on this one; after an error, read no further."""
+    with bar, ThreadPoolExecutor(threads) as pool:
+        loaded = (map if threads == 1 else pool.map)(load, sizes)
+        for size_bytes, _ in zip(sizes.values(), loaded, strict=True):
+            bar.update(size_bytes)
 
 
 def _require_memory(path: Path, found: Checkpoint, held: dict[str, str]) -> None:
@@ -120,7 +117,7 @@ def _require_memory(path: Path, found: Checkpoint, held: dict[str, str]) -> None
     )
     # Of each tensor on its way there are its bytes as stored, and as read.
     largest = max(
-        4 * math.prod(found.layout[name].shape) + info.end - info.start
+        4 * math.prod(found.layout[name].shape) + info.size_bytes
         for name, (_, info) in found.tensors.items()
     )
     backend.require_memory(size_bytes + _LOADERS * largest, f"the model in {path}")
