@@ -117,6 +117,7 @@ class Scripted:
 @pytest.fixture
 def small_machine(monkeypatch):
     monkeypatch.setattr(bench, "_STREAM_BYTES", 1 << 20)
+    monkeypatch.setattr(bench, "_BLOCK_BYTES", 1 << 16)
     monkeypatch.setattr(bench, "_MATMUL_SIZES", (64,))
 
 
@@ -125,7 +126,7 @@ def test_one_that_fails_does_not_end_the_rest(small_machine):
     works, failures = bench.WORKS[:2], {}
     replies, machine = bench.take_turns([bad, good], works, 2, 257, failures)
     assert failures == {"llama.cpp int8": "out of breath"}
-    assert good.requests == [(1, 33), (8, 17)] * 3
+    assert good.requests == [(1, 49), (8, 33)] * 3
     assert len(bad.requests) == 3
     assert [len(replies[good.name][work]) for work in works] == [2, 2]  # the warm-up is left out
     assert min(machine.values()) > 0
@@ -136,8 +137,8 @@ def test_summary_is_what_the_numbers_say():
     machine = {"gb_per_s": 0.01, "gflop_per_s": 2.0}
     answer = {"first_s": 0.5, "peak_memory_bytes": 7}
     replies = {
-        decode: [{**answer, "rest_s": 32 * s} for s in (0.1, 0.4, 0.2)],
-        batch: [{**answer, "rest_s": 16 * 0.5}],
+        decode: [{**answer, "rest_s": 48 * s} for s in (0.1, 0.4, 0.2)],
+        batch: [{**answer, "rest_s": 32 * 0.5}],
         prefill: [{**answer, "rest_s": 0.0}],
     }
     ours = bench.summarize(Scripted("tinygpt", "float16", 0), replies, TINY, machine)

@@ -159,25 +159,29 @@ DEFINE_PRODUCT(product, pack, float)
 DEFINE_PRODUCT(product_weights, pack_weights, WEIGHT)
 
 // Columns n0 to n1 of c = a @ b.T for M rows of a, a constant of at most 8, and weights b[n][k]: bound
-// by memory, so each weight is read once, straight, into as many sums as the registers hold.
+// by memory, so each weight goes straight from there into as many sums as the registers hold. A core
+// fetches ahead for each of several places far apart that it reads in turn: so there are STREAMS of
+// them. Where they do not come out even, a row is computed twice.
+enum { STREAMS = 4 };
 INLINE void few(float *c, long ldc, const float *a, const WEIGHT *b, int M, int n0, int n1, int K) {
-  const int U = M == 1 ? 4 : M <= 4 ? 2 : 1;
-  for (int n = n0; n < n1; n++) {
-    const WEIGHT *row = b + (long)n * K;
-    vec acc[8][4];
-    UNROLLED(m, 8) UNROLLED(u, 4) acc[m][u] = (vec){0};
+  const int PAIR = M > 1 ? 2 : 1, U = M > 1 ? 1 : 2;  // rows of a, and vectors along k, at a time
+  int part = (n1 - n0 + STREAMS - 1) / STREAMS;
+  for (int n = n0; n < n0 + part; n++) for (int m = 0; m < M; m += PAIR) {
+    const float *rows[2] = {a + (long)m * K, a + (long)MIN(m + 1, M - 1) * K};
+    const WEIGHT *w[STREAMS];
+    vec acc[STREAMS][2][2];
+    UNROLLED(i, STREAMS) w[i] = b + (long)MIN(n + i * part, n1 - 1) * K;
+    UNROLLED(i, STREAMS) UNROLLED(j, 2) UNROLLED(u, 2) acc[i][j][u] = (vec){0};
     int k = 0;
-    for (; k + 8 * U <= K; k += 8 * U) {
-      if (sizeof(WEIGHT) < 4) __builtin_prefetch((const char *)(row + k) + 1024);
-      UNROLLED(u, 4) if (u < U) {
-        vec w = widen(row + k + u * 8);
-        UNROLLED(m, 8) if (m < M) acc[m][u] += w * load(a + (long)m * K + k + u * 8);
+    for (; k + 8 * U <= K; k += 8 * U)
+      UNROLLED(u, 2) UNROLLED(i, STREAMS) if (u < U) {
+        vec x = widen(w[i] + k + u * 8);
+        UNROLLED(j, 2) if (j < PAIR) acc[i][j][u] += x * load(rows[j] + k + u * 8);
       }
-    }
-    UNROLLED(m, 8) if (m < M) {
-      float s = sum((acc[m][0] + acc[m][1]) + (acc[m][2] + acc[m][3]));
-      for (int i = k; i < K; i++) s += widen1(row + i) * a[(long)m * K + i];
-      c[m * ldc + n] = s;
+    UNROLLED(i, STREAMS) UNROLLED(j, 2) if (j < PAIR) {
+      float s = sum(acc[i][j][0] + acc[i][j][1]);
+      for (int l = k; l < K; l++) s += widen1(w[i] + l) * rows[j][l];
+      c[MIN(m + j, M - 1) * ldc + MIN(n + i * part, n1 - 1)] = s;
     }
   }
 }
