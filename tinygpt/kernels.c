@@ -122,10 +122,19 @@ INLINE void tile(float *c, long ldc, const float *packed, const float *panel, in
 }
 
 // A block of a, whose rows lie `row` apart and columns `step`, tile by tile: packed[tile][k][row], so
-// that a tile reads it in order.
-INLINE void pack_rows(float *packed, const float *a, long row, long step, int rows, int depth) {
-  for (int m = 0; m < rows; m += ROWS) for (int k = 0; k < depth; k++)
-    UNROLLED(i, ROWS) packed[(long)m * depth + k * ROWS + i] = a[MIN(m + i, rows - 1) * row + k * step];
+// that a tile reads it in order. Eight columns at a time are stored eight rows wide: what is too much,
+// the next store covers; behind the last there must be room.
+static void pack_rows(float *packed, const float *a, long row, long step, int rows, int depth) {
+  for (int m = 0; m < rows; m += ROWS, packed += (long)ROWS * depth) {
+    int k = 0;
+    if (step == 1) for (; k + 8 <= depth; k += 8) {
+      vec r[8];
+      UNROLLED(i, 8) r[i] = load(a + MIN(m + MIN(i, ROWS - 1), rows - 1) * row + k);
+      transpose(r);
+      UNROLLED(i, 8) store(packed + (k + i) * ROWS, r[i]);
+    }
+    for (; k < depth; k++) UNROLLED(i, ROWS) packed[k * ROWS + i] = a[MIN(m + i, rows - 1) * row + k * step];
+  }
 }
 
 // Lines first to last, `width` bytes each and `ld` apart, on their way into the cache.
@@ -137,7 +146,7 @@ INLINE void fetch(const char *p, long ld, int first, int last, int width) {
 // first cache and a block of rows in the second; with each tile comes a share of the next panel's b.
 #define DEFINE_PRODUCT(product, pack, TYPE)                                                          \
   static void product(float *c, long ldc, const float *a, long lda, int a_transposed, const TYPE *b, long ldb, int transposed, int M, int N, int K) { \
-    float panel[DEPTH * COLUMNS] __attribute__((aligned(64))), packed[BLOCK_ROWS * DEPTH];           \
+    float panel[DEPTH * COLUMNS] __attribute__((aligned(64))), packed[BLOCK_ROWS * DEPTH + 2];          \
     int blocks = (M + BLOCK_ROWS - 1) / BLOCK_ROWS, height = (M + blocks * ROWS - 1) / (blocks * ROWS) * ROWS; \
     for (int k = 0; k < K; k += DEPTH) for (int m0 = 0; m0 < M; m0 += height) {                      \
       int depth = MIN(DEPTH, K - k), m1 = MIN(m0 + height, M);                                       \

@@ -1,7 +1,7 @@
 // The forward pass of a GPT that generates: B rows of T new tokens, all threads in step, no gradients.
 // reading.py puts macros in front, and kernels.c.
 
-enum { C = H * D, R = B * T };
+enum { C = H * D, R = B * T, BAND = 96 };
 
 // A block's weights, in the order of _layer_names in reading.py; what it lacks is 0.
 struct linear { const WEIGHT *weight; const float *bias, *scale; };
@@ -92,10 +92,11 @@ INLINE void mix(float *y, const float *p, const float *values, int first, int la
 
 // One head of one text: y, q (T rows, C apart); its keys and values (S, D); where the text begins.
 static void attend(float *y, const float *q, const float *keys, const float *values, float *scores, float scale, int text, int start) {
-  if (T > 8) {
-    product(scores, S, q, C, 0, keys, D, 1, T, start + T, D);
-    for (int t = 0; t < T; t++) softmax(scores + (long)t * S, scale, MIN(text, start + t), start + t + 1, start + T);
-    product(y, C, scores, S, 0, values, D, 0, T, D, start + T);
+  if (T > 8) for (int t0 = 0; t0 < T; t0 += BAND) {  // so many rows that their scores stay in the second cache
+    int rows = MIN(BAND, T - t0), end = start + t0 + rows;
+    product(scores, S, q + t0 * C, C, 0, keys, D, 1, rows, end, D);
+    for (int t = t0; t < t0 + rows; t++) softmax(scores + (long)(t - t0) * S, scale, MIN(text, start + t), start + t + 1, end);
+    product(y + t0 * C, C, scores, S, 0, values, D, 0, rows, D, end);
   } else for (int t = 0; t < T; t++) {
     int first = MIN(text, start + t), last = start + t + 1, d = 0;
     for (int s = first; s < last; s++) scores[s] = dot(q + t * C, keys + (long)s * D, D);
