@@ -3,9 +3,10 @@ refused with CheckpointError, in little memory and little time.
 
     python tests/fuzz.py --count 20000 --seed 0
 
-`--minutes M` goes on for so long instead. The valid files that are damaged are written by `writers`
-(which needs torch, transformers, safetensors and gguf), in a process of its own, so that the memory
-measured is this package's. Prints one JSON object; exit status 1 if anything else happened.
+`--minutes M` goes on for so long instead, and `--full` loads the files of `full`. The valid files
+that are damaged are written by `writers` (which needs torch, transformers, safetensors and gguf),
+in a process of its own, so that the memory measured is this package's. Prints one JSON object; exit
+status 1 if anything else happened.
 """
 
 from __future__ import annotations
@@ -166,9 +167,13 @@ def attempt(path: Path) -> str:
 
     from tinygpt import GPT
     from tinygpt.files import CheckpointError
+    from tinygpt.tokenizer import load_tokenizer
     from tinygpt.vocabulary import from_gguf
 
     try:
+        if path.name == "vocab.json":
+            load_tokenizer(path)
+            return "loads"
         model = GPT.from_pretrained(path)
         if path.suffix == ".gguf":
             from_gguf(path)
@@ -232,13 +237,34 @@ def run(seeds: Path, first: int, count: int, seed: int, minutes: float | None) -
     }
 
 
+def run_full() -> dict:
+    """As `run`, with the files of `full`."""
+    import full
+
+    faults, times = [], {}
+    for name, write in full.FILES.items():
+        with tempfile.TemporaryDirectory(prefix="fuzz-") as place:
+            path, before = write(Path(place)), time.perf_counter()
+            if (outcome := attempt(path)) != "is refused":
+                faults.append(f"{name} {outcome}")
+            times[name] = round(time.perf_counter() - before, 2)
+            if times[name] > MAX_S:
+                faults.append(f"{name} took {times[name]} s")
+    return {"faults": faults, "times_s": times, "peak_memory_bytes": peak_memory_bytes()}
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=20_000)
     parser.add_argument("--first", type=int, default=0, help="begin at this number")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float)
+    parser.add_argument("--full", action="store_true")
     args = parser.parse_args(argv)
+    if args.full:
+        found = run_full()
+        print(json.dumps(found, indent=1))
+        return int(bool(found["faults"]) or found["peak_memory_bytes"] > MAX_BYTES)
     with tempfile.TemporaryDirectory(prefix="fuzz-seeds-") as seeds:
         writer = multiprocessing.get_context("spawn").Process(target=write_seeds, args=(seeds,))
         writer.start()

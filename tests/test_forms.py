@@ -104,6 +104,24 @@ def test_the_books_heads_are_64_wide_unless_a_config_says_else(tmp_path):
     layout = {name: ("F32", tuple(shape)) for name, shape in wide.items()}
     write_safetensors(tmp_path / "x.safetensors", layout, lambda n: np.zeros(layout[n][1], "f4"))
     assert read_config(tmp_path / "x.safetensors").n_head == 2
+    (tmp_path / "config.json").write_text('{"n_head": 64}')  # which divides no width of GPT-2's
+    assert read_config(tmp_path / "x.safetensors").n_head == 64
+
+
+def test_a_configuration_that_asks_for_too_much_is_refused_at_once(tmp_path, ours):
+    (tmp_path / "model.safetensors").write_bytes((ours[0] / "model.safetensors").read_bytes())
+    config = json.loads((ours[0] / "config.json").read_text())
+    for change, words in (
+        ({"n_layer": 10**6}, "n_layer 1000000: at most 256 layers are read"),
+        ({"n_layer": 6}, "28 tensors, but its configuration says n_layer 6"),
+        (
+            {"model_type": "tinygpt", "position": "sinusoidal", "n_positions": 10**6},
+            "1000000 positions, of which none is learned: at most 131072 are read",
+        ),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(CheckpointError, match=words):
+            GPT.from_pretrained(tmp_path)
 
 
 def test_weights_that_are_no_numbers_are_refused(tmp_path, ours):
@@ -308,6 +326,16 @@ def test_what_convert_refuses_leaves_nothing(ours, tmp_path, capsys):
     status, _, err = convert(capsys, folder, tmp_path / "new", "--to", "gguf")
     assert status == 2
     assert "tokenizer 'char' has tokens of bytes such as" in err
+
+
+def test_convert_refuses_a_damaged_tokenizer(ours, tmp_path, capsys):
+    folder = Path(shutil.copytree(ours[0], tmp_path / "in"))
+    (folder / "tinygpt_tokenizer.json").unlink()
+    (folder / "vocab.json").write_text('{"a": 1, "b": 1}')
+    status, out, err = convert(capsys, folder, tmp_path / "out", "--to", "hf")
+    assert (status, out) == (2, "")
+    assert "id 1 is both 'a' and 'b'" in err
+    assert os.listdir(tmp_path) == ["in"]
 
 
 def test_a_model_of_no_biases_goes_out_with_zeros(tmp_path):

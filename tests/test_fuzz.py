@@ -31,6 +31,12 @@ def test_a_few_hundred_damaged_files():
     assert sum(count for name, count in outcomes.items() if name.endswith("is refused")) > 100
 
 
+def test_files_as_full_as_can_be():
+    command = [sys.executable, PROGRAM, "--full"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=PROGRAM.parents[1])
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
 @pytest.mark.slow
 def test_twenty_thousand_damaged_files():
     outcomes = fuzz(20_000)["outcomes"]

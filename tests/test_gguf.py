@@ -157,8 +157,8 @@ def test_a_header_that_lies_is_refused(kind, tmp_path):
 @pytest.mark.parametrize(
     ("head", "words"),
     [
-        (b"GGUF" + number("IQQ", 3, 2**60, 0), "claims 1152921504606846976 entries"),
-        (b"GGUF" + number("IQQ", 3, 0, 2**60), "claims 1152921504606846976 entries"),
+        (b"GGUF" + number("IQQ", 3, 2**60, 0), "claims 1152921504606846976 tensors: at most 20000"),
+        (b"GGUF" + number("IQQ", 3, 0, 2**60), "claims 1152921504606846976 keys: at most 10000"),
         (b"GGUF" + number("IQQ", 1, 0, 0), "of version 1"),
         (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "of version 50331648"),
         (b"GGUF\3", "it is cut"),
@@ -170,6 +170,13 @@ def test_a_start_that_lies_is_refused(head, words, tmp_path):
     (tmp_path / "x.gguf").write_bytes(head)
     with pytest.raises(CheckpointError, match=words):
         gguf.read_header(tmp_path / "x.gguf")
+
+
+def test_a_list_longer_than_any_vocabulary_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf, "_MAX_TEXTS", 1)
+    texts = value("k", ARRAY, number("IQ", 8, 2) + text("a") + text("b"))
+    with pytest.raises(CheckpointError, match="a list of 2 texts: at most 1 are read"):
+        gguf.read_header(put(tmp_path / "x.gguf", [texts], [], b""))
 
 
 def test_cut_anywhere_is_refused(tmp_path):

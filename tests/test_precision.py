@@ -110,6 +110,17 @@ def test_values_that_do_not_fit_are_refused(dtype, value, words):
         set_weight(layer, np.full((67, 16), value, np.float32), dtype, "lm_head")
 
 
+def test_what_overflows_on_its_way_is_refused():
+    if not supported("bfloat16"):
+        return
+    layer, largest = GPT(SMALL, seed=None).wte, np.finfo(np.float32).max
+    with pytest.raises(InputError, match="wte has values too large for bfloat16"):
+        set_weight(layer, np.full((67, 16), largest), "bfloat16", "wte")
+    for dtype in ("int8", "float32"):
+        with pytest.raises(InputError, match=f"wte has values too large for {dtype}"):
+            set_weight(layer, np.full((67, 16), -128, np.int8), dtype, "wte", np.full(67, 3e36))
+
+
 def test_an_unknown_dtype_is_refused():
     with pytest.raises(InputError, match="unknown dtype 'int4': did you mean 'int8'"):
         convert(GPT(SMALL), "int4")

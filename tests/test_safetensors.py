@@ -236,6 +236,12 @@ def test_a_wrong_header_is_refused_on_one_line(header: object, tmp_path: Path) -
     message.encode()
 
 
+def test_more_tensors_than_any_model_has_are_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("tinygpt.safetensors.MAX_TENSORS", 0)
+    with pytest.raises(CheckpointError, match="it has 1 tensors: at most 0 are read"):
+        read_header(put(tmp_path / "bad", entry()))
+
+
 @pytest.mark.parametrize("off_by", [-60, -1, 1, 8, 9, 10**8, 2**63, 2**64 - 100])
 def test_a_wrong_header_length_is_refused(off_by: int, tmp_path: Path) -> None:
     text = json.dumps(entry()).encode()

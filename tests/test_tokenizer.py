@@ -207,6 +207,15 @@ def test_trained_vocabulary(trained: Path, transformers, tmp_path: Path) -> None
         assert decode(ours, ids) == text
 
 
+def test_transformers_knows_our_special_tokens(transformers, tmp_path: Path) -> None:
+    vocab = vocabulary("ab", "<|user|>", END)
+    ours = load_tokenizer(write(tmp_path, pair(vocab, VERSION + "a b\n")))
+    save_tokenizer(ours, tmp_path / "saved")
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "saved"))
+    text = f"ab<|user|>ba{END}"
+    assert theirs(text)["input_ids"] == encode(ours, text, special=True)
+
+
 def test_tokenizers_json(trained: Path, transformers, tmp_path: Path) -> None:
     """The one-file form, as tokenizers and transformers write it, and with merges as strings."""
     two_files = load_tokenizer(trained)
@@ -260,7 +269,8 @@ def test_save_and_load(kind: str, small: tiktoken.Encoding, tmp_path: Path) -> N
     save_tokenizer(tokenizer, folder)
     assert same(load_tokenizer(folder), tokenizer)
     names = {path.name for path in folder.iterdir()}
-    own, both = {"tinygpt_tokenizer.json"}, {"vocab.json", "merges.txt"}
+    own = {"tinygpt_tokenizer.json"}
+    both = {"vocab.json", "merges.txt", "tokenizer_config.json"}
     assert names == {"bytes": own | both, "char": own, "small": both}[kind]
 
 
@@ -592,6 +602,11 @@ BAD_FILES = {
     "no tokens": (pair({}), "no byte"),
     "only special tokens": (pair({"<s>": 0}), "no byte"),
     "special token not Unicode": (pair(vocabulary("<\ud800>")), "valid Unicode"),
+    "special tokens without end": (
+        pair(vocabulary(f"<{'x' * 70_000}>")),
+        "70002 characters of special tokens: at most 65536",
+    ),
+    "more merges than tokens": (pair({"a": 0}, VERSION + "a b\n" * 2), "2 merges for 1 tokens"),
     "merge of one": (pair(vocabulary("ab"), VERSION + "ab\n"), "['ab']"),
     "merge of three": (pair(vocabulary("ab"), VERSION + "a b c\n"), "['a', 'b', 'c']"),
     "merge of nothing": (pair(vocabulary("ab"), VERSION + " ab\n"), "['', 'ab']"),
@@ -643,6 +658,12 @@ def test_unreadable_files(tmp_path: Path) -> None:
         load_tokenizer(write(tmp_path, {"merges.txt": VERSION}))
     with pytest.raises(InputError, match=r"vocab\.json"):  # a file's tokenizer lies beside it
         load_tokenizer(str(tmp_path / "merges.txt"))
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "vocab.json")
+    with pytest.raises(InputError, match=r"vocab\.json: it is no plain file"):
+        load_tokenizer(write(tmp_path, {"merges.txt": VERSION}))
 
 
 def test_long_token_is_refused_at_once(tmp_path: Path) -> None:

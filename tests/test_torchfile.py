@@ -104,6 +104,19 @@ LONG = "x/" + "a" * 60_000
 ODD_NAMES = ["../x", "/x", "x//y", "x\\y", "C:x", "x/./y", "x/../../y", "x/\ny", "\u202ex", "x/"]
 
 
+def test_a_file_may_be_called_as_it_likes(tmp_path):
+    for name in ("run 12:30.pth", "tab\tname.pt"):  # torch calls the folder in it so
+        torch = pytest.importorskip("torch")
+        torch.save({"w": torch.from_numpy(FLOATS)}, tmp_path / name)
+        found = torchfile.read_header(tmp_path / name)[0]["w"]
+        np.testing.assert_array_equal(read_tensor(tmp_path / name, found), FLOATS)
+
+
+def test_more_tensors_than_any_model_has_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchfile, "MAX_TENSORS", 0)
+    refuses(tmp_path / "x.pt", archive(usual()), "it holds 1 tensors: at most 0 are read")
+
+
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_no_entry_leaves_the_archive_by_its_name(tmp_path, name):
     refuses(tmp_path / "x.pt", archive([*usual(), (name, b"")]), "is no plain name in a folder")

@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from tinygrad.helpers import tqdm
 
 # No file of text that a model brings along comes near these, not even a large vocabulary. As
-# Python's objects, JSON takes up to twenty times its bytes.
-MAX_TEXT_BYTES, _MAX_JSON_BYTES = 64 << 20, 16 << 20
+# Python's objects, JSON takes up to 55 times its bytes.
+MAX_TEXT_BYTES, _MAX_JSON_BYTES = 64 << 20, 12 << 20
 LONG_BYTES = 1 << 30  # of weights, to read or write: a second or more
 
 
@@ -34,13 +34,19 @@ def byte_bar(title: str, total: int | None, least: int = 0) -> tqdm:
     return tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=hidden)
 
 
-def need(condition: bool, fact: str) -> None:
-    """Raise ValueError where a file lacks what it needs; who reads it adds the file's name."""
+def need(condition: bool, fact: str | Callable[[], str]) -> None:
+    """Raise ValueError where a file lacks what it needs; who reads it adds the file's name.
+
+    Args:
+        fact: as a function where it is asked for so often that to word it each time takes long.
+    """
     if not condition:
-        raise ValueError(fact)
+        raise ValueError(fact if isinstance(fact, str) else fact())
 
 
 def _read(path: str | Path, most_bytes: int) -> bytes:
+    pipe = os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))
+    need(not pipe, "it is no plain file")  # open() would wait for a writer
     with open(path, "rb") as file:
         data = file.read(most_bytes + 1)
     need(len(data) <= most_bytes, f"it has more than {most_bytes >> 20} MiB")
@@ -82,14 +88,14 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: {reason(error)}") from error
 
 
-def read_text(path: str | Path) -> str:
+def read_text(path: str | Path, most_bytes: int = MAX_TEXT_BYTES) -> str:
     """A UTF-8 file's text.
 
     Raises:
         CheckpointError: when the file cannot be read or is not UTF-8.
     """
     try:
-        return _read(path, MAX_TEXT_BYTES).decode()
+        return _read(path, most_bytes).decode()
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {reason(error)}") from error
 

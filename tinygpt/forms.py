@@ -14,7 +14,7 @@ from typing import Any
 
 from tinygpt import gguf, hub, safetensors, torchfile
 from tinygpt.config import GPTConfig, InputError, show
-from tinygpt.files import CheckpointError, reason
+from tinygpt.files import CheckpointError, read_json, reason
 from tinygpt.hfconfig import read_config as read_config_json
 from tinygpt.layout import BOOK, GGUF, HF, NANOGPT, Dialect, Entry, layout, weight_name
 from tinygpt.tensors import TensorInfo
@@ -32,6 +32,7 @@ _GGUF_KEYS = {
     "layer_norm_epsilon": "attention.layer_norm_epsilon",
 }
 _QKV_BIAS = re.compile(r"trf_blocks\.\d+\.att\.W_(query|key|value)\.bias")
+_MOST_LAYERS, _MOST_POSITIONS = 256, 1 << 17  # far more than any GPT-2 has
 _BOOK_HEAD_DIM = 64  # in all four sizes of GPT-2, and of the book
 
 
@@ -58,9 +59,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
     files = _weight_files(path)
     tensors, extra = _read_headers(files)
     form, dialect, config = _recognize(path, files[0], tensors, extra)
-    if config.n_layer > len(tensors):  # before names are listed for each of a billion layers
+    # Before names are listed for each of a billion layers, and a cache is made that nothing bounds.
+    if config.n_layer > _MOST_LAYERS or 6 * config.n_layer > len(tensors):
         fact = f"{len(tensors)} tensors, but its configuration says n_layer {show(config.n_layer)}"
-        raise CheckpointError(f"{path} has {fact}")
+        raise CheckpointError(f"{path} has {fact}: at most {_MOST_LAYERS} layers are read")
+    if config.position != "learned" and config.block_size > _MOST_POSITIONS:
+        fact = (
+            f"block_size {config.block_size}: without learned positions at most {_MOST_POSITIONS}"
+        )
+        raise CheckpointError(f"{path} has {fact} can be read")
     int8 = form == "Hugging Face" and any(info.dtype == "I8" for _, info in tensors.values())
     wanted = layout(config, dialect, int8)
     if form == "book":  # which leaves out the biases of query, key and value, by default
@@ -189,11 +196,11 @@ def _book_config(file: Path, tensors: Tensors) -> GPTConfig:
     )
     inner, _ = _shape(tensors, "trf_blocks.0.ff.layers.0.weight", 2)
     numbers = {int(n) for name in tensors for n in re.findall(r"^trf_blocks\.(\d{1,9})\.", name)}
-    if (file.parent / "config.json").is_file():
-        n_head = read_config_json(file.parent / "config.json").n_head
-    elif n_embd % _BOOK_HEAD_DIM == 0:
+    beside = file.parent / "config.json"
+    n_head = read_json(beside).get("n_head") if beside.is_file() else None
+    if n_head is None and n_embd % _BOOK_HEAD_DIM == 0:
         n_head = n_embd // _BOOK_HEAD_DIM
-    else:
+    elif n_head is None:
         raise InputError(
             f"the number of heads is not in the file, and at width {n_embd} not GPT-2's: put a "
             'config.json with {"n_head": N} beside it'

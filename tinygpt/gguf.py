@@ -18,10 +18,11 @@ import numpy as np
 
 from tinygpt.config import InputError, show
 from tinygpt.files import LONG_BYTES, CheckpointError, atomic_file, byte_bar, need, reason
-from tinygpt.tensors import MAX_ELEMENTS, SIZES, TensorInfo
+from tinygpt.tensors import MAX_ELEMENTS, MAX_TENSORS, SIZES, TensorInfo
 
 MAGIC = b"GGUF"
 _MAX_HEADER_BYTES = 16 << 20  # GPT-2's, with its vocabulary, takes 1.8 MB
+_MAX_KEYS, _MAX_TEXTS = 10_000, 1 << 20  # of metadata; in a list there
 _ALIGNMENT = 32  # where a file does not say
 # Type -> (GGUF's number for it, numbers in a block, bytes of a block). Source: `GGML_QUANT_SIZES`.
 _PLAIN = {"F32": (0, 1, 4), "F16": (1, 1, 2), "BF16": (30, 1, 2)}
@@ -61,9 +62,12 @@ def read_header(path: str | Path) -> tuple[dict[str, TensorInfo], dict[str, Any]
         version, tensors, values = head.number("I"), head.number("Q"), head.number("Q")
         need(version in (2, 3), f"GGUF of version {version}: only 2 and 3 can be read")
         metadata: dict[str, Any] = {}
+        for what, count, most in (("keys", values, _MAX_KEYS), ("tensors", tensors, MAX_TENSORS)):
+            need(count <= most, f"it claims {count} {what}: at most {most} are read")
         for _ in range(head.count(values, 13)):  # bytes that the shortest takes
             key = head.text()
-            need(key not in metadata, f"the key {show(key)} appears twice")
+            if key in metadata:
+                raise ValueError(f"the key {show(key)} appears twice")
             metadata[key] = head.value(head.number("I"))
         entries = [_entry(head) for _ in range(head.count(tensors, 24))]
         return _place(entries, metadata, head.at, size), metadata
@@ -79,10 +83,10 @@ class _Head:
 
     def take(self, count: int) -> bytes:
         """The next bytes."""
-        left = len(self.data) - self.at
-        whole = len(self.data) == self.file_size
-        most = f"more than {_MAX_HEADER_BYTES >> 20} MiB of header"
-        need(count <= left, "it is cut, or a length in it is wrong" if whole else most)
+        if count > len(self.data) - self.at:
+            whole = len(self.data) == self.file_size
+            most = f"more than {_MAX_HEADER_BYTES >> 20} MiB of header"
+            raise ValueError("it is cut, or a length in it is wrong" if whole else most)
         self.at += count
         return self.data[self.at - count : self.at]
 
@@ -111,7 +115,9 @@ class _Head:
         if kind == _ARRAY:
             kind, count = self.number("I"), self.number("Q")
             if kind == _TEXT:
-                return [self.text() for _ in range(self.count(count, 8))]
+                count = self.count(count, 8)
+                need(count <= _MAX_TEXTS, f"a list of {count} texts: at most {_MAX_TEXTS} are read")
+                return [self.text() for _ in range(count)]
             need(kind in _NUMBERS, f"an array of type {kind} is neither of numbers nor of texts")
             item = np.dtype(f"<{_NUMBERS[kind]}")
             return np.frombuffer(self.take(self.count(count, item.itemsize) * item.itemsize), item)

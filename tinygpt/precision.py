@@ -97,6 +97,10 @@ def set_weight(
     Raises:
         InputError: for values that the dtype cannot hold.
     """
+    if scale is not None:
+        largest = np.maximum(weight.max(1), -weight.min(1).astype(np.float32))
+        with np.errstate(over="ignore"):
+            _need_finite(name, largest * scale, dtype)
     if scale is not None and dtype != "int8":
         weight, scale = weight * scale[:, None], None
     if dtype == "int8" and scale is None:
@@ -110,6 +114,8 @@ def set_weight(
         _need_finite(name, weight, dtype)
     elif dtype == "bfloat16":
         weight = to_bfloat16(weight)
+        if (weight & 0x7F80 == 0x7F80).any():
+            _need_finite(name, np.array(np.inf), dtype)
     elif dtype == "float32":
         weight = weight.astype(np.float32, copy=False)
     device = layer.weight.device
@@ -119,4 +125,6 @@ def set_weight(
 
 def _need_finite(name: str, values: np.ndarray, dtype: str) -> None:
     if not np.isfinite(values).all():
-        raise InputError(f"{name} has values too large for {dtype}: choose float32 or bfloat16")
+        wider = {"float32": "", "bfloat16": ": choose float32"}
+        advice = wider.get(dtype, ": choose float32 or bfloat16")
+        raise InputError(f"{name} has values too large for {dtype}{advice}")

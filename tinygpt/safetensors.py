@@ -25,7 +25,15 @@ from tinygpt.files import (
     parse_json,
     reason,
 )
-from tinygpt.tensors import DTYPES, MAX_ELEMENTS, MAX_RANK, SIZES, TensorInfo, to_bfloat16
+from tinygpt.tensors import (
+    DTYPES,
+    MAX_ELEMENTS,
+    MAX_RANK,
+    MAX_TENSORS,
+    SIZES,
+    TensorInfo,
+    to_bfloat16,
+)
 
 # The reference implementation allows twelve times as much, which as a Python object is gigabytes.
 _MAX_HEADER_BYTES = 8 << 20
@@ -51,11 +59,14 @@ def read_header(path: str | Path) -> tuple[dict[str, TensorInfo], dict[str, str]
         metadata = header.pop("__metadata__", {})
         text = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
         need(text, "__metadata__ must map text to text")
+        many = f"it has {len(header)} tensors: at most {MAX_TENSORS} are read"
+        need(len(header) <= MAX_TENSORS, many)
         tensors = {name: _entry(name, entry, 8 + length) for name, entry in header.items()}
         at = 8 + length
         for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
-            fault = "overlaps the one before" if info.start < at else "leaves a gap before it"
-            need(info.start == at, f"tensor {show(name)} {fault}")
+            if info.start != at:
+                fault = "overlaps the one before" if info.start < at else "leaves a gap before it"
+                raise ValueError(f"tensor {show(name)} {fault}")
             at = info.end
         need(at == size, f"its tensors end at byte {at}, but it has {size} bytes: fetch it again")
     except (OSError, ValueError) as error:
@@ -65,22 +76,27 @@ def read_header(path: str | Path) -> tuple[dict[str, TensorInfo], dict[str, str]
 
 def _entry(name: str, entry: Any, data_start: int) -> TensorInfo:
     """One tensor's entry in the header, checked on its own."""
-    label = f"tensor {show(name)}:"
+
+    def check(condition: bool, fact: Callable[[], str]) -> None:
+        need(condition, lambda: f"tensor {show(name)}: {fact()}")
+
     keys = {"dtype", "shape", "data_offsets"}
-    need(isinstance(entry, dict) and set(entry) == keys, f"{label} needs exactly {sorted(keys)}")
+    check(isinstance(entry, dict) and set(entry) == keys, lambda: f"needs exactly {sorted(keys)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     known = isinstance(dtype, str) and dtype in DTYPES
-    need(known, f"{label} dtype {show(dtype)} is unsupported: allowed are {', '.join(DTYPES)}")
+    allowed = ", ".join(DTYPES)
+    check(known, lambda: f"dtype {show(dtype)} is unsupported: allowed are {allowed}")
     counts = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
-    need(counts, f"{label} shape {show(shape)} must be a list of whole numbers, 0 or more")
+    check(counts, lambda: f"shape {show(shape)} must be a list of whole numbers, 0 or more")
     # Zeros count as ones here: NumPy refuses an empty array whose other dimensions overflow.
     fits = len(shape) <= MAX_RANK and math.prod(max(n, 1) for n in shape) <= MAX_ELEMENTS
-    need(fits, f"{label} shape {show(shape)} is too large")
+    check(fits, lambda: f"shape {show(shape)} is too large")
     pair = isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int for n in offsets)
     ordered = pair and 0 <= offsets[0] <= offsets[1]
-    need(ordered, f"{label} data_offsets {show(offsets)} must be a start and an end")
+    check(ordered, lambda: f"data_offsets {show(offsets)} must be a start and an end")
     taken, start, end = math.prod(shape) * SIZES[dtype], *offsets
-    need(end - start == taken, f"{label} {dtype} {show(shape)} is not {show(end - start)} bytes")
+    same = end - start == taken
+    check(same, lambda: f"{dtype} {show(shape)} is not {show(end - start)} bytes")
     return TensorInfo(dtype, tuple(shape), data_start + start, data_start + end)
 
 

@@ -17,6 +17,7 @@ DTYPES |= {"U32": "<u4", "I32": "<i4", "F32": "<f4", "U64": "<u8", "I64": "<i8",
 DTYPES |= {"BF16": "<u2"}  # a float32's upper half, which NumPy has no type for
 SIZES = {name: np.dtype(spelled).itemsize for name, spelled in DTYPES.items()}
 MAX_RANK, MAX_ELEMENTS = 32, 2**48  # what every NumPy can hold, also as an empty array
+MAX_TENSORS = 20_000  # in a file: GPT-2 XL's, with its optimizer's, are 2,400
 
 
 @dataclass(frozen=True)

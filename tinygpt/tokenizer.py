@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # imported where text is handled: most of the package never d
     from tiktoken import Encoding
 
 NAMES = ("gpt2", "bytes")
+_MAX_MERGES_BYTES = 4 << 20  # GPT-2's are 0.46 MB
 _OWN = "tinygpt_tokenizer.json"
 _PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 _FILES = (_OWN, *(" and ".join(pair) for pair in _PAIRS), "tokenizer.json")
@@ -107,6 +108,10 @@ def save_tokenizer(tokenizer: Encoding, folder: str | Path) -> None:
         vocab = {spell(token): number for token, number in ranks.items()} | special
         files["vocab.json"] = json.dumps(vocab, ensure_ascii=False)
         files["merges.txt"] = "\n".join(("#version: 0.2", *map(" ".join, merges), ""))
+        added = {number: {"content": token, "special": True} for token, number in special.items()}
+        files["tokenizer_config.json"] = json.dumps(
+            {"tokenizer_class": "GPT2Tokenizer", "added_tokens_decoder": added}
+        )
         if name in NAMES:
             files[_OWN] = json.dumps({"kind": name})
         elif _whole(from_merges(vocab, merges, name)) != _whole(tokenizer):
@@ -242,10 +247,9 @@ def _from_folder(folder: Path, vocab_size: int | None) -> Encoding:
         return _from_own(folder / _OWN)
     for vocab, merges in _PAIRS:
         if {vocab, merges} <= present:
-            lines = read_text(folder / merges).split("\n")
+            lines = read_text(folder / merges, _MAX_MERGES_BYTES).split("\n")
             lines = lines[1:] if lines[0].startswith("#version") else lines
-            pairs = [line.split(" ") for line in lines if line]
-            return from_merges(read_json(folder / vocab), pairs, str(folder))
+            return from_merges(read_json(folder / vocab), [*filter(None, lines)], str(folder))
     if "tokenizer.json" in present:
         return from_tokenizers(folder / "tokenizer.json")
     if vocab_size in _USUAL and present.isdisjoint(name for pair in _PAIRS for name in pair):

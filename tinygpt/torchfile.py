@@ -7,6 +7,7 @@ zip format, https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT.
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 import zlib
@@ -17,7 +18,7 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 from tinygpt import unpickle
 from tinygpt.config import show
 from tinygpt.files import CheckpointError, need, reason
-from tinygpt.tensors import MAX_ELEMENTS, SIZES, TensorInfo
+from tinygpt.tensors import MAX_ELEMENTS, MAX_TENSORS, SIZES, TensorInfo
 from tinygpt.unpickle import TorchTensor
 
 _MAX_LIST_BYTES = 4 << 20  # of the archive's list of contents: some 40,000 entries
@@ -80,9 +81,10 @@ def _records(file: BinaryIO) -> dict[str, tuple[int, ZipInfo]]:
     spans = []
     for entry in entries:
         name = entry.orig_filename
-        parts = name.split("/")
-        plain = name.isprintable() and "\\" not in name and not {"", ".", ".."} & set(parts)
-        need(plain and ":" not in name, f"the entry {show(name)} is no plain name in a folder")
+        folder, *parts = name.split("/")  # the folder is called as the file was
+        plain = "".join(parts).isprintable() and not {"", ".", ".."} & {folder, *parts}
+        plain = plain and "\\" not in name and ":" not in "".join(parts)
+        need(plain and parts, f"the entry {show(name)} is no plain name in a folder")
         need(name not in records, f"the entry {show(name)} is there twice")
         stored = entry.compress_type == ZIP_STORED and entry.file_size == entry.compress_size
         need(stored and not entry.flag_bits & 1, f"{show(name)} is compressed or encrypted")
@@ -128,9 +130,12 @@ def _state_dict(saved: Any) -> tuple[dict[str, TorchTensor], dict[str, Any]]:
         if type(saved.get(key)) is dict:
             saved, rest = saved[key], {k: v for k, v in saved.items() if k != key}
             break
+    need(
+        len(saved) <= MAX_TENSORS, f"it holds {len(saved)} tensors: at most {MAX_TENSORS} are read"
+    )
     for name, value in saved.items():
-        good = type(name) is str and isinstance(value, TorchTensor)
-        need(good, f"{show(name)} is {show(value)}, not a tensor: give a state dict")
+        if type(name) is not str or not isinstance(value, TorchTensor):
+            raise ValueError(f"{show(name)} is {show(value)}, not a tensor: give a state dict")
     return saved, rest
 
 
@@ -144,16 +149,16 @@ def _place(
     size = SIZES[storage.dtype]
     fits = storage.size * size == entry.file_size
     need(fits, f"{label} {storage.size} of {storage.dtype} are not {entry.file_size} bytes")
-    count = 1
-    for n in tensor.shape:
-        count *= max(n, 1)
-        need(count <= MAX_ELEMENTS, f"{label} shape {show(tensor.shape)} is too large")
+    count = math.prod(max(n, 1) for n in tensor.shape)
+    need(count <= MAX_ELEMENTS, lambda: f"{label} shape {show(tensor.shape)} is too large")
     steps = zip(tensor.shape, tensor.strides, strict=True)
     span = 0 if 0 in tensor.shape else 1 + sum((n - 1) * step for n, step in steps)
     inside = tensor.offset + span <= storage.size
     need(inside, f"{label} reaches past its storage of {storage.size}")
     distinct = span >= (0 if 0 in tensor.shape else count)
-    need(distinct, f"{label} shape {show(tensor.shape)} with strides {show(tensor.strides)}")
+    need(
+        distinct, lambda: f"{label} shape {show(tensor.shape)} with strides {show(tensor.strides)}"
+    )
     start = begin + tensor.offset * size
     return TensorInfo(storage.dtype, tensor.shape, start, start + span * size, _strides(tensor))
 

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from tinygpt.config import show
 from tinygpt.files import need
-from tinygpt.tensors import MAX_ELEMENTS, MAX_RANK
+from tinygpt.tensors import MAX_ELEMENTS, MAX_RANK, MAX_TENSORS
 
 MAX_BYTES = 1 << 20  # GPT-2 XL takes 0.1 MB; nanoGPT's, with its optimizer, four times that
 _STORAGES = {
@@ -65,17 +65,19 @@ def _ordered_dict(*pairs: Any) -> dict:
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> TorchTensor:
     """Source: torch/_utils.py, `_rebuild_tensor_v2`; the rest is of use in training alone."""
-    need(isinstance(storage, Storage), f"a tensor's storage is {show(storage)}")
+    need(isinstance(storage, Storage), lambda: f"a tensor's storage is {show(storage)}")
     for numbers in ([offset], shape, strides):
         whole = isinstance(numbers, list | tuple) and len(numbers) <= MAX_RANK
         good = whole and all(type(n) is int and 0 <= n < MAX_ELEMENTS for n in numbers)
-        need(good, f"a tensor has {show(numbers)} where whole numbers, 0 or more, belong")
-    need(len(shape) == len(strides), f"a tensor of shape {show(shape)} has strides {show(strides)}")
+        if not good:
+            raise ValueError(f"a tensor has {show(numbers)} where whole numbers, 0 or more, belong")
+    even = len(shape) == len(strides)
+    need(even, lambda: f"a tensor of shape {show(shape)} has strides {show(strides)}")
     return TorchTensor(storage, offset, tuple(shape), tuple(strides))
 
 
 def _rebuild_parameter(tensor: Any, *rest: Any) -> TorchTensor:
-    need(isinstance(tensor, TorchTensor), f"a parameter is {show(tensor)}, not a tensor")
+    need(isinstance(tensor, TorchTensor), lambda: f"a parameter is {show(tensor)}, not a tensor")
     return tensor
 
 
@@ -108,7 +110,7 @@ class _Machine:
     """The stack, the memo, and a method for each instruction."""
 
     def __init__(self, data: bytes) -> None:
-        self.data, self.at = data, 0
+        self.data, self.at, self.calls = data, 0, 0
         self.stack: list[Any] = []
         self.marked: list[list[Any]] = []  # the stacks below each mark
         self.memo: dict[int, Any] = {}
@@ -167,7 +169,7 @@ class _Machine:
 
     def name(self, module: Any, name: Any) -> None:
         """A name, if it is one of the allowed."""
-        need(type(module) is type(name) is str, f"its pickle has the name {show(name)}")
+        need(type(module) is type(name) is str, lambda: f"its pickle has the name {show(name)}")
         full = f"{module} {name}"
         if full not in ALLOWED:
             asked = show(f"{module}.{name}")
@@ -178,7 +180,9 @@ class _Machine:
         """REDUCE: what an allowed name makes of its arguments."""
         name, arguments = self.last(2)
         known = isinstance(name, Name) and name.full in _CALLS and isinstance(arguments, tuple)
-        need(known, f"its pickle calls {show(name)}, which is nothing to call")
+        need(known, lambda: f"its pickle calls {show(name)}, which is nothing to call")
+        self.calls += 1  # a parameter takes two
+        need(self.calls <= 2 * MAX_TENSORS, f"its pickle has more than {MAX_TENSORS} tensors")
         self.stack.append(_CALLS[name.full](*arguments))
 
     def persistent(self) -> None:
@@ -197,7 +201,8 @@ class _Machine:
         need(type(target) is dict and len(flat) % 2 == 0, "its pickle sets items of no dict")
         for key, value in zip(flat[::2], flat[1::2], strict=True):
             # Other keys, such as tuples of tuples, could take for ever to hash.
-            need(type(key) in (str, int), f"its pickle has the key {show(key)}, no text or number")
+            if type(key) not in (str, int):
+                raise ValueError(f"its pickle has the key {show(key)}, no text or number")
             target[key] = value
 
     def append(self, values: list[Any]) -> None:
@@ -209,7 +214,7 @@ class _Machine:
         """BUILD: the attributes of an OrderedDict, torch's `_metadata`, which nothing needs."""
         state = self.last(1)[0]
         known = type(state) is dict and type(self.stack[-1]) is dict
-        need(known, f"its pickle sets the state of {show(self.stack[-1])}")
+        need(known, lambda: f"its pickle sets the state of {show(self.stack[-1])}")
 
     def push(self, value: Any) -> None:
         """A value on the stack."""

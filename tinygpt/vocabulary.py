@@ -20,7 +20,8 @@ SURROGATE = re.compile("[\ud800-\udfff]")  # what JSON can spell but UTF-8 canno
 _NEVER = 2**31  # more than any id
 END = "<|endoftext|>"
 # The parts of a token are joined in steps of its length: for GPT-2's tokens together 2.6 million.
-_MOST_STEPS = 30_000_000
+_MOST_STEPS = 8_000_000
+_MOST_SPECIAL = 1 << 16
 # The kinds of tokens in GGUF, and what llama.cpp's converter calls those that no text gives.
 _NORMAL, _CONTROL, _UNUSED = 1, 3, 5
 
@@ -41,7 +42,7 @@ def from_tokenizers(path: Path) -> Encoding:
         }:
             vocab, merges = model.get("vocab"), model.get("merges")
         case content:
-            raise InputError(
+            raise CheckpointError(
                 f"{str(path)!r} holds {show(content)}: it must have a model, a pre_tokenizer and "
                 "added_tokens; save the tokenizer again"
             )
@@ -55,7 +56,7 @@ def from_tokenizers(path: Path) -> Encoding:
         ("model.end_of_word_suffix", model.get("end_of_word_suffix") or "", ""),
     ):
         if value != usual:
-            raise InputError(
+            raise CheckpointError(
                 f"{str(path)!r}: {name} is {show(value)}, but only a tokenizer of GPT-2's form, "
                 f"where it is {usual!r}, can be read; use another"
             )
@@ -66,12 +67,10 @@ def from_tokenizers(path: Path) -> Encoding:
                     vocab.setdefault(text, number) == number
                 ):
                     continue
-            raise InputError(
+            raise CheckpointError(
                 f"{str(path)!r}: added token {show(token)} must have a content and the id that "
                 "the vocabulary has for it, if any; save the tokenizer again"
             )
-    if isinstance(merges, list):
-        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
     return from_merges(vocab, merges, str(path))
 
 
@@ -127,7 +126,7 @@ def from_gguf(path: Path) -> Encoding | None:
         for number in sorted(set(range(len(tokens))).difference(spare)):
             if vocab.setdefault(tokens[number], number) != number:
                 raise InputError(f"its token {show(tokens[number])} is there twice")
-        return from_merges(vocab, [merge.split(" ") for merge in merges], str(path))
+        return from_merges(vocab, merges, str(path))
     except InputError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
@@ -141,13 +140,18 @@ def from_merges(vocab: Any, merges: Any, source: str) -> Encoding:
     from tiktoken import Encoding
     from tiktoken_ext.openai_public import r50k_pat_str
 
-    def wrong(what: str) -> InputError:
-        return InputError(f"tokenizer {source!r}: {what}; copy its files again, or use another")
+    def wrong(what: str) -> CheckpointError:
+        return CheckpointError(
+            f"tokenizer {source!r}: {what}; copy its files again, or use another"
+        )
 
     if not isinstance(vocab, dict) or not isinstance(merges, list):
         raise wrong(
             f"vocabulary {show(vocab)} and merges {show(merges)} must be an object and a list"
         )
+    if len(merges) > len(vocab):
+        raise wrong(f"it has {len(merges)} merges for {len(vocab)} tokens")
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
     owner: dict[int, str] = {}
     for token, number in vocab.items():
         if not token or SURROGATE.search(token):
@@ -180,6 +184,8 @@ def from_merges(vocab: Any, merges: Any, source: str) -> Encoding:
     for token in special:
         if not set(token).isdisjoint(_STAND_INS.values()):
             raise wrong(f"token {show(token)} is a byte-level one that no merge makes")
+    if (length := sum(map(len, special))) > _MOST_SPECIAL:  # tiktoken makes one pattern of them
+        raise wrong(f"it has {length} characters of special tokens: at most {_MOST_SPECIAL}")
     if not ranks:
         raise wrong("the vocabulary has no byte: it must have one at least")
     return Encoding("bpe", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
@@ -188,7 +194,7 @@ def from_merges(vocab: Any, merges: Any, source: str) -> Encoding:
 def find_merges(ranks: dict[bytes, int], source: str) -> list[list[str]]:
     """The merge that makes each longer token: the two parts that all earlier merges leave of it."""
     if sum(len(token) ** 2 for token in ranks) > _MOST_STEPS:
-        raise InputError(f"tokenizer {source!r}: its tokens are too long; use another")
+        raise CheckpointError(f"tokenizer {source!r}: its tokens are too long; use another")
     merges, earlier = [], {}
     for token in sorted(ranks, key=ranks.__getitem__):
         if len(token) == 1:
@@ -197,7 +203,7 @@ def find_merges(ranks: dict[bytes, int], source: str) -> list[list[str]]:
         while len(parts) > 2:
             first = min(earlier.get(left + right, _NEVER) for left, right in pairwise(parts))
             if first == _NEVER:
-                raise InputError(
+                raise CheckpointError(
                     f"tokenizer {source!r}: no merge of two earlier tokens makes "
                     f"{show(spell(token))}; use a tokenizer of GPT-2's form"
                 )

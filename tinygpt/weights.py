@@ -88,7 +88,10 @@ def load_pretrained(name_or_path: str | Path, dtype: str | None = None) -> GPT:
             pieces = _parts(path, scale_name, read_tensor(*info), found.layout[scale_name], info[1])
         for our_name, part, scale in zip(entry.ours, parts, pieces, strict=True):
             if layer := layers.get(our_name.removesuffix(".weight")):
-                set_weight(layer, part, held[name], name, scale)
+                try:
+                    set_weight(layer, part, held[name], name, scale)
+                except InputError as error:
+                    raise CheckpointError(f"{path}: {error}") from error
             else:
                 backend.write(parameters[our_name], part.astype(np.float32, copy=False))
             missing.discard(our_name)
@@ -115,9 +118,9 @@ def _require_memory(path: Path, found: Checkpoint, held: dict[str, str]) -> None
     size_bytes = sum(
         math.prod(entry.shape) * DTYPES[held[name]].itemsize for name, entry in found.layout.items()
     )
-    # Of each tensor on its way there are its bytes as stored, and as read.
+    # Of each tensor on its way there are its bytes as stored, and as read; to round it, two more.
     largest = max(
-        4 * math.prod(found.layout[name].shape) + info.size_bytes
+        (12 if held[name] == "int8" else 4) * math.prod(found.layout[name].shape) + info.size_bytes
         for name, (_, info) in found.tensors.items()
     )
     backend.require_memory(size_bytes + _LOADERS * largest, f"the model in {path}")
