@@ -116,7 +116,7 @@ def test_a_configuration_that_asks_for_too_much_is_refused_at_once(tmp_path, our
         ({"n_layer": 6}, "28 tensors, but its configuration says n_layer 6"),
         (
             {"model_type": "tinygpt", "position": "sinusoidal", "n_positions": 10**6},
-            "1000000 positions, of which none is learned: at most 131072 are read",
+            "block_size 1000000: without learned positions at most 131072 can be read",
         ),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | change))

@@ -114,11 +114,12 @@ def test_what_overflows_on_its_way_is_refused():
     if not supported("bfloat16"):
         return
     layer, largest = GPT(SMALL, seed=None).wte, np.finfo(np.float32).max
+    scale = np.full(67, 3e36, np.float32)
     with pytest.raises(InputError, match="wte has values too large for bfloat16"):
         set_weight(layer, np.full((67, 16), largest), "bfloat16", "wte")
     for dtype in ("int8", "float32"):
         with pytest.raises(InputError, match=f"wte has values too large for {dtype}"):
-            set_weight(layer, np.full((67, 16), -128, np.int8), dtype, "wte", np.full(67, 3e36))
+            set_weight(layer, np.full((67, 16), -128, np.int8), dtype, "wte", scale)
 
 
 def test_an_unknown_dtype_is_refused():

@@ -604,7 +604,7 @@ BAD_FILES = {
     "special token not Unicode": (pair(vocabulary("<\ud800>")), "valid Unicode"),
     "special tokens without end": (
         pair(vocabulary(f"<{'x' * 70_000}>")),
-        "70002 characters of special tokens: at most 65536",
+        "70015 characters of special tokens: at most 65536",
     ),
     "more merges than tokens": (pair({"a": 0}, VERSION + "a b\n" * 2), "2 merges for 1 tokens"),
     "merge of one": (pair(vocabulary("ab"), VERSION + "ab\n"), "['ab']"),

@@ -81,10 +81,11 @@ def _records(file: BinaryIO) -> dict[str, tuple[int, ZipInfo]]:
     spans = []
     for entry in entries:
         name = entry.orig_filename
-        folder, *parts = name.split("/")  # the folder is called as the file was
-        plain = "".join(parts).isprintable() and not {"", ".", ".."} & {folder, *parts}
-        plain = plain and "\\" not in name and ":" not in "".join(parts)
-        need(plain and parts, f"the entry {show(name)} is no plain name in a folder")
+        folder, _, rest = name.partition("/")
+        inside = rest or folder  # the folder may be called as any file is
+        plain = inside.isprintable() and ":" not in inside and "\\" not in name
+        plain = plain and not {"", ".", ".."} & set(name.split("/"))
+        need(plain, f"the entry {show(name)} is no plain name in a folder")
         need(name not in records, f"the entry {show(name)} is there twice")
         stored = entry.compress_type == ZIP_STORED and entry.file_size == entry.compress_size
         need(stored and not entry.flag_bits & 1, f"{show(name)} is compressed or encrypted")
