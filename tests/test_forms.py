@@ -112,11 +112,14 @@ def test_a_configuration_that_asks_for_too_much_is_refused_at_once(tmp_path, our
     (tmp_path / "model.safetensors").write_bytes((ours[0] / "model.safetensors").read_bytes())
     config = json.loads((ours[0] / "config.json").read_text())
     for change, words in (
-        ({"n_layer": 10**6}, "n_layer 1000000: at most 256 layers are read"),
-        ({"n_layer": 6}, "28 tensors, but its configuration says n_layer 6"),
+        (
+            {"n_layer": 10**6},
+            "28 tensors, for 4 layers at most, but its configuration says n_layer 1000000",
+        ),
+        ({"n_layer": 6}, "28 tensors, for 4 layers at most, but its configuration says n_layer 6"),
         (
             {"model_type": "tinygpt", "position": "sinusoidal", "n_positions": 10**6},
-            "block_size 1000000: without learned positions at most 131072 can be read",
+            "1000000 positions, where 131072 are read at most",
         ),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | change))

@@ -60,14 +60,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
     tensors, extra = _read_headers(files)
     form, dialect, config = _recognize(path, files[0], tensors, extra)
     # Before names are listed for each of a billion layers, and a cache is made that nothing bounds.
-    if config.n_layer > _MOST_LAYERS or 6 * config.n_layer > len(tensors):
-        fact = f"{len(tensors)} tensors, but its configuration says n_layer {show(config.n_layer)}"
-        raise CheckpointError(f"{path} has {fact}: at most {_MOST_LAYERS} layers are read")
-    if config.position != "learned" and config.block_size > _MOST_POSITIONS:
+    most = min(_MOST_LAYERS, len(tensors) // 6)
+    if config.n_layer > most:
         fact = (
-            f"block_size {config.block_size}: without learned positions at most {_MOST_POSITIONS}"
+            f"{len(tensors)} tensors, for {most} layers at most, but its configuration says n_layer"
         )
-        raise CheckpointError(f"{path} has {fact} can be read")
+        raise CheckpointError(f"{path} has {fact} {show(config.n_layer)}")
+    if config.position != "learned" and config.block_size > _MOST_POSITIONS:
+        fact = f"{config.block_size} positions, where {_MOST_POSITIONS} are read at most"
+        raise CheckpointError(f"{path} has {fact}")
     int8 = form == "Hugging Face" and any(info.dtype == "I8" for _, info in tensors.values())
     wanted = layout(config, dialect, int8)
     if form == "book":  # which leaves out the biases of query, key and value, by default

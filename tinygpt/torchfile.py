@@ -131,9 +131,8 @@ def _state_dict(saved: Any) -> tuple[dict[str, TorchTensor], dict[str, Any]]:
         if type(saved.get(key)) is dict:
             saved, rest = saved[key], {k: v for k, v in saved.items() if k != key}
             break
-    need(
-        len(saved) <= MAX_TENSORS, f"it holds {len(saved)} tensors: at most {MAX_TENSORS} are read"
-    )
+    many = f"it holds {len(saved)} tensors: at most {MAX_TENSORS} are read"
+    need(len(saved) <= MAX_TENSORS, many)
     for name, value in saved.items():
         if type(name) is not str or not isinstance(value, TorchTensor):
             raise ValueError(f"{show(name)} is {show(value)}, not a tensor: give a state dict")
@@ -156,10 +155,9 @@ def _place(
     span = 0 if 0 in tensor.shape else 1 + sum((n - 1) * step for n, step in steps)
     inside = tensor.offset + span <= storage.size
     need(inside, f"{label} reaches past its storage of {storage.size}")
-    distinct = span >= (0 if 0 in tensor.shape else count)
-    need(
-        distinct, lambda: f"{label} shape {show(tensor.shape)} with strides {show(tensor.strides)}"
-    )
+    if span < (0 if 0 in tensor.shape else count):  # elements that lie over one another
+        words = f"shape {show(tensor.shape)} with strides {show(tensor.strides)}"
+        raise ValueError(f"{label} {words}")
     start = begin + tensor.offset * size
     return TensorInfo(storage.dtype, tensor.shape, start, start + span * size, _strides(tensor))
 
