@@ -23,6 +23,7 @@ from tinygpt.files import CheckpointError
 from tinygpt.hfconfig import read_config
 from tinygpt.precision import convert
 from tinygpt.safetensors import read_header, write
+from tinygpt.weights import save_gguf
 
 # No two sizes alike, so that no axis can pass for another.
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=6, vocab_size=11, n_inner=12)
@@ -629,3 +630,15 @@ def test_loading_gpt2_holds_its_weights_only_once(tmp_path):
     parameters, peak_kib = map(int, child.stdout.split())
     assert parameters == config.parameter_count == 124_439_808
     assert 4 * parameters < peak_kib * 1024 < 1.3e9
+
+
+def test_a_bar_shows_where_much_is_read_or_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    for least, shown in ((1, True), (1 << 40, False)):
+        for module in ("weights", "safetensors", "gguf"):
+            monkeypatch.setattr(f"tinygpt.{module}.LONG_BYTES", least)
+        GPT(TINY).save_pretrained(tmp_path / "model")
+        save_gguf(GPT.from_pretrained(tmp_path / "model"), tmp_path / "x.gguf")
+        said = capsys.readouterr().err
+        for words in ("writing model.safetensors", "reading model", "writing x.gguf"):
+            assert (f"{words}: 100%" in said) == shown
