@@ -147,11 +147,16 @@ def test_a_threshold_is_found_as_in_plain_tensors(shape, monkeypatch):
 
 
 @needs_clang
-def test_two_threads_and_one_agree(monkeypatch):
-    a, b = draw(64, 512), draw(512, 640)
+@pytest.mark.parametrize("shape", [(64, 512, 640), (640, 512, 64), (31, 512, 7), (3, 512, 640)])
+@pytest.mark.parametrize("transposed", [(False, True), (True, False)])
+def test_any_number_of_threads_gives_the_same(shape, transposed, monkeypatch):
+    M, K, N = shape
+    a, b = draw(M, K), draw(K, N)
+    turned = [np.swapaxes(m, -1, -2) if t else m for m, t in zip((a, b), transposed, strict=True)]
     results = []
-    for flops in (1, 10**12):
-        monkeypatch.setattr("tinygpt.kernels._THREAD_FLOPS", flops)
-        results.append(matmul(Tensor(a), Tensor(b)).numpy())
-    assert np.array_equal(*results)
+    for threads in (1, 2, 9):
+        monkeypatch.setattr("tinygpt.kernels.count_threads", lambda *_, n=threads: n)
+        results.append(matmul(*(Tensor(np.ascontiguousarray(m)) for m in turned), *transposed))
+    results = [result.numpy() for result in results]
+    assert all(np.array_equal(results[0], other) for other in results[1:])
     assert np.allclose(results[0], a @ b, atol=1e-3)

@@ -104,6 +104,7 @@ DEFINE_PACK(pack_weights, WEIGHT, widen, widen1)
 INLINE void tile(float *c, long ldc, const float *packed, const float *panel, int rows, int columns, int depth, int add) {
   vec acc[ROWS][2];
   UNROLLED(i, ROWS) acc[i][0] = acc[i][1] = (vec){0};
+  UNROLLED(i, ROWS) __builtin_prefetch(c + MIN(i, rows - 1) * ldc, 1);
   _Pragma("clang loop unroll_count(2)")
   for (int k = 0; k < depth; k++) {
     vec b0 = load(panel + k * COLUMNS), b1 = load(panel + k * COLUMNS + 8);
@@ -122,8 +123,8 @@ INLINE void tile(float *c, long ldc, const float *packed, const float *panel, in
 }
 
 // A block of a, whose rows lie `row` apart and columns `step`, tile by tile: packed[tile][k][row], so
-// that a tile reads it in order. Eight columns at a time are stored eight rows wide: what is too much,
-// the next store covers; behind the last there must be room.
+// that a tile reads it in order. What is stored eight rows wide is too much, and covered by the next
+// store; behind the last there must be room.
 static void pack_rows(float *packed, const float *a, long row, long step, int rows, int depth) {
   for (int m = 0; m < rows; m += ROWS, packed += (long)ROWS * depth) {
     int k = 0;
@@ -133,6 +134,7 @@ static void pack_rows(float *packed, const float *a, long row, long step, int ro
       transpose(r);
       UNROLLED(i, 8) store(packed + (k + i) * ROWS, r[i]);
     }
+    if (row == 1 && m + 8 <= rows) for (; k < depth; k++) store(packed + k * ROWS, load(a + m + k * step));
     for (; k < depth; k++) UNROLLED(i, ROWS) packed[k * ROWS + i] = a[MIN(m + i, rows - 1) * row + k * step];
   }
 }
@@ -215,15 +217,19 @@ INLINE void barrier(int *sync) {
 ENTRY {
   int b0 = 0, b1 = BATCH, m0 = 0, m1 = SIZE_M, n0 = 0, n1 = SIZE_N;
   if (BATCH > 1) { b0 = BATCH * core_id / THREADS; b1 = BATCH * (core_id + 1) / THREADS; }
-  else {  // whole tiles to each thread, along N where it has enough of them
-    int tiles = (SIZE_N + COLUMNS - 1) / COLUMNS;
-    n0 = MIN(SIZE_N, tiles * core_id / THREADS * COLUMNS), n1 = MIN(SIZE_N, tiles * (core_id + 1) / THREADS * COLUMNS);
+  else {  // whole tiles to each thread, of the longer side, as each packs the whole of the other
+    int by_rows = SIZE_M > SIZE_N && !FEW, size = by_rows ? SIZE_M : SIZE_N, step = by_rows ? ROWS : COLUMNS;
+    int tiles = (size + step - 1) / step, ahead = MIN(tiles, HEAD_START * size / (2L * SIZE_M * SIZE_N * SIZE_K * step));
+    int first = core_id ? MIN(size, (ahead + (tiles - ahead) * core_id / THREADS) * step) : 0;
+    int last = MIN(size, (ahead + (tiles - ahead) * (core_id + 1) / THREADS) * step);
+    if (by_rows) m0 = first, m1 = last;
+    else n0 = first, n1 = last;
   }
 #if FEW
   few(c, SIZE_N, a, b, SIZE_M, n0, n1, SIZE_K);
 #else
-  for (long i = b0; i < b1; i++)
-    product_weights(c + i * SIZE_M * SIZE_N + m0 * SIZE_N + n0, SIZE_N, a + i * SIZE_M * SIZE_K, A_TRANSPOSED ? SIZE_M : SIZE_K, A_TRANSPOSED,
+  if (m0 < m1) for (long i = b0; i < b1; i++)
+    product_weights(c + (i * SIZE_M + m0) * SIZE_N + n0, SIZE_N, a + i * SIZE_M * SIZE_K + (A_TRANSPOSED ? m0 : (long)m0 * SIZE_K), A_TRANSPOSED ? SIZE_M : SIZE_K, A_TRANSPOSED,
                     b + i * SIZE_K * SIZE_N + (B_TRANSPOSED ? (long)n0 * SIZE_K : n0), B_TRANSPOSED ? SIZE_K : SIZE_N, B_TRANSPOSED, m1 - m0, n1 - n0, SIZE_K);
 #endif
 }

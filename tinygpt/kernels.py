@@ -42,6 +42,8 @@ WEIGHTS = {
 ACTIVATIONS = {"gelu_tanh": 1, "gelu": 2, "relu": 3}
 # Starting a second thread takes about as long as this many floating-point operations of one.
 _THREAD_FLOPS = 1_500_000
+# So many more does a product's first thread, which begins before the others and must wait for them.
+_HEAD_START = 8_000_000
 
 
 def linear(
@@ -108,10 +110,11 @@ def matmul(a: Tensor, b: Tensor, a_transposed: bool = False, b_transposed: bool 
             b.transpose(-2, -1) if b_transposed else b
         )
     batch = math.prod(leading)
+    few = b_transposed and not a_transposed and batch == 1 and M <= _FEW
     macros = {
         "MATMUL": 1, "BATCH": batch, "SIZE_M": M, "SIZE_N": N, "SIZE_K": K, **WEIGHTS[b.dtype],
         "A_TRANSPOSED": int(a_transposed), "B_TRANSPOSED": int(b_transposed),
-        "FEW": int(b_transposed and not a_transposed and batch == 1 and M <= _FEW),
+        "FEW": int(few), "HEAD_START": 0 if few else f"{_HEAD_START}L",
     }  # fmt: skip
 
     def gradient(g: UOp, call: UOp) -> tuple[UOp | None, ...]:
@@ -124,9 +127,10 @@ def matmul(a: Tensor, b: Tensor, a_transposed: bool = False, b_transposed: bool 
         return None, dx.uop, dy.uop
 
     flops = 2 * batch * M * N * K
+    threads = count_threads(flops, _THREAD_FLOPS if few else _HEAD_START)
     buffers = {"c": Tensor.empty(*leading, M, N), "a": a, "b": b}
     gradient = gradient if b.dtype == dtypes.float32 else None
-    return call("matmul", buffers, ("c",), macros, flops, gradient=gradient)[0]
+    return call("matmul", buffers, ("c",), macros, flops, gradient=gradient, threads=threads)[0]
 
 
 def threshold(order: Tensor, weights: Tensor, target: Tensor) -> Tensor:
@@ -150,8 +154,8 @@ def threshold(order: Tensor, weights: Tensor, target: Tensor) -> Tensor:
     return call("threshold", buffers, ("found",), macros, flops, threads=threads)[0]
 
 
-def count_threads(flops: int) -> int:
-    return max(1, min(CPU_COUNT.value, flops // _THREAD_FLOPS))
+def count_threads(flops: int, each: int = _THREAD_FLOPS) -> int:
+    return max(1, min(CPU_COUNT.value, flops // each))
 
 
 @functools.cache

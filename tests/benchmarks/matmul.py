@@ -1,6 +1,7 @@
 """The matrix product and its two gradients over GPT-2's shapes, beside torch, taking turns.
 
-Run as `python tests/benchmarks/matmul.py [ROUNDS]` with DEV=CPU, clang and torch.
+Run as `python tests/benchmarks/matmul.py [ROUNDS]` with DEV=CPU, clang and torch. Each program has
+a process of its own, as torch's threads, and what its import brings, slow down another's launches.
 """
 
 from __future__ import annotations
@@ -8,15 +9,19 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor, ProcessPoolExecutor
+from multiprocessing import get_context
 from statistics import median
 
 import numpy as np
-import torch
 from tinygrad import Device, Tensor, TinyJit
 from tinygrad.helpers import CPU_COUNT
 
 from tinygpt.kernels import matmul
 
+GFLOP = (
+    4  # so much in a row, as a step of training has many times that: a call of TinyJit takes 0.5 ms
+)
 # rows, in, out of linear layers: GPT-2 124M's, its head, and those of a 384 wide model
 SHAPES = [
     (64, 768, 768), (64, 768, 3072), (64, 3072, 768), (64, 768, 50257),
@@ -36,8 +41,7 @@ def products(rows: int, inner: int, out: int) -> dict[str, tuple]:
 
 
 def time_s(function: Callable[[], object]) -> float:
-    """Of the second call: in the first one the threads of the other program still hold the cores,
-    as torch's go on spinning for a while."""
+    """Of the second call: before the first the other program's threads spin for a while."""
     time.sleep(0.03)
     for _ in range(2):
         start = time.perf_counter()
@@ -45,34 +49,63 @@ def time_s(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def compare(shape: tuple[int, int, int], name: str, rounds: int) -> float:
-    """Print both speeds and their ratio, for as many such products in a row as make a gigaflop."""
-    ours, theirs, *shapes = products(*shape)[name]
-    flops, rng = 2 * np.prod(shape) / 1e9, np.random.default_rng(0)
-    count = max(1, round(1 / flops))
-    pairs = [[rng.standard_normal(s, np.float32) for s in shapes] for _ in range(count)]
-    tensors = [Tensor(array).realize() for pair in pairs for array in pair]
-    peers = [[torch.from_numpy(array) for array in pair] for pair in pairs]
+def draw(shapes: list[tuple[int, int]], count: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal(shape, np.float32) for _ in range(count) for shape in shapes]
+
+
+def ours(shape: tuple[int, int, int], name: str, count: int) -> Callable[[], list[np.ndarray]]:
+    """A function that does so many products."""
+    product, _, *shapes = products(*shape)[name]
+    tensors = [Tensor(array).realize() for array in draw(shapes, count)]
 
     # It captures the tensors: TinyJit takes 0.1 ms for each that it is given.
     @TinyJit
     def run() -> list[Tensor]:
-        made = [ours(a, b) for a, b in zip(tensors[::2], tensors[1::2], strict=True)]
+        made = [product(a, b) for a, b in zip(tensors[::2], tensors[1::2], strict=True)]
         Tensor.realize(*made)
         return made
 
-    def us() -> None:
-        run()
+    def call() -> list[Tensor]:
+        made = run()
         Device["CPU"].synchronize()
+        return made
 
-    def them() -> list[torch.Tensor]:
-        return [theirs(a, b) for a, b in peers]
+    return call
 
+
+class Theirs:
+    """The same in torch; its methods are called in a process of their own."""
+
+    run: Callable[[], list]
+
+    @classmethod
+    def prepare(cls, shape: tuple[int, int, int], name: str, count: int, threads: int) -> object:
+        """The first product."""
+        import torch
+
+        torch.set_num_threads(threads)
+        _, product, *shapes = products(*shape)[name]
+        tensors = [torch.from_numpy(array) for array in draw(shapes, count)]
+        pairs = list(zip(tensors[::2], tensors[1::2], strict=True))
+        cls.run = lambda: [product(a, b) for a, b in pairs]
+        return cls.run()[0].numpy()
+
+    @classmethod
+    def time_s(cls) -> float:
+        return time_s(cls.run)
+
+
+def compare(shape: tuple[int, int, int], name: str, rounds: int, other: Executor) -> float:
+    """Print both speeds and their ratio, for as many such products in a row as make GFLOP."""
+    flops = 2 * np.prod(shape) / 1e9
+    count = max(1, round(GFLOP / flops))
+    run = ours(shape, name, count)
+    expected = other.submit(Theirs.prepare, shape, name, count, CPU_COUNT.value).result()
     for _ in range(3):
         made = run()
-    for mine, other in zip(made, them(), strict=True):
-        assert np.allclose(mine.numpy(), other.numpy(), atol=1e-2), (shape, name)
-    times = [(time_s(us), time_s(them)) for _ in range(rounds)]
+    assert np.allclose(made[0].numpy(), expected, atol=1e-2), (shape, name)
+    times = [(time_s(run), other.submit(Theirs.time_s).result()) for _ in range(rounds)]
     ours_s, theirs_s = (median(column) / count for column in zip(*times, strict=True))
     speeds = f"{flops / ours_s:6.0f} {flops / theirs_s:6.0f} GFLOP/s"
     print(f"{shape!s:>18} {name:8} x {count:<2} {speeds} {theirs_s / ours_s:.2f}", flush=True)
@@ -80,8 +113,10 @@ def compare(shape: tuple[int, int, int], name: str, rounds: int) -> float:
 
 
 def main(rounds: int) -> None:
-    torch.set_num_threads(CPU_COUNT.value)
-    ratios = [compare(shape, name, rounds) for shape in SHAPES for name in products(1, 1, 1)]
+    with ProcessPoolExecutor(1, get_context("spawn")) as other:
+        ratios = [
+            compare(shape, name, rounds, other) for shape in SHAPES for name in products(1, 1, 1)
+        ]
     print(f"median {median(ratios):.2f}, worst {min(ratios):.2f}")
 
 
