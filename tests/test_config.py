@@ -47,7 +47,7 @@ def test_it_is_frozen_and_derives_sizes():
         ("position", "rotary"), ("activation", "silu"), ("activation", ["gelu"]), ("bias", 1),
         ("shortcut", "no"), ("tie_word_embeddings", None), ("layer_norm_epsilon", -1e-5),
         ("layer_norm_epsilon", "small"), ("attn_pdrop", 1.0), ("resid_pdrop", float("nan")),
-        ("initializer_range", float("inf")), ("n_head", 5),
+        ("initializer_range", float("inf")), ("initializer_range", 10**400), ("n_head", 5),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_by_name(field, value):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from reprlib import Repr
@@ -85,7 +84,7 @@ class GPTConfig:
         for name in _DROPOUTS:
             self._check_number(name, 0.0, 1.0)
         self._check_number("layer_norm_epsilon", 0.0, 1.0)
-        self._check_number("initializer_range", 0.0, math.inf)
+        self._check_number("initializer_range", 0.0, 1e6)
         if self.n_embd % self.n_head:
             raise InputError(
                 f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: "
