@@ -12,7 +12,7 @@ struct layer {
 };
 
 // Columns n0 to n1 of a linear layer on M rows: c = activation(a @ w.T * scale + bias) + residual.
-INLINE void linear_rows(int M, float *c, long ldc, const float *a, const struct linear *l, const float *residual, int n0, int n1, int K, int active) {
+INLINE void linear(int M, float *c, long ldc, const float *a, const struct linear *l, const float *residual, int n0, int n1, int K, int active) {
   const WEIGHT *w = l->weight;
   const float *scale = l->scale, *bias = l->bias;
   if (M > 8) product_weights(c + n0, ldc, a, K, 0, w + (long)n0 * K, K, 1, M, n1 - n0, K);
@@ -40,10 +40,6 @@ INLINE void linear_rows(int M, float *c, long ldc, const float *a, const struct 
   }
 }
 
-static void linear(float *c, long ldc, const float *a, const struct linear *l, const float *residual, int n0, int n1, int K, int active) {
-  linear_rows(R, c, ldc, a, l, residual, n0, n1, K, active);
-}
-
 static void norm_row(float *y, const float *p, const float *weight, const float *bias) {
   vec total = splat(0), squares = splat(0);
   float mean = 0, variance = 0;
@@ -57,8 +53,8 @@ static void norm_row(float *y, const float *p, const float *weight, const float 
   for (i = 0; i < C; i++) y[i] = (p[i] - mean) * scale * weight[i] + (bias ? bias[i] : 0);
 }
 
-static void norm(float *y, const float *x, const float *weight, const float *bias, int core_id) {
-  for (int m = R * core_id / THREADS; m < R * (core_id + 1) / THREADS; m++)
+static void norm(int M, float *y, const float *x, const float *weight, const float *bias, int core_id) {
+  for (int m = M * core_id / THREADS; m < M * (core_id + 1) / THREADS; m++)
     norm_row(y + (long)m * C, x + (long)m * C, weight, bias);
 }
 
@@ -90,14 +86,14 @@ INLINE void mix(float *y, const float *p, const float *values, int first, int la
   UNROLLED(i, 8) if (i < W) store(y + i * 8, acc[i]);
 }
 
-// One head of one text: y, q (T rows, C apart); its keys and values (S, D); where the text begins.
-static void attend(float *y, const float *q, const float *keys, const float *values, float *scores, float scale, int text, int start) {
-  if (T > 8) for (int t0 = 0; t0 < T; t0 += BAND) {  // so many rows that their scores stay in the second cache
-    int rows = MIN(BAND, T - t0), end = start + t0 + rows;
+// One head of one text: y, q (M rows, C apart); its keys and values (S, D); where the text begins.
+INLINE void attend(int M, float *y, const float *q, const float *keys, const float *values, float *scores, float scale, int text, int start) {
+  if (M > 8) for (int t0 = 0; t0 < M; t0 += BAND) {  // so many rows that their scores stay in the second cache
+    int rows = MIN(BAND, M - t0), end = start + t0 + rows;
     product(scores, S, q + t0 * C, C, 0, keys, D, 1, rows, end, D);
     for (int t = t0; t < t0 + rows; t++) softmax(scores + (long)(t - t0) * S, scale, MIN(text, start + t), start + t + 1, end);
     product(y + t0 * C, C, scores, S, 0, values, D, 0, rows, D, end);
-  } else for (int t = 0; t < T; t++) {
+  } else for (int t = 0; t < M; t++) {
     int first = MIN(text, start + t), last = start + t + 1, d = 0;
     for (int s = first; s < last; s++) scores[s] = dot(q + t * C, keys + (long)s * D, D);
     softmax(scores, scale, first, last, last);
@@ -111,37 +107,50 @@ static void attend(float *y, const float *q, const float *keys, const float *val
   }
 }
 
-// One block: out may be x, which is read for the last time before out is written. Every thread has
-// `scores` of its own, T rows of S.
-static void block(float *out, const float *x, const struct layer *l, const int *padding, float *scratch, float *scores, int *sync, int core_id, int start) {
+// One block, and of each text's T rows all, or only the keys, the values and the row `only`. out may be
+// x, which is read for the last time before out is written. Every thread has `scores` of its own, T
+// rows of S.
+INLINE void block(int rows, int only, float *out, const float *x, const struct layer *l, const int *padding, float *scratch, float *scores, int *sync, int core_id, int start) {
   float *h = scratch, *q = h + R * C, *k = q + R * C, *v = k + R * C, *y = v + R * C, *mid = y + R * C, *inner = mid + R * C;
   const float *in = x;
+  int M = B * rows;
 #define SHARE(n) (int)((long)(n) * core_id / THREADS), (int)((long)(n) * (core_id + 1) / THREADS)
-  if (PRE_NORM) { norm(h, x, l->ln_1_weight, l->ln_1_bias, core_id); barrier(sync); in = h; }
+  if (PRE_NORM) { norm(R, h, x, l->ln_1_weight, l->ln_1_bias, core_id); barrier(sync); in = h; }
   int h0 = H * core_id / THREADS, h1 = H * (core_id + 1) / THREADS;
-  linear(q, C, in, &l->q_proj, 0, h0 * D, h1 * D, C, 0);
-  linear(k, C, in, &l->k_proj, 0, h0 * D, h1 * D, C, 0);
-  linear(v, C, in, &l->v_proj, 0, h0 * D, h1 * D, C, 0);
-  for (int b = 0; b < B; b++) for (int i = h0; i < h1; i++) {
-    long cache = ((long)b * H + i) * S * D, at = (long)b * T * C + i * D;
-    for (int t = 0; t < T; t++) for (int d = 0; d < D; d++) {
-      l->keys[cache + (start + t) * D + d] = k[at + t * C + d];
-      l->values[cache + (start + t) * D + d] = v[at + t * C + d];
+  linear(R, k, C, in, &l->k_proj, 0, h0 * D, h1 * D, C, 0);
+  linear(R, v, C, in, &l->v_proj, 0, h0 * D, h1 * D, C, 0);
+  for (int b = 0; b < B; b++) for (int i = h0; i < h1; i++) for (int t = 0; t < T; t++) for (int d = 0; d < D; d++) {
+    long cache = (((long)b * H + i) * S + start + t) * D + d, at = ((long)b * T + t) * C + i * D + d;
+    l->keys[cache] = k[at];
+    l->values[cache] = v[at];
+  }
+  if (rows < T) {  // then there is room behind q and y
+    if (only < 0) return;
+    float *some_in = y + M * C, *some_x = q + M * C;
+    for (int b = B * core_id / THREADS; b < B * (core_id + 1) / THREADS; b++) for (int i = 0; i < C; i++) {
+      some_in[b * C + i] = in[((long)b * T + only) * C + i];
+      some_x[b * C + i] = x[((long)b * T + only) * C + i];
     }
-    attend(y + at, q + at, l->keys + cache, l->values + cache, scores, l->attention_scale, padding ? padding[b] : 0, start);
+    barrier(sync);
+    in = some_in, x = some_x, start += only;
+  }
+  linear(M, q, C, in, &l->q_proj, 0, h0 * D, h1 * D, C, 0);
+  for (int b = 0; b < B; b++) for (int i = h0; i < h1; i++) {
+    long cache = ((long)b * H + i) * S * D, at = (long)b * rows * C + i * D;
+    attend(rows, y + at, q + at, l->keys + cache, l->values + cache, scores, l->attention_scale, padding ? padding[b] : 0, start);
   }
   barrier(sync);
   float *sum_1 = PRE_NORM ? mid : h;
-  linear(sum_1, C, y, &l->out_proj, SHORTCUT ? x : 0, SHARE(C), C, 0);
+  linear(M, sum_1, C, y, &l->out_proj, SHORTCUT ? x : 0, SHARE(C), C, 0);
   barrier(sync);
-  if (PRE_NORM) norm(h, mid, l->ln_2_weight, l->ln_2_bias, core_id);
-  else norm(mid, h, l->ln_1_weight, l->ln_1_bias, core_id);
+  if (PRE_NORM) norm(M, h, mid, l->ln_2_weight, l->ln_2_bias, core_id);
+  else norm(M, mid, h, l->ln_1_weight, l->ln_1_bias, core_id);
   barrier(sync);
-  linear(inner, F, PRE_NORM ? h : mid, &l->c_fc, 0, SHARE(F), C, 1);
+  linear(M, inner, F, PRE_NORM ? h : mid, &l->c_fc, 0, SHARE(F), C, 1);
   barrier(sync);
-  linear(PRE_NORM ? out : h, C, inner, &l->c_proj, SHORTCUT ? mid : 0, SHARE(C), F, 0);
+  linear(M, PRE_NORM ? out : h, C, inner, &l->c_proj, SHORTCUT ? mid : 0, SHARE(C), F, 0);
   barrier(sync);
-  if (!PRE_NORM) { norm(out, h, l->ln_2_weight, l->ln_2_bias, core_id); barrier(sync); }
+  if (!PRE_NORM) { norm(M, out, h, l->ln_2_weight, l->ln_2_bias, core_id); barrier(sync); }
 }
 
 // x = a token's row of the table + its position's; an id outside the table is as its first or last.
@@ -159,14 +168,16 @@ ENTRY {
   const struct linear table = {TABLE}, head = {HEAD};
   float *scores = scratch + (long)R * (6 * C + F) + (long)core_id * T * S, *ends = scratch;
   if (tokens) { embed(out, tokens, &table, positions, core_id); barrier(sync); }
-  for (int i = 0; i < (int)(sizeof layers / sizeof *layers); i++)
-    block(out, i || tokens ? out : x, layers + i, padding, scratch, scores, sync, core_id, start_pos);
+  int count = sizeof layers / sizeof *layers, cut = LAST && T > 1;  // the last block's other rows, which nobody reads
+  for (int i = 0; i < count - cut; i++)
+    block(T, 0, out, i || tokens ? out : x, layers + i, padding, scratch, scores, sync, core_id, start_pos);
+  if (cut) block(1, end ? *end : -1, out, count > 1 || tokens ? out : x, layers + count - 1, padding, scratch, scores, sync, core_id, start_pos);
   if (!logits) return;
   for (int b = B * core_id / THREADS; b < B * (core_id + 1) / THREADS; b++) {
-    const float *row = out + ((long)b * T + (end ? *end : 0)) * C;
+    const float *row = out + (long)b * C;
     if (ln_f_weight) norm_row(ends + b * C, row, ln_f_weight, ln_f_bias);
     else for (int i = 0; i < C; i++) ends[b * C + i] = row[i];
   }
   barrier(sync);
-  linear_rows(B, logits, VOCABULARY, ends, &head, 0, SHARE(VOCABULARY), C, 0);
+  linear(B, logits, VOCABULARY, ends, &head, 0, SHARE(VOCABULARY), C, 0);
 }

@@ -57,7 +57,7 @@ def read_tokens(
         head: weight and scale of the output projection.
         scales: of each block's attention scores.
     Returns:
-        float32 logits (B, V), or without an end (B, T, C).
+        float32 logits (B, V); without an end something that need only be realised.
     """
     B, T = tokens.shape
     macros = {
@@ -68,7 +68,8 @@ def read_tokens(
     around = {"tokens": tokens, "positions": positions.contiguous(), **_named("table_", table)}
     for start in range(0, len(layers), _MOST_LAYERS):
         some = slice(start, start + _MOST_LAYERS)
-        if some.stop >= len(layers) and end is not None:
+        macros["LAST"] = int(some.stop >= len(layers))
+        if macros["LAST"] and end is not None:
             column = None if T == 1 else (Tensor.zeros(1, dtype=dtypes.int32) + end).contiguous()
             logits = Tensor.empty(B, macros["VOCABULARY"])
             around |= {"logits": logits, "end": column}
