@@ -12,7 +12,7 @@ struct layer {
 };
 
 // Columns n0 to n1 of a linear layer on M rows: c = activation(a @ w.T * scale + bias) + residual.
-INLINE void linear(int M, float *c, long ldc, const float *a, const struct linear *l, const float *residual, int n0, int n1, int K, int active) {
+INLINE void linear_rows(int M, float *c, long ldc, const float *a, const struct linear *l, const float *residual, int n0, int n1, int K, int active) {
   const WEIGHT *w = l->weight;
   const float *scale = l->scale, *bias = l->bias;
   if (M > 8) product_weights(c + n0, ldc, a, K, 0, w + (long)n0 * K, K, 1, M, n1 - n0, K);
@@ -38,6 +38,12 @@ INLINE void linear(int M, float *c, long ldc, const float *a, const struct linea
     if (whole) store(p, x);
     else for (int i = 0; i < n1 - n; i++) p[i] = x[i];
   }
+}
+
+// The same for a number of rows that the compiler does not know, R or B: one text of it for all calls.
+static __attribute__((noinline)) void linear(int M, float *c, long ldc, const float *a, const struct linear *l, const float *residual, int n0, int n1, int K, int active) {
+  if (R == B || M == R) linear_rows(R, c, ldc, a, l, residual, n0, n1, K, active);
+  else linear_rows(B, c, ldc, a, l, residual, n0, n1, K, active);
 }
 
 static void norm_row(float *y, const float *p, const float *weight, const float *bias) {
