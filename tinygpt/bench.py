@@ -219,11 +219,13 @@ def weights_read(config: GPTConfig) -> int:
 
 
 def prefill_flops(config: GPTConfig, length: int) -> int:
-    """Multiplications and additions from a prompt of that length to the next token's logits."""
-    C = config.n_embd
-    linears = 2 * length * (4 * C * C + 2 * C * config.inner_dim)
-    attention = 2 * length * length * C  # two (T, T) products, of which the mask leaves half
-    return config.n_layer * (linears + attention) + 2 * C * config.vocab_size
+    """Multiplications and additions from a prompt of that length to the next token's logits: of the
+    last block only keys, values, and what one token needs."""
+    C, last = config.n_embd, config.n_layer - 1
+    keys_and_values, rest = 2 * 2 * C * C, 2 * (2 * C * C + 2 * C * config.inner_dim)
+    scores = 2 * length * C  # two products of a row with as many, of which the mask leaves half
+    blocks = length * (config.n_layer * keys_and_values + last * (rest + scores))
+    return blocks + rest + 2 * scores + 2 * C * config.vocab_size
 
 
 def compare(results: dict[str, dict]) -> dict[str, dict[str, dict[str, float]]]:
