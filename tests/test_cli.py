@@ -306,6 +306,14 @@ def test_a_backend_that_does_not_work_is_one_line(tmp_path):
     assert is_refused(finish(no_clang), "DEV=CPU does not work: clang is not installed. Unset DEV")
 
 
+def test_a_compiler_that_fails_is_one_line(tmp_path):
+    empty = str(tmp_path / "kernels.db")  # no kernel of an earlier run
+    failing = start("x", *SHORT, env={"DEV": "CPU", "CC": "false", "CACHEDB": empty})
+    status, out, err = finish(failing)
+    assert out == b"x\n"
+    assert is_refused((status, "", err.splitlines()[-1]), "status 1. Unset DEV")
+
+
 def test_without_clang_another_compiler_is_taken_and_said(tmp_path):
     env = {"DEV": None, "PATH": str(tmp_path), "CC": None}
     status, out, err = finish(start("Hi", *SHORT, "--max-new-tokens", 2, env=env))

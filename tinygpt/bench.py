@@ -195,17 +195,14 @@ def summarize(
     for work, answers in replies.items():
         if work.count == 1:
             times, tokens = [reply["first_s"] for reply in answers], work.prompt_length
-        else:
-            times = [reply["rest_s"] / (work.count - 1) for reply in answers]
-            tokens = 1
-        middle = median(times)
-        tokens_per_s = work.batch_size * tokens / middle
-        works[work.name] = {"median_s": middle, "tokens_per_s": tokens_per_s, "rounds_s": times}
-        if work.count == 1:
-            rate = prefill_flops(config, work.prompt_length) / middle / 1e9
+            rate = prefill_flops(config, tokens) / median(times) / 1e9
             rates["gflop_per_s"] = max(rate, rates["gflop_per_s"])
-        elif work.batch_size == 1:
-            rates["gb_per_s"] = weight_bytes * weights_read(config) / middle / 1e9
+        else:
+            times, tokens = [reply["rest_s"] / (work.count - 1) for reply in answers], 1
+            if work.batch_size == 1:
+                rates["gb_per_s"] = weight_bytes * weights_read(config) / median(times) / 1e9
+        tokens_per_s = work.batch_size * tokens / (middle := median(times))
+        works[work.name] = {"median_s": middle, "tokens_per_s": tokens_per_s, "rounds_s": times}
     peaks = [reply["peak_memory_bytes"] or 0 for answers in replies.values() for reply in answers]
     shares = {f"{name}_share": rate / machine[name] for name, rate in rates.items()}
     return {"works": works, "peak_memory_bytes": max(peaks, default=0), **rates, **shares}

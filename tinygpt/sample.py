@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     if usual is signal.default_int_handler:  # not where it is ignored, as in a background job
         signal.signal(signal.SIGINT, run.interrupt)
     try:
-        backend.check()
+        backend.check(kernel=False)  # the model itself runs as soon as one would
         check_dtype(args.dtype or "float32")
         folder, config, tokenizer = _plan(args)
         end = end_token(tokenizer)  # what stands before a text in training, and after it
@@ -125,6 +125,11 @@ def run(args: argparse.Namespace) -> int:
         run.follow(steps)
     except KeyboardInterrupt:
         run.interrupted = True
+    except (InputError, OSError, MemoryError):
+        raise
+    except Exception:
+        backend.check()  # is it the backend's fault, that says so
+        raise
     finally:
         if usual is signal.default_int_handler:
             signal.signal(signal.SIGINT, usual)
@@ -239,8 +244,12 @@ class _Run:
             return
         self._show(self.prompt)
         ids = (row[0] for row in self._collect(steps))
-        for piece in decode_stream(self.tokenizer, ids, self.args.stop):
-            self._show(piece)
+        try:
+            for piece in decode_stream(self.tokenizer, ids, self.args.stop):
+                self._show(piece)
+        except Exception:  # which is said on a line of its own
+            self._show("\n")
+            raise
 
     def _collect(self, steps: Iterator[list[int | None]]) -> Iterator[list[int | None]]:
         for row in steps:
