@@ -308,7 +308,7 @@ def test_a_backend_that_does_not_work_is_one_line(tmp_path):
 
 def test_a_compiler_that_fails_is_one_line(tmp_path):
     empty = str(tmp_path / "kernels.db")  # no kernel of an earlier run
-    failing = start("x", *SHORT, env={"DEV": "CPU", "CC": "false", "CACHEDB": empty})
+    failing = start("x", *SHORT, env={"DEV": "CPU", "CC": sys.executable, "CACHEDB": empty})
     status, out, err = finish(failing)
     assert out == b"x\n"
     assert is_refused((status, "", err.splitlines()[-1]), "status 1. Unset DEV")
