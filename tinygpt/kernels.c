@@ -11,19 +11,37 @@ typedef float vec __attribute__((vector_size(32), aligned(4)));
 typedef int ivec __attribute__((vector_size(32)));
 typedef WEIGHT wvec __attribute__((vector_size(8 * sizeof(WEIGHT)), aligned(1)));
 
+// As wide as registers are, for the two loops that take the time: `tile` and `few`.
+#ifdef __AVX512F__
+enum { LANES = 16, REGISTERS = 32 };
+#else
+enum { LANES = 8, REGISTERS = 16 };
+#endif
+typedef float reg __attribute__((vector_size(LANES * 4), aligned(4)));
+typedef int ireg __attribute__((vector_size(LANES * 4)));
+typedef WEIGHT wreg __attribute__((vector_size(LANES * sizeof(WEIGHT)), aligned(1)));
+
 INLINE vec load(const float *p) { return *(const vec *)p; }
 INLINE void store(float *p, vec x) { *(vec *)p = x; }
 INLINE vec splat(float x) { return x - (vec){0}; }
 INLINE vec select(ivec yes, vec a, vec b) { return (vec)((yes & (ivec)a) | (~yes & (ivec)b)); }
 INLINE float sum(vec x) { return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7])); }
 
-INLINE vec widen(const WEIGHT *p) {
-#ifdef BFLOAT16
-  return (vec)(__builtin_convertvector(*(const wvec *)p, ivec) << 16);
-#else
-  return __builtin_convertvector(*(const wvec *)p, vec);
-#endif
+INLINE reg load_reg(const float *p) { return *(const reg *)p; }
+INLINE void store_reg(float *p, reg x) { *(reg *)p = x; }
+INLINE float sum_reg(reg x) {
+  float parts[LANES];
+  store_reg(parts, x);
+  return sum(LANES == 8 ? load(parts) : load(parts) + load(parts + LANES - 8));
 }
+
+#ifdef BFLOAT16
+#define WIDEN(p, narrow, whole, wide) (wide)(__builtin_convertvector(*(const narrow *)(p), whole) << 16)
+#else
+#define WIDEN(p, narrow, whole, wide) __builtin_convertvector(*(const narrow *)(p), wide)
+#endif
+INLINE vec widen(const WEIGHT *p) { return WIDEN(p, wvec, ivec, vec); }
+INLINE reg widen_reg(const WEIGHT *p) { return WIDEN(p, wreg, ireg, reg); }
 INLINE float widen1(const WEIGHT *p) {
 #ifdef BFLOAT16
   union { int bits; float value; } u = {(int)*p << 16};
@@ -58,7 +76,7 @@ INLINE vec activate(vec x) {
 
 // ---- matrix product: c[m][n] = sum over k of a[m][k] * b, b[n][k] if `transposed`, else b[k][n] ----
 
-enum { ROWS = 6, COLUMNS = 16 };            // of the tile held in registers
+enum { ROWS = 6, COLUMNS = 2 * LANES };     // of the tile held in registers
 enum { DEPTH = 256, BLOCK_ROWS = 44 * ROWS };  // of what is worked on at a time
 
 // A panel of b, its COLUMNS side by side for each k, zeros past its edge: panel[k][column].
@@ -84,15 +102,15 @@ INLINE void transpose(vec r[8]) {
     int k = 0;                                                                                       \
     if (columns == COLUMNS && transposed) {                                                          \
       k = depth / 8 * 8;                                                                             \
-      for (int half = 0; half < COLUMNS; half += 8) for (int j = 0; j < k; j += 8) {                 \
+      for (int n = 0; n < COLUMNS; n += 8) for (int j = 0; j < k; j += 8) {                          \
         vec r[8];                                                                                    \
-        UNROLLED(i, 8) r[i] = widen(b + (half + i) * ld + j);                                        \
+        UNROLLED(i, 8) r[i] = widen(b + (n + i) * ld + j);                                           \
         transpose(r);                                                                                \
-        UNROLLED(i, 8) store(panel + (j + i) * COLUMNS + half, r[i]);                                \
+        UNROLLED(i, 8) store(panel + (j + i) * COLUMNS + n, r[i]);                                   \
       }                                                                                              \
     } else if (columns == COLUMNS)                                                                   \
-      for (; k < depth; k++) UNROLLED(half, 2)                                                       \
-        store(panel + k * COLUMNS + half * 8, widen(b + k * ld + half * 8));                         \
+      for (; k < depth; k++) for (int n = 0; n < COLUMNS; n += 8)                                    \
+        store(panel + k * COLUMNS + n, widen(b + k * ld + n));                         \
     for (; k < depth; k++) for (int n = 0; n < COLUMNS; n++)                                         \
       panel[k * COLUMNS + n] = n < columns ? widen1(transposed ? b + n * ld + k : b + k * ld + n) : 0; \
   }
@@ -102,21 +120,21 @@ DEFINE_PACK(pack_weights, WEIGHT, widen, widen1)
 
 // One tile: c[ROWS][COLUMNS] (+)= packed rows of a times a panel; `rows` and `columns` of it are real.
 INLINE void tile(float *c, long ldc, const float *packed, const float *panel, int rows, int columns, int depth, int add) {
-  vec acc[ROWS][2];
-  UNROLLED(i, ROWS) acc[i][0] = acc[i][1] = (vec){0};
-  UNROLLED(i, ROWS) __builtin_prefetch(c + MIN(i, rows - 1) * ldc, 1);
+  reg acc[ROWS][2];
+  UNROLLED(i, ROWS) acc[i][0] = acc[i][1] = (reg){0};
+  UNROLLED(i, ROWS) for (int n = 0; n < COLUMNS; n += 16) __builtin_prefetch(c + MIN(i, rows - 1) * ldc + n, 1);
   _Pragma("clang loop unroll_count(2)")
   for (int k = 0; k < depth; k++) {
-    vec b0 = load(panel + k * COLUMNS), b1 = load(panel + k * COLUMNS + 8);
-    UNROLLED(i, ROWS) { vec x = splat(packed[k * ROWS + i]); acc[i][0] += x * b0; acc[i][1] += x * b1; }
+    reg b0 = load_reg(panel + k * COLUMNS), b1 = load_reg(panel + k * COLUMNS + LANES);
+    UNROLLED(i, ROWS) { float x = packed[k * ROWS + i]; acc[i][0] += x * b0; acc[i][1] += x * b1; }
   }
   UNROLLED(i, ROWS) if (i < rows) {
     float *p = c + i * ldc;
     if (columns == COLUMNS) {
-      UNROLLED(h, 2) store(p + h * 8, add ? load(p + h * 8) + acc[i][h] : acc[i][h]);
+      UNROLLED(h, 2) store_reg(p + h * LANES, add ? load_reg(p + h * LANES) + acc[i][h] : acc[i][h]);
     } else {
       float edge[COLUMNS];
-      UNROLLED(h, 2) store(edge + h * 8, acc[i][h]);
+      UNROLLED(h, 2) store_reg(edge + h * LANES, acc[i][h]);
       for (int n = 0; n < columns; n++) p[n] = add ? p[n] + edge[n] : edge[n];
     }
   }
@@ -173,24 +191,25 @@ DEFINE_PRODUCT(product_weights, pack_weights, WEIGHT)
 // by memory, so each weight goes straight from there into as many sums as the registers hold. A core
 // fetches ahead for each of several places far apart that it reads in turn: so there are STREAMS of
 // them. Where they do not come out even, a row is computed twice.
-enum { STREAMS = 4 };
+enum { STREAMS = 4, MOST = REGISTERS / 2 / STREAMS };
 INLINE void few(float *c, long ldc, const float *a, const WEIGHT *b, int M, int n0, int n1, int K) {
-  const int PAIR = M > 1 ? 2 : 1, U = M > 1 ? 1 : 2;  // rows of a, and vectors along k, at a time
+  const int ROWS_NOW = MIN(M, MOST), U = M > 1 ? 1 : 2;  // rows of a, and registers along k, at a time
   int part = (n1 - n0 + STREAMS - 1) / STREAMS;
-  for (int n = n0; n < n0 + part; n++) for (int m = 0; m < M; m += PAIR) {
-    const float *rows[2] = {a + (long)m * K, a + (long)MIN(m + 1, M - 1) * K};
+  for (int n = n0; n < n0 + part; n++) for (int m = 0; m < M; m += ROWS_NOW) {
+    const float *rows[MOST];
     const WEIGHT *w[STREAMS];
-    vec acc[STREAMS][2][2];
+    reg acc[STREAMS][MOST][2];
+    UNROLLED(j, MOST) rows[j] = a + (long)MIN(m + j, M - 1) * K;
     UNROLLED(i, STREAMS) w[i] = b + (long)MIN(n + i * part, n1 - 1) * K;
-    UNROLLED(i, STREAMS) UNROLLED(j, 2) UNROLLED(u, 2) acc[i][j][u] = (vec){0};
+    UNROLLED(i, STREAMS) UNROLLED(j, MOST) UNROLLED(u, 2) acc[i][j][u] = (reg){0};
     int k = 0;
-    for (; k + 8 * U <= K; k += 8 * U)
+    for (; k + LANES * U <= K; k += LANES * U)
       UNROLLED(u, 2) UNROLLED(i, STREAMS) if (u < U) {
-        vec x = widen(w[i] + k + u * 8);
-        UNROLLED(j, 2) if (j < PAIR) acc[i][j][u] += x * load(rows[j] + k + u * 8);
+        reg x = widen_reg(w[i] + k + u * LANES);
+        UNROLLED(j, MOST) if (j < ROWS_NOW) acc[i][j][u] += x * load_reg(rows[j] + k + u * LANES);
       }
-    UNROLLED(i, STREAMS) UNROLLED(j, 2) if (j < PAIR) {
-      float s = sum(acc[i][j][0] + acc[i][j][1]);
+    UNROLLED(i, STREAMS) UNROLLED(j, MOST) if (j < ROWS_NOW) {
+      float s = sum_reg(acc[i][j][0] + acc[i][j][1]);
       for (int l = k; l < K; l++) s += widen1(w[i] + l) * rows[j][l];
       c[MIN(m + j, M - 1) * ldc + MIN(n + i * part, n1 - 1)] = s;
     }

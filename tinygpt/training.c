@@ -2,10 +2,6 @@
 // which one this is and how large. A thread takes whole texts (or rows) forward and backward, so that
 // threads meet once only: before the weights' gradients, which are sums over all texts.
 
-#define PACKED (BLOCK_ROWS * DEPTH)
-DEFINE_PRODUCT(product_packed, pack, float)
-#undef PACKED
-
 #define FREE __attribute__((no_builtin))  // no libc: a loop must not become a call of memset
 #define SHARE(n) (int)((long)(n) * core_id / THREADS), (int)((long)(n) * (core_id + 1) / THREADS)
 
@@ -65,7 +61,7 @@ static void affine(float *y, long ldy, const float *a, const float *w, const flo
 
 // Rows n0 to n1 of dw = dy.T @ x, and those of the bias; dy's rows are ldy apart, x's K.
 static void affine_gradient(float *dw, float *dbias, const float *dy, long ldy, const float *x, int rows, int n0, int n1, int K) {
-  product_packed(dw + (long)n0 * K, K, dy + n0, ldy, 1, x, K, 0, n1 - n0, K, rows);
+  product(dw + (long)n0 * K, K, dy + n0, ldy, 1, x, K, 0, n1 - n0, K, rows);
   if (!dbias) return;
   for (int n = n0; n < n1; n++) dbias[n] = 0;
   for (int m = 0; m < rows; m++) for (int n = n0; n < n1; n++) dbias[n] += dy[m * ldy + n];
@@ -168,8 +164,8 @@ static void unattend(float *dq, float *dk, float *dv, float *ds, const float *dy
   for (int t0 = 0; t0 < T; t0 += STRIP) {
     int rows = MIN(STRIP, T - t0);
     long at = (long)t0 * T + t0;
-    product_packed(dv + (long)t0 * C3, C3, p + at, T, 1, dy + (long)t0 * C, C, 0, rows, D, T - t0);
-    product_packed(dk + (long)t0 * C3, C3, ds + at, T, 1, q + (long)t0 * C3, C3, 0, rows, D, T - t0);
+    product(dv + (long)t0 * C3, C3, p + at, T, 1, dy + (long)t0 * C, C, 0, rows, D, T - t0);
+    product(dk + (long)t0 * C3, C3, ds + at, T, 1, q + (long)t0 * C3, C3, 0, rows, D, T - t0);
   }
 }
 
@@ -281,7 +277,7 @@ ENTRY {
   }
   barrier(sync);
   int n0 = C / 8 * core_id / THREADS * 8, n1 = C / 8 * (core_id + 1) / THREADS * 8;
-  product_packed(d_weight + n0, C, d, V, 1, (NORM ? normed : x) + n0, C, 0, V, n1 - n0, R);
+  product(d_weight + n0, C, d, V, 1, (NORM ? normed : x) + n0, C, 0, V, n1 - n0, R);
   if (NORM) gather(d_ln_weight, parts, 2 * C, n0, n1);
   if (NORM && d_ln_bias) gather(d_ln_bias, parts + C, 2 * C, n0, n1);
 }
