@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +13,20 @@ import pytest
 PROGRAM = Path(__file__).with_name("fuzz.py")
 
 
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    root = PROGRAM.parents[1]
+    return subprocess.run(
+        [sys.executable, PROGRAM, *map(str, arguments)],
+        capture_output=True, text=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)},
+    )  # fmt: skip
+
+
 def fuzz(count: int, first: int = 0) -> dict:
     for package in ("torch", "transformers", "safetensors", "gguf"):
         pytest.importorskip(package)
-    command = [sys.executable, PROGRAM, "--count", str(count), "--first", str(first)]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=PROGRAM.parents[1])
-    assert run.returncode in (0, 1), run.stderr
-    found = json.loads(run.stdout)
+    done = run("--count", count, "--first", first)
+    assert done.returncode in (0, 1), done.stderr
+    found = json.loads(done.stdout)
     assert found["faults"] == []
     assert found["files"] == count
     assert found["slowest_s"] < 5
@@ -32,9 +40,8 @@ def test_a_few_hundred_damaged_files():
 
 
 def test_files_as_full_as_can_be():
-    command = [sys.executable, PROGRAM, "--full"]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=PROGRAM.parents[1])
-    assert run.returncode == 0, run.stdout + run.stderr
+    done = run("--full")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
