@@ -6,8 +6,9 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 from conftest import reference_of
-from tinygrad import Tensor
+from tinygrad import Tensor, device, helpers
 
 from tinygpt import backend, doctor
 
@@ -49,6 +50,37 @@ def test_the_python_backend_equals_the_reference():
     expected = reference_of(model)([[3, 1]])
     np.testing.assert_allclose(json.loads(run.stdout), expected, atol=doctor.TOLERANCE)
     np.testing.assert_allclose(model(Tensor([[3, 1]])).numpy(), expected, atol=doctor.TOLERANCE)
+
+
+@pytest.fixture
+def kernels(tmp_path, monkeypatch):
+    """A file for compiled kernels, in place of the user's."""
+    path = tmp_path / "kernels.db"
+    monkeypatch.setattr(helpers, "CACHEDB", str(path))
+    monkeypatch.setattr(helpers, "_db_connection", None)
+    monkeypatch.setattr(helpers, "_db_tables", set())
+    yield path
+    if helpers._db_connection:
+        helpers._db_connection.close()
+
+
+def test_a_damaged_kernel_is_compiled_again_and_kept(kernels):
+    assert device.Compiler("mine").compile_cached("text") == b"text"
+    connection = helpers.db_connection()
+    with connection:
+        connection.execute(f"UPDATE mine_{helpers.VERSION} SET val = ?", (b"\x80\x04\x95",))
+    assert device.Compiler("mine").compile_cached("text") == b"text"
+    assert helpers.diskcache_get("mine", "text") == b"text"
+
+
+@pytest.mark.parametrize("where", ["no database", "no folder"])
+def test_kernels_are_compiled_where_none_can_be_kept(where, kernels, monkeypatch):
+    if where == "no folder":
+        monkeypatch.setattr(helpers, "CACHEDB", os.path.join(os.devnull, "kernels.db"))
+    kernels.write_bytes(b"damaged" * 1000)
+    assert device.Compiler("mine").compile_cached("text") == b"text"
+    assert kernels.read_bytes() == b"damaged" * 1000  # it may be some other file of the user's
+    assert any("it keeps no compiled kernels" in line for line in doctor._advice())
 
 
 def test_memory_is_known_and_enforced(monkeypatch):

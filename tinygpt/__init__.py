@@ -2,6 +2,7 @@
 
 from tinygpt import backend
 
+backend.forgive_cache()
 backend.select()  # before the first tensor is made
 
 from tinygpt.config import GPTConfig, InputError  # noqa: E402

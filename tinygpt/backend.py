@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
-from tinygrad import Device, Tensor
+from tinygrad import Device, Tensor, device
 from tinygrad.dtype import _from_np_dtype, _to_np_dtype
 from tinygrad.helpers import DEV, Context
 
@@ -27,6 +29,23 @@ _MAKING = Lock()  # tinygrad makes tensors for one thread at a time
 
 # Set by `select`, at import: one line for the user about what was chosen in clang's place.
 note: str | None = None
+
+
+def forgive_cache() -> None:
+    """Do without tinygrad's cache of compiled kernels where it is damaged or out of reach.
+
+    tinygrad would end there. What cannot be read is compiled again, and kept again if it can be.
+    """
+
+    def forgiving(step: Callable[..., Any]) -> Callable[..., Any]:
+        def attempt(*args: Any) -> Any:
+            with suppress(Exception):  # of SQLite, the disk, or a pickle cut short
+                return step(*args)
+
+        return attempt
+
+    device.diskcache_get = forgiving(device.diskcache_get)
+    device.diskcache_put = forgiving(device.diskcache_put)
 
 
 def find_clang() -> str | None:

@@ -17,12 +17,13 @@ from textwrap import shorten
 import numpy as np
 from tinygrad import Device, Tensor
 from tinygrad.device import ALL_DEVICES
-from tinygrad.helpers import CACHEDB
+from tinygrad.helpers import CACHEDB, diskcache_get
 from tinygrad.nn.state import get_state_dict
 
 import tinygpt
 from tinygpt import backend, hub
 from tinygpt.config import GPTConfig, InputError
+from tinygpt.files import reason
 from tinygpt.generate import Generator
 from tinygpt.model import GPT
 
@@ -120,8 +121,8 @@ def _devices() -> dict[str, str]:
             device = Device[name]
             states[name] = f"found, {getattr(device, 'device_name', None) or 'opens'}"
         except Exception as error:  # whatever a driver that is not there raises
-            reason = shorten(str(error) or type(error).__name__, 70, placeholder=" ...")
-            states[name] = f"no ({reason})"
+            fault = shorten(str(error) or type(error).__name__, 70, placeholder=" ...")
+            states[name] = f"no ({fault})"
     return states
 
 
@@ -133,6 +134,11 @@ def _advice() -> list[str]:
         backend.check()
     except InputError as error:
         advice.append(str(error))
+    try:
+        diskcache_get("tinygpt", "doctor")
+    except Exception as error:  # whatever SQLite or the disk says
+        fact = f"it keeps no compiled kernels ({reason(error)})"
+        advice.append(f"remove {CACHEDB}, or let CACHEDB name another file: {fact}")
     free = backend.available_memory_bytes()
     if free is not None and free < 2e9:
         advice.append("free some memory: GPT-2 124M needs about 1.3 GB to load")
@@ -152,13 +158,13 @@ def _report_probe(target: str) -> bool | None:
     it does not run."""
     command = [sys.executable, "-c", "from tinygpt.doctor import probe; probe()"]
     environment = {**os.environ, "DEV": target, "PYTHONPATH": os.pathsep.join(sys.path)}
-    result, reason = None, "it takes too long"
+    result, fault = None, "it takes too long"
     with suppress(subprocess.TimeoutExpired, ValueError, IndexError):
         run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        reason = shorten(run.stderr.strip().rpartition("\n")[2], 70) or f"exit {run.returncode}"
+        fault = shorten(run.stderr.strip().rpartition("\n")[2], 70) or f"exit {run.returncode}"
         result = json.loads(run.stdout.splitlines()[-1])
     if result is None:
-        print(f"{'backend':<13}{target}: does not run here ({reason})")
+        print(f"{'backend':<13}{target}: does not run here ({fault})")
         return None
     right = result["error"] <= TOLERANCE
     print(
