@@ -11,7 +11,7 @@ from tinygrad import Tensor, Variable
 
 from tinygpt import GPT, sampling
 from tinygpt.kernels import fast, linear, matmul
-from tinygpt.precision import convert, supported
+from tinygpt.precision import DTYPES, convert, supported
 
 # M, K, N: one, few rows, tiles and their edges, odd primes, more than one block of each size.
 SHAPES = [(1, 1, 1), (1, 7, 5), (8, 16, 3), (9, 17, 67), (13, 31, 37), (245, 259, 33)]
@@ -97,7 +97,7 @@ def test_reading_equals_its_plain_form(options, batch, time, padded, monkeypatch
 
 @needs_clang
 @pytest.mark.parametrize("time", [1, 9])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", [x for x in DTYPES if x != "float32" and supported(x)])
 def test_reading_with_narrow_weights_equals_its_plain_form(dtype, time, monkeypatch):
     config = replace(SMALL, n_layer=1, n_embd=42, n_inner=37)
     model = convert(randomize(GPT(config)), dtype)

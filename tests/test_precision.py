@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL, randomize, weights_of
+from conftest import SMALL, needs_clang, randomize, weights_of
 from reference import Reference
 from tinygrad import Tensor
 from tinygrad.nn.state import get_state_dict
@@ -61,7 +65,7 @@ def test_all_but_the_matrices_stays_float32():
     assert {n for n, t in get_state_dict(model).items() if t.ndim == 2} - both == {"wpe.weight"}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["float32", *NARROW])
 def test_what_is_saved_is_loaded_as_such(dtype, tmp_path):
     model = held_in(dtype, tie_word_embeddings=False)
     model.save_pretrained(tmp_path)
@@ -92,6 +96,22 @@ def test_a_backend_without_a_dtype_widens_what_is_stored_and_refuses_what_is_ask
     assert np.array_equal(widened(wide.wte), widened(model.wte))
     with pytest.raises(InputError, match="does not work with float16: choose float32"):
         GPT.from_pretrained(tmp_path, "float16")
+
+
+@needs_clang
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="all others have it")
+def test_a_processor_that_cannot_widen_float16_holds_what_is_stored_so_in_float32():
+    script = "from tinygpt import *; model = GPT.from_pretrained('shakespeare'); "
+    script += "print(model.wte.weight.dtype, [*Generator(model).generate([1], 5, temperature=0)])"
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True,
+            cwd=README.parent, env={**os.environ, "DEV": f"CPU::x86_64,{processor}"},
+        ).stdout.partition(" ")
+        for processor in ("native", "x86-64-v2")
+    ]  # fmt: skip
+    assert found[1][0] == "dtypes.float"
+    assert found[0][2] == found[1][2]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,9 @@
 // macros that kernels.py puts in front: see there. Matrices are row-major; `ld` is the distance
 // between rows.
 
+// Which functions that take or give vectors would have another ABI without AVX: all are inlined.
+#pragma clang diagnostic ignored "-Wpsabi"
+
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLLED(i, n) _Pragma("unroll") for (int i = 0; i < (n); i++)
 #define MIN(a, b) ((a) < (b) ? (a) : (b))

@@ -35,8 +35,16 @@ def check_dtype(dtype: str) -> None:
 
 
 def supported(dtype: str) -> bool:
-    """Whether tinygrad's backend can hold this dtype, one of DTYPES."""
-    return DTYPES[dtype] in Device[Device.DEFAULT].renderer.supported_dtypes()
+    """Whether tinygrad's backend can hold this dtype, one of DTYPES, and compute with it."""
+    device = Device[Device.DEFAULT]
+    if DTYPES[dtype] not in device.renderer.supported_dtypes():
+        return False
+    if dtype == "float16" and type(device.compiler).__name__ == "ClangJITCompiler":
+        try:
+            device.compiler.compile_cached("float widen(__fp16 *x) { return *x; }")
+        except RuntimeError:  # a processor without F16C: clang calls a function of its library
+            return False
+    return True
 
 
 def matrices(model: GPT) -> dict[str, Linear | Embedding]:
