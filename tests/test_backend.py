@@ -33,6 +33,18 @@ def test_a_pc_without_a_gpu_is_told_by_its_bus(tmp_path, monkeypatch):
     assert not backend._no_gpu(tmp_path)
 
 
+def test_what_the_processor_lacks_is_not_assembled_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(backend.platform, "machine", lambda: "x86_64")
+    about = tmp_path / "cpuinfo"
+    assert backend._runs_assembled(about)  # as on systems without such a file
+    for flags, runs in {"fpu avx2 f16c": True, "fpu sse2 avx": False}.items():
+        about.write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
+        assert backend._runs_assembled(about) == runs
+    monkeypatch.setattr(backend.platform, "machine", lambda: "aarch64")
+    assert not backend._runs_assembled(about)
+    assert not backend.works("CPU:X86")
+
+
 def test_the_python_backend_equals_the_reference():
     """tinygrad's own emulator: any backend's arithmetic, far too slowly for more than this."""
     model = doctor.toy()

@@ -71,8 +71,6 @@ def select() -> None:
         _choose("CPU")
         return
     for target, words in FALLBACKS.items():
-        if target == "CPU:X86" and platform.machine().lower() not in ("x86_64", "amd64"):
-            continue
         if works(target):
             _choose(target)
             note = f"no clang found, so {words} compiles ({target}); clang makes faster kernels"
@@ -109,9 +107,24 @@ def works(target: str) -> bool:
 
     A library that is there is not enough: LLVM before 15 refuses what tinygrad writes for it.
     """
+    if target == "CPU:X86" and not _runs_assembled():
+        return False
     with suppress(Exception), Context(DEV=target):
         return _adds_up(target.partition(":")[0])
     return False
+
+
+def _runs_assembled(about: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the processor knows what tinygrad's assembler writes; else it would end the process.
+
+    That is x86-64 with AVX2, which some virtual machines lack; where nothing says so, it is there.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    with suppress(OSError, StopIteration):
+        lines = about.read_text().splitlines()
+        return "avx2" in next(line for line in lines if line.startswith("flags")).split()
+    return True
 
 
 def _adds_up(device: str | None = None) -> bool:
