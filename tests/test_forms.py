@@ -23,8 +23,8 @@ from tinygpt import GPT, Generator, GPTConfig, load_tokenizer
 from tinygpt.cli import main
 from tinygpt.config import InputError
 from tinygpt.files import CheckpointError
-from tinygpt.forms import open_checkpoint, read_config
-from tinygpt.safetensors import write as write_safetensors
+from tinygpt.formats.forms import open_checkpoint, read_config
+from tinygpt.formats.safetensors import write as write_safetensors
 from tinygpt.tokenizer import char_tokenizer, encode, save_tokenizer
 from tinygpt.weights import save_gguf
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinygpt import gguf
 from tinygpt.config import InputError
 from tinygpt.files import CheckpointError
+from tinygpt.formats import gguf
 
 WEIGHT = np.random.default_rng(0).normal(size=(6, 64)).astype(np.float32)
 

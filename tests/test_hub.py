@@ -21,7 +21,7 @@ import pytest
 
 from tinygpt import hub
 from tinygpt.config import InputError
-from tinygpt.safetensors import CheckpointError
+from tinygpt.formats.safetensors import CheckpointError
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 SINGLE = {CONFIG: b"{}", "vocab.json": b"{}", "model.safetensors": b"weights" * 1000}

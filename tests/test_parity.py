@@ -15,7 +15,7 @@ from conftest import SMALL, randomize
 from tinygrad import Tensor
 
 from tinygpt import GPT, Generator
-from tinygpt.hfconfig import read_config
+from tinygpt.formats.hfconfig import read_config
 from tinygpt.tokenizer import save_tokenizer
 from tinygpt.vocabulary import from_merges, spell
 

@@ -18,9 +18,9 @@ from tinygrad.nn.state import get_state_dict
 
 from tinygpt import GPT, InputError
 from tinygpt.files import CheckpointError
+from tinygpt.formats.safetensors import read_header, write
+from tinygpt.formats.tensors import read_tensor
 from tinygpt.precision import DTYPES, convert, dtype_of, matrices, set_weight, supported, widened
-from tinygpt.safetensors import read_header, write
-from tinygpt.tensors import read_tensor
 
 README = Path(__file__).parents[1] / "README.md"
 TOKENS = np.arange(20, dtype=np.int32).reshape(2, 10)

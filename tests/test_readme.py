@@ -81,7 +81,7 @@ def test_the_python_code_works_as_written(tmp_path, monkeypatch, capsys):
 
 
 def test_every_module_is_on_the_map():
-    for path in (ROOT / "tinygpt").glob("*.py"):
+    for path in (ROOT / "tinygpt").rglob("*.py"):
         assert path.stem.startswith("__") or f"`{path.name}`" in README
 
 

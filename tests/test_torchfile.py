@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinygpt import GPT, torchfile
+from tinygpt import GPT
 from tinygpt.files import CheckpointError
-from tinygpt.tensors import read_tensor
+from tinygpt.formats import torchfile
+from tinygpt.formats.tensors import read_tensor
 
 FLOATS = np.arange(6, dtype=np.float32)
 

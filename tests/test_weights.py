@@ -20,9 +20,9 @@ from conftest import randomize, weights_of
 
 from tinygpt import GPT, GPTConfig, InputError
 from tinygpt.files import CheckpointError
-from tinygpt.hfconfig import read_config
+from tinygpt.formats.hfconfig import read_config
+from tinygpt.formats.safetensors import read_header, write
 from tinygpt.precision import convert
-from tinygpt.safetensors import read_header, write
 from tinygpt.weights import save_gguf
 
 # No two sizes alike, so that no axis can pass for another.
@@ -635,7 +635,7 @@ def test_loading_gpt2_holds_its_weights_only_once(tmp_path):
 def test_a_bar_shows_where_much_is_read_or_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     for least, shown in ((1, True), (1 << 40, False)):
-        for module in ("weights", "safetensors", "gguf"):
+        for module in ("weights", "formats.safetensors", "formats.gguf"):
             monkeypatch.setattr(f"tinygpt.{module}.LONG_BYTES", least)
         GPT(TINY).save_pretrained(tmp_path / "model")
         save_gguf(GPT.from_pretrained(tmp_path / "model"), tmp_path / "x.gguf")

@@ -29,7 +29,7 @@ from tinygrad.helpers import CPU_COUNT
 import tinygpt
 from tinygpt import backend, hub
 from tinygpt.config import GPTConfig, InputError
-from tinygpt.forms import read_config
+from tinygpt.formats.forms import read_config
 from tinygpt.model import GPT
 from tinygpt.peers import Contender, environment
 from tinygpt.precision import DTYPES, check_dtype

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tinygrad import Tensor
 
-from tinygpt import safetensors
 from tinygpt.config import InputError, show
 from tinygpt.files import CheckpointError, read_json, reason, write_text
+from tinygpt.formats import safetensors
+from tinygpt.formats.tensors import read_tensor
 from tinygpt.model import GPT
-from tinygpt.tensors import read_tensor
 from tinygpt.tokenizer import save_tokenizer
 
 if TYPE_CHECKING:

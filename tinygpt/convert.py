@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from tinygpt import backend, hub
 from tinygpt.config import GPTConfig, InputError
 from tinygpt.files import CheckpointError, atomic_folder
-from tinygpt.forms import read_config
+from tinygpt.formats.forms import read_config
 from tinygpt.model import GPT
 from tinygpt.precision import DTYPES, check_dtype, dtype_of
 from tinygpt.terminal import say

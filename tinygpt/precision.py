@@ -12,10 +12,10 @@ from tinygrad import Device, dtypes
 
 from tinygpt.backend import tensor
 from tinygpt.config import InputError, unknown
+from tinygpt.formats.tensors import to_bfloat16
 from tinygpt.kernels import widen
 from tinygpt.layers import Embedding, Linear
 from tinygpt.model import GPT
-from tinygpt.tensors import to_bfloat16
 
 DTYPES = {
     "float32": dtypes.float32,

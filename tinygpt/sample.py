@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinygpt import backend, hub
 from tinygpt.config import PRESETS, GPTConfig, InputError
-from tinygpt.forms import read_config
+from tinygpt.formats.forms import read_config
 from tinygpt.generate import Generator
 from tinygpt.model import GPT
 from tinygpt.precision import DTYPES, check_dtype, convert

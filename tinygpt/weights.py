@@ -1,4 +1,4 @@
-"""Checkpoints on the disk <-> our model: reading any form that `forms` knows, writing two of them.
+"""Checkpoints on the disk <-> our model: reading any form in `formats`, writing two of them.
 
 A folder in Hugging Face form is what a model is kept in; a GGUF file is for llama.cpp.
 """
@@ -16,12 +16,14 @@ import numpy as np
 from tinygrad import Device
 from tinygrad.nn.state import get_state_dict
 
-from tinygpt import backend, gguf, hfconfig, hub, safetensors
+from tinygpt import backend, hub
 from tinygpt.config import GPTConfig, InputError, unknown
 from tinygpt.files import LONG_BYTES, CheckpointError, atomic_file, byte_bar, reason
-from tinygpt.forms import Checkpoint, open_checkpoint
+from tinygpt.formats import gguf, hfconfig, safetensors
+from tinygpt.formats.forms import Checkpoint, open_checkpoint
+from tinygpt.formats.layout import GGUF, HF, Entry, layout
+from tinygpt.formats.tensors import TensorInfo, read_tensor
 from tinygpt.kernels import widen
-from tinygpt.layout import GGUF, HF, Entry, layout
 from tinygpt.model import GPT
 from tinygpt.precision import (
     DTYPES,
@@ -32,7 +34,6 @@ from tinygpt.precision import (
     supported,
     widened,
 )
-from tinygpt.tensors import TensorInfo, read_tensor
 from tinygpt.vocabulary import gguf_metadata
 
 if TYPE_CHECKING:

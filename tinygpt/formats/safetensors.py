@@ -25,7 +25,7 @@ from tinygpt.files import (
     parse_json,
     reason,
 )
-from tinygpt.tensors import (
+from tinygpt.formats.tensors import (
     DTYPES,
     MAX_ELEMENTS,
     MAX_RANK,

@@ -18,7 +18,7 @@ import numpy as np
 
 from tinygpt.config import InputError, show
 from tinygpt.files import LONG_BYTES, CheckpointError, atomic_file, byte_bar, need, reason
-from tinygpt.tensors import MAX_ELEMENTS, MAX_TENSORS, SIZES, TensorInfo
+from tinygpt.formats.tensors import MAX_ELEMENTS, MAX_TENSORS, SIZES, TensorInfo
 
 MAGIC = b"GGUF"
 _MAX_HEADER_BYTES = 16 << 20  # GPT-2's, with its vocabulary, takes 1.8 MB

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinygpt import gguf, hub, safetensors, torchfile
+from tinygpt import hub
 from tinygpt.config import GPTConfig, InputError, show
 from tinygpt.files import CheckpointError, read_json, reason
-from tinygpt.hfconfig import read_config as read_config_json
-from tinygpt.layout import BOOK, GGUF, HF, NANOGPT, Dialect, Entry, layout, weight_name
-from tinygpt.tensors import TensorInfo
+from tinygpt.formats import gguf, safetensors, torchfile
+from tinygpt.formats.hfconfig import read_config as read_config_json
+from tinygpt.formats.layout import BOOK, GGUF, HF, NANOGPT, Dialect, Entry, layout, weight_name
+from tinygpt.formats.tensors import TensorInfo
 
 # Name without prefixes -> (file, where in it).
 Tensors = dict[str, tuple[Path, TensorInfo]]

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from tinygpt.config import show
 from tinygpt.files import need
-from tinygpt.tensors import MAX_ELEMENTS, MAX_RANK, MAX_TENSORS
+from tinygpt.formats.tensors import MAX_ELEMENTS, MAX_RANK, MAX_TENSORS
 
 MAX_BYTES = 1 << 20  # GPT-2 XL takes 0.1 MB; nanoGPT's, with its optimizer, four times that
 _STORAGES = {
