@@ -6,7 +6,7 @@ import argparse
 import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -182,8 +182,3 @@ def settings_of(recipe: str | None) -> dict[str, Any]:
     if recipe is not None and recipe not in RECIPES:
         raise unknown("recipe", recipe, RECIPES)
     return RECIPES[recipe] if recipe else {}
-
-
-def as_json(config: TrainConfig) -> dict[str, Any]:
-    """What `TrainConfig.of` reads back equal."""
-    return asdict(config)
