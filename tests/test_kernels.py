@@ -7,9 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import CLANG, SMALL, needs_clang, randomize
-from tinygrad import Tensor, Variable
+from tinygrad import Device, Tensor, Variable
+from tinygrad.nn.state import get_parameters
+from tinygrad.runtime.support.compiler_cpu import ClangJITCompiler
 
-from tinygpt import GPT, sampling
+from tinygpt import GPT, Generator, sampling
+from tinygpt.fused import token_losses
 from tinygpt.kernels import fast, linear, matmul
 from tinygpt.precision import DTYPES, convert, supported
 
@@ -160,3 +163,24 @@ def test_any_number_of_threads_gives_the_same(shape, transposed, monkeypatch):
     results = [result.numpy() for result in results]
     assert all(np.array_equal(results[0], other) for other in results[1:])
     assert np.allclose(results[0], a @ b, atol=1e-3)
+
+
+@needs_clang
+def test_the_c_compiles_for_other_processors_and_calls_nothing(monkeypatch):
+    compiler, sources = Device["CPU"].compiler, []
+    usual = compiler.compile_cached
+    with monkeypatch.context() as patch:
+        patch.setattr(compiler, "compile_cached", lambda text: sources.append(text) or usual(text))
+        # of a shape that no other test has, so that nothing of it is compiled yet
+        config = replace(SMALL, n_embd=40, n_inner=24)
+        for dtype in ("float32", "int8"):
+            list(Generator(convert(GPT(config), dtype)).generate([1] * 9, 2, seed=0, top_k=3))
+        model, ids = GPT(config), Tensor(np.zeros((2, 10), np.int32)).realize()
+        loss = token_losses(model, ids, ids).sum()
+        Tensor.realize(*loss.gradient(*get_parameters(model)))
+    sources = [text for text in sources if "ENTRY" in text]
+    for kind in ("read", "threshold", "block", "block_back", "head_back", "embed"):
+        assert any(f"ENTRY void {kind}_" in text for text in sources)
+    for processor in ("arm64,apple-m1", "x86_64,x86-64-v2", "x86_64,icelake-server"):
+        for text in sources:
+            ClangJITCompiler(processor.split(",")).compile(text)  # fails at a name from outside
