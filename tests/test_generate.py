@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from conftest import SMALL, reference_of
+from conftest import SMALL, needs_clang, reference_of
 from tinygrad import Tensor
 from tinygrad.engine.realize import runtime_cache
 from tinygrad.nn.state import get_state_dict
+from tinygrad.uop.ops import Ops
 
-from tinygpt import Generator, InputError
+from tinygpt import GPT, Generator, InputError
 
 PROMPTS = [[5, 9, 2, 33, 60, 1, 7], [11], [8, 3] * 7]
 DRAWN = {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.01}
@@ -119,6 +122,16 @@ def test_nothing_compiles_after_the_second_token(model):
     for prompt in PROMPTS:
         list(generator.generate(prompt, max_new_tokens=9, seed=2, temperature=0.9, top_k=9))
     assert len(runtime_cache) == built
+
+
+@needs_clang
+def test_a_token_takes_few_kernels():
+    """Each costs a start: plain tensors take 139."""
+    generator = Generator(GPT(replace(SMALL, n_layer=12)))
+    list(generator.generate(PROMPTS[0], max_new_tokens=3, temperature=0))
+    step = generator._runner(1)._next[1,]
+    calls = [u for u in step.captured.linear.toposort() if u.op is Ops.CALL]
+    assert 1 <= sum(call.src[0].op is Ops.PROGRAM for call in calls) <= 8
 
 
 @pytest.mark.parametrize(
