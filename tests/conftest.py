@@ -15,6 +15,7 @@ from tinygrad.helpers import NOOPT
 from tinygrad.nn.state import get_state_dict
 
 from tinygpt import GPT, Generator, GPTConfig
+from tinygpt.precision import DTYPES, supported
 
 SHARED = Path(__file__).parents[2] / "shared"
 if (SHARED / "tiktoken_cache").is_dir():
@@ -24,6 +25,9 @@ if (SHARED / "tiktoken_cache").is_dir():
 RENDERER = type(Device["CPU"].renderer).__name__
 CLANG = RENDERER == "ClangJITRenderer"
 needs_clang = pytest.mark.skipif(not CLANG, reason="no fast forms without clang on the CPU")
+
+# What else than float32 this backend can hold.
+NARROW = [name for name in DTYPES if name != "float32" and supported(name)]
 
 if RENDERER == "X86Renderer":
     # tinygrad's own assembler is written in Python: tests take half the time where kernels are not

@@ -10,7 +10,7 @@ import pytest
 from conftest import reference_of
 from tinygrad import Tensor, device, helpers
 
-from tinygpt import backend, doctor
+from tinygpt import InputError, backend, doctor
 
 
 def test_a_backend_works_or_does_not():
@@ -43,6 +43,18 @@ def test_what_the_processor_lacks_is_not_assembled_for(tmp_path, monkeypatch):
     monkeypatch.setattr(backend.platform, "machine", lambda: "aarch64")
     assert not backend._runs_assembled(about)
     assert not backend.works("CPU:X86")
+    monkeypatch.setattr(backend, "renderer", lambda: "X86")
+    with pytest.raises(InputError, match="the processor lacks AVX2"):
+        backend.check()
+
+
+@pytest.mark.parametrize(("chosen", "advice"), [("CPU", "Unset DEV"), ("", "Install clang")])
+def test_the_advice_fits_who_chose_the_backend(chosen, advice, monkeypatch):
+    monkeypatch.setenv("DEV", chosen)
+    monkeypatch.setattr(backend, "renderer", lambda: "ClangJIT")
+    monkeypatch.setattr(backend, "find_clang", lambda: None)
+    with pytest.raises(InputError, match=rf"clang is not installed\. {advice}"):
+        backend.check()
 
 
 def test_the_python_backend_equals_the_reference():

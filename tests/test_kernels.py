@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import CLANG, SMALL, needs_clang, randomize
+from conftest import CLANG, NARROW, SMALL, needs_clang, randomize
 from tinygrad import Device, Tensor, Variable
 from tinygrad.nn.state import get_parameters
 from tinygrad.runtime.support.compiler_cpu import ClangJITCompiler
@@ -14,7 +14,7 @@ from tinygrad.runtime.support.compiler_cpu import ClangJITCompiler
 from tinygpt import GPT, Generator, sampling
 from tinygpt.fused import token_losses
 from tinygpt.kernels import fast, linear, matmul
-from tinygpt.precision import DTYPES, convert, supported
+from tinygpt.precision import convert, supported
 
 # M, K, N: one, few rows, tiles and their edges, odd primes, more than one block of each size.
 SHAPES = [(1, 1, 1), (1, 7, 5), (8, 16, 3), (9, 17, 67), (13, 31, 37), (245, 259, 33)]
@@ -100,7 +100,7 @@ def test_reading_equals_its_plain_form(options, batch, time, padded, monkeypatch
 
 @needs_clang
 @pytest.mark.parametrize("time", [1, 9])
-@pytest.mark.parametrize("dtype", [x for x in DTYPES if x != "float32" and supported(x)])
+@pytest.mark.parametrize("dtype", NARROW)
 def test_reading_with_narrow_weights_equals_its_plain_form(dtype, time, monkeypatch):
     config = replace(SMALL, n_layer=1, n_embd=42, n_inner=37)
     model = convert(randomize(GPT(config)), dtype)

@@ -11,20 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL, needs_clang, randomize, weights_of
+from conftest import NARROW, SMALL, needs_clang, randomize, weights_of
 from reference import Reference
-from tinygrad import Tensor
+from tinygrad import Device, Tensor
 from tinygrad.nn.state import get_state_dict
 
-from tinygpt import GPT, InputError
+from tinygpt import GPT, InputError, precision
 from tinygpt.files import CheckpointError
 from tinygpt.formats.safetensors import read_header, write
 from tinygpt.formats.tensors import read_tensor
-from tinygpt.precision import DTYPES, convert, dtype_of, matrices, set_weight, supported, widened
+from tinygpt.precision import convert, dtype_of, matrices, set_weight, supported, widened
 
 README = Path(__file__).parents[1] / "README.md"
 TOKENS = np.arange(20, dtype=np.int32).reshape(2, 10)
-NARROW = [name for name in DTYPES if name != "float32" and supported(name)]
 # The largest error of a weight: half a unit in the last of 11 or 8 bits, or half a step of 127.
 ROUNDING = {"float16": 2**-11, "bfloat16": 2**-8, "int8": 0.5 / 127}
 
@@ -96,6 +95,17 @@ def test_a_backend_without_a_dtype_widens_what_is_stored_and_refuses_what_is_ask
     assert np.array_equal(widened(wide.wte), widened(model.wte))
     with pytest.raises(InputError, match="does not work with float16: choose float32"):
         GPT.from_pretrained(tmp_path, "float16")
+
+
+@needs_clang
+def test_a_backend_is_asked_once_what_it_can_hold(monkeypatch):
+    asked, compiler = [], Device[Device.DEFAULT].compiler
+    monkeypatch.setattr(compiler, "compile_cached", asked.append)  # as often as there are tensors
+    precision._widens_half.cache_clear()
+    assert supported("float16")
+    assert supported("float16")
+    assert len(asked) == 1
+    precision._widens_half.cache_clear()
 
 
 @needs_clang

@@ -139,26 +139,31 @@ def check(kernel: bool = True) -> None:
     Raises:
         InputError: when the backend does not exist or does not work, with the reason.
     """
+    chosen = os.environ.get("DEV")  # by the user or `select`; tinygrad may write there, too
     try:
         # A kernel from tinygrad's disk cache would run without the compiler; the next would not.
-        if _renderer() == "ClangJIT" and find_clang() is None:
+        if renderer() == "ClangJIT" and find_clang() is None:
             raise FileNotFoundError("clang is not installed")
+        if renderer() == "X86" and not _runs_assembled():
+            raise RuntimeError("the processor lacks AVX2")
         if kernel and not _adds_up():
             raise RuntimeError("it computes wrong numbers")
     except Exception as error:
-        name = os.environ.get("DEV") or Device.DEFAULT
+        name = chosen or Device.DEFAULT
         if isinstance(error, ModuleNotFoundError):
             reason = "tinygrad has no such backend"
         else:
             reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        advice = "Unset DEV to let the program choose" if chosen else "Install clang"
         raise InputError(
-            f"the backend DEV={name} does not work: {reason}. Unset DEV to let the program choose, "
+            f"the backend DEV={name} does not work: {reason}. {advice}, "
             "or see `tinygpt doctor` for what this machine has"
         ) from error
 
 
-def _renderer() -> str:
-    return type(Device[Device.DEFAULT].renderer).__name__.removesuffix("Renderer")
+def renderer(device: str | None = None) -> str:
+    """Which of tinygrad's renderers writes a device's kernels: "ClangJIT", "X86" and so on."""
+    return type(Device[device or Device.DEFAULT].renderer).__name__.removesuffix("Renderer")
 
 
 def describe() -> str:
@@ -166,7 +171,7 @@ def describe() -> str:
     device = Device[Device.DEFAULT]
     if name := getattr(device, "device_name", None):
         return f"{device.device} ({name})"
-    words = {"ClangJIT": "clang", "CPULLVM": "LLVM"}.get(_renderer(), _renderer())
+    words = {"ClangJIT": "clang", "CPULLVM": "LLVM"}.get(renderer(), renderer())
     return device.device if words.upper() == device.device else f"{device.device} ({words})"
 
 

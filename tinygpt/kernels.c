@@ -10,6 +10,8 @@
 #define UNROLLED(i, n) _Pragma("unroll") for (int i = 0; i < (n); i++)
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
+// Where a thread's part of n things begins, and where it ends.
+#define SHARE(n) (int)((long)(n) * core_id / THREADS), (int)((long)(n) * (core_id + 1) / THREADS)
 
 typedef float vec __attribute__((vector_size(32), aligned(4)));
 typedef int ivec __attribute__((vector_size(32)));
@@ -68,12 +70,12 @@ INLINE vec vexp(vec x) {
   return (vec)((ivec)y + (((ivec)shifted - 0x4b400000) << 23));
 }
 
-// The normal distribution's integral up to x: erf by Abramowitz and Stegun 7.1.26, absolute error
-// below 1.5e-7.
-INLINE vec normal(vec x) {
+// The normal distribution's integral up to x, where e is e**(-x * x / 2): erf by Abramowitz and
+// Stegun 7.1.26, absolute error below 1.5e-7.
+INLINE vec normal(vec x, vec e) {
   vec a = select(x < 0.0f, -x, x) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * a);
   vec y = -0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f));
-  vec tail = t * (0.254829592f + t * y) * vexp(-a * a);  // 1 - erf(a)
+  vec tail = t * (0.254829592f + t * y) * e;  // 1 - erf(a)
   return 0.5f * (1.0f + select(x < 0.0f, tail - 1.0f, 1.0f - tail));
 }
 
@@ -82,7 +84,7 @@ INLINE vec activate(vec x) {
 #if ACTIVATION == 1
   return x / (1.0f + vexp(x * (-1.5957691f - 0.071354816f * x * x)));
 #elif ACTIVATION == 2
-  return x * normal(x);
+  return x * normal(x, vexp(-0.5f * x * x));
 #elif ACTIVATION == 3
   return select(x > 0.0f, x, splat(0.0f));
 #else

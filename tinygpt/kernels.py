@@ -17,10 +17,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from tinygrad import Device, Tensor, UOp, dtypes
+from tinygrad import Tensor, UOp, dtypes
 from tinygrad.helpers import CPU_COUNT, Context
 from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo
+
+from tinygpt.backend import renderer
 
 # tinygrad vectorises and threads a kernel along an axis whose length its factors divide. GPT-2's
 # 50257 rows are 29 * 1733: as they stand, that product runs several times slower.
@@ -89,7 +91,7 @@ def fast(*tensors: Tensor) -> bool:
         return False
     if not all(isinstance(size, int) for tensor in tensors for size in tensor.shape):
         return False
-    return type(Device["CPU"].renderer).__name__ == "ClangJITRenderer"
+    return renderer("CPU") == "ClangJIT"
 
 
 def matmul(a: Tensor, b: Tensor, a_transposed: bool = False, b_transposed: bool = False) -> Tensor:

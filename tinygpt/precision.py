@@ -7,10 +7,13 @@ it is used.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 from tinygrad import Device, dtypes
+from tinygrad.device import Compiler
 
-from tinygpt.backend import tensor
+from tinygpt.backend import renderer, tensor
 from tinygpt.config import InputError, unknown
 from tinygpt.formats.tensors import to_bfloat16
 from tinygpt.kernels import widen
@@ -39,11 +42,16 @@ def supported(dtype: str) -> bool:
     device = Device[Device.DEFAULT]
     if DTYPES[dtype] not in device.renderer.supported_dtypes():
         return False
-    if dtype == "float16" and type(device.compiler).__name__ == "ClangJITCompiler":
-        try:
-            device.compiler.compile_cached("float widen(__fp16 *x) { return *x; }")
-        except RuntimeError:  # a processor without F16C: clang calls a function of its library
-            return False
+    return dtype != "float16" or renderer() != "ClangJIT" or _widens_half(device.compiler)
+
+
+@functools.cache
+def _widens_half(clang: Compiler) -> bool:
+    """Whether clang does so by itself: for an x86-64 without F16C it calls its library."""
+    try:
+        clang.compile_cached("float widen(__fp16 *x) { return *x; }")
+    except RuntimeError:  # that tinygrad does not link
+        return False
     return True
 
 

@@ -145,7 +145,6 @@ INLINE void block(int rows, int only, float *out, const float *x, const struct l
         *mid = y + R * C, *inner = mid + R * C;
   const float *in = x;
   int M = B * rows;
-#define SHARE(n) (int)((long)(n) * core_id / THREADS), (int)((long)(n) * (core_id + 1) / THREADS)
   if (PRE_NORM) {
     norm(R, h, x, l->ln_1_weight, l->ln_1_bias, core_id);
     barrier(sync);

@@ -3,7 +3,6 @@
 // so that threads meet once only: before the weights' gradients, which are sums over all texts.
 
 #define FREE __attribute__((no_builtin))  // no libc: a loop must not become a call of memset
-#define SHARE(n) (int)((long)(n) * core_id / THREADS), (int)((long)(n) * (core_id + 1) / THREADS)
 
 #ifdef EPSILON
 enum { STRIP = 11 * ROWS };  // rows of attention at a time, which skips most of what is masked
@@ -157,7 +156,8 @@ INLINE vec slope(vec x) {
   vec s = 1.0f / (1.0f + vexp(x * (-1.5957691f - 0.071354816f * x * x)));
   return s + x * s * (1.0f - s) * (1.5957691f + 0.21406445f * x * x);
 #elif ACTIVATION == 2
-  return normal(x) + x * vexp(-0.5f * x * x) * 0.39894228f;
+  vec e = vexp(-0.5f * x * x);
+  return normal(x, e) + x * e * 0.39894228f;
 #else
   return select(x > 0.0f, splat(1.0f), splat(0.0f));
 #endif

@@ -75,6 +75,7 @@ def _records(file: BinaryIO) -> dict[str, tuple[int, ZipInfo]]:
     try:
         with ZipFile(_Listing(file)) as archive:
             entries = archive.infolist()
+    # The second is zipfile's for an archive of a version that it does not know.
     except (BadZipFile, NotImplementedError, OverflowError, struct.error) as error:
         raise ValueError(f"its zip archive is damaged: {reason(error)}") from error
     records: dict[str, tuple[int, ZipInfo]] = {}
