@@ -1,1 +1,0 @@
-"""Checkpoints of every form as files: which form it is, its names, its bytes, each checked."""
