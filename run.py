@@ -4,7 +4,7 @@ import sys
 
 if __name__ == "__main__":
     try:
-        from tinygpt.cli import main
+        from tinygpt.commands.main import main
 
         sys.exit(main())
     except KeyboardInterrupt:  # while Python was still importing

@@ -1,6 +1,6 @@
 """Makes the model that the package carries, from char-rnn's Shakespeare file.
 
-    python tests/benchmarks/built_in.py RUN [FILE]
+    python benchmarks/built_in.py RUN [FILE]
 
 trains in the folder RUN on the first 90% of the file (fetched where none is named), goes on where
 it was stopped, stores the best weights as float16 in tinygpt/shakespeare, and prints their loss on
@@ -14,9 +14,10 @@ import sys
 from pathlib import Path
 
 import tinygpt
-from tinygpt import GPT, hub, load_tokenizer
-from tinygpt.cli import main
-from tinygpt.tokenizer import save_tokenizer
+from tinygpt import GPT, load_tokenizer
+from tinygpt.checkpoints import hub
+from tinygpt.commands.main import main
+from tinygpt.tokenizer.encoding import save_tokenizer
 
 SETTINGS = """
     --n-layer 6 --n-head 6 --n-embd 192 --block-size 256 --batch-size 16 --steps 3000

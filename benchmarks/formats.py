@@ -1,4 +1,4 @@
-"""Every form in and out, as a table: `python tests/benchmarks/formats.py`.
+"""Every form in and out, as a table: `python benchmarks/formats.py`.
 
 A small checkpoint of each form is written by the program it comes from (see `writers`), loaded, and
 converted to each form that can be written. Shown are the largest difference of the logits from that
@@ -18,13 +18,14 @@ import numpy as np
 import pytest
 from tinygrad import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
 
-from writers import TOKENS, WRITERS
+from writers import TOKENS, WRITERS  # noqa: E402
 
-from tinygpt import GPT, Generator
-from tinygpt.cli import main
-from tinygpt.peers import FAMILIES
+from tinygpt import GPT, Generator  # noqa: E402
+from tinygpt.commands.main import main  # noqa: E402
+from tinygpt.commands.peers import FAMILIES  # noqa: E402
 
 COUNT = 10  # with the prompt, within the window
 PROMPT = TOKENS[0, :5].tolist()

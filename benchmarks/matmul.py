@@ -1,6 +1,6 @@
 """The matrix product and its two gradients over GPT-2's shapes, beside torch, taking turns.
 
-Run as `python tests/benchmarks/matmul.py [ROUNDS]` with DEV=CPU, clang and torch. Each program has
+Run as `python benchmarks/matmul.py [ROUNDS]` with DEV=CPU, clang and torch. Each program has
 a process of its own, as torch's threads, and what its import brings, slow down another's launches.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 from tinygrad import Device, Tensor, TinyJit
 from tinygrad.helpers import CPU_COUNT
 
-from tinygpt.kernels import matmul
+from tinygpt.ops.fast import matmul
 
 GFLOP = (
     4  # so much in a row, as a step of training has many times that: a call of TinyJit takes 0.5 ms

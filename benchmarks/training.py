@@ -1,7 +1,7 @@
 """Training beside the same model and loop in plain PyTorch (torch_loop.py), in a process each.
 
-    python tests/benchmarks/training.py [--large]     steps taking turns: ms and peak memory of each
-    python tests/benchmarks/training.py --run DATA    the recipe shakespeare-cpu, whole, on a folder
+    python benchmarks/training.py [--large]     steps taking turns: ms and peak memory of each
+    python benchmarks/training.py --run DATA    the recipe shakespeare-cpu, whole, on a folder
                                                       of prepared tokens: validation loss and time
 
 Both begin with the same weights and take the same batches and learning rates.
@@ -21,10 +21,10 @@ from statistics import median
 import numpy as np
 
 from tinygpt import GPT
-from tinygpt.data import Batches, Dataset
-from tinygpt.evaluate import mean_loss, spread
-from tinygpt.optim import scheduled
-from tinygpt.recipes import RECIPES, TrainConfig
+from tinygpt.data.dataset import Batches, Dataset
+from tinygpt.evaluation.losses import mean_loss, spread
+from tinygpt.training.optimizers import scheduled
+from tinygpt.training.settings import RECIPES, TrainConfig
 
 SMALL = TrainConfig.of(RECIPES["shakespeare-cpu"])
 LARGE = replace(SMALL, n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=8)
@@ -33,8 +33,8 @@ THREADS, VOCABULARY, STEPS_A_TURN = 2, 65, 10
 
 class Ours:
     def __init__(self, config: TrainConfig) -> None:
-        from tinygpt.evaluate import Scorer
-        from tinygpt.trainer import Trainer
+        from tinygpt.evaluation.losses import Scorer
+        from tinygpt.training.step import Trainer
 
         model = GPT(config.gpt_config(VOCABULARY), config.seed)
         self.trainer, self.losses = Trainer(model, config), Scorer(model).losses

@@ -10,7 +10,7 @@ from tinygrad import Tensor, Variable
 from tinygrad.nn.state import get_state_dict
 
 from tinygpt import GPT, GPTConfig
-from tinygpt.config import InputError
+from tinygpt.errors import InputError
 
 TOKENS = np.random.default_rng(1).integers(0, SMALL.vocab_size, (2, 9))
 

@@ -15,9 +15,9 @@ from conftest import SMALL, randomize
 from tinygrad import Tensor
 
 from tinygpt import GPT, Generator
-from tinygpt.formats.hfconfig import read_config
-from tinygpt.tokenizer import save_tokenizer
-from tinygpt.vocabulary import from_merges, spell
+from tinygpt.checkpoints.hf_config import read_config
+from tinygpt.tokenizer.encoding import save_tokenizer
+from tinygpt.tokenizer.vocabulary import from_merges, spell
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

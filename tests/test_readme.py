@@ -13,7 +13,7 @@ import pytest
 from conftest import SMALL, randomize
 
 from tinygpt import GPT, load_tokenizer
-from tinygpt.tokenizer import save_tokenizer
+from tinygpt.tokenizer.encoding import save_tokenizer
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

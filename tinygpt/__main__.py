@@ -2,7 +2,7 @@
 
 import sys
 
-from tinygpt.cli import main
+from tinygpt.commands.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

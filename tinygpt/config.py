@@ -3,26 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
-from reprlib import Repr
 from typing import Any, Literal
 
-_REPR = Repr()  # a value from a file may be of any length or depth
-_REPR.maxstring = _REPR.maxother = 100
-show = _REPR.repr
-
-
-class InputError(ValueError):
-    """Something given by the user is wrong. The message is one line, written for that user."""
-
-
-def unknown(what: str, value: object, allowed: object) -> InputError:
-    """The error for a `value` that is none of the `allowed` names, with the nearest one offered."""
-    names = [str(name) for name in allowed]
-    near = get_close_matches(str(value)[:100], names, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return InputError(f"unknown {what} {show(value)}: {hint}allowed are {', '.join(names)}")
-
+from tinygpt.errors import InputError, show, unknown
 
 _CHOICES = {
     "norm": ("pre", "post"),

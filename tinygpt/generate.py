@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from tinygrad import Tensor, TinyJit, UOp, Variable
 
-from tinygpt import backend
-from tinygpt.config import InputError
+from tinygpt.errors import InputError
 from tinygpt.model import GPT
+from tinygpt.runtime import buffers
 from tinygpt.sampling import Sampling, choose
 
 
@@ -242,13 +242,13 @@ class _Runner:
             end if length == 1 else Variable("end", 0, length - 1).bind(end),
             Variable("step", 0, 2**31 - 1).bind(step) if "seeds" in self._held else 0,
         )
-        return backend.read(chosen).tolist()
+        return buffers.read(chosen).tolist()
 
     def _input(self, name: str, values: np.ndarray) -> Tensor:
         """The values on the device, in the one tensor that this runner has for name and shape."""
         if (key := (name, values.shape)) not in self._inputs:
-            self._inputs[key] = backend.tensor(values)
-        backend.write(self._inputs[key], values)
+            self._inputs[key] = buffers.tensor(values)
+        buffers.write(self._inputs[key], values)
         return self._inputs[key]
 
     def _place(self, start: int, length: int) -> UOp:

@@ -12,7 +12,7 @@ import math
 from tinygrad import Tensor, UOp, dtypes
 
 from tinygpt.config import GPTConfig
-from tinygpt.kernels import linear, matmul, widen
+from tinygpt.ops.fast import linear, matmul, widen
 
 
 class Linear:

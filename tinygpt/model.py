@@ -13,11 +13,13 @@ import numpy as np
 from tinygrad import Tensor, UOp, dtypes
 from tinygrad.nn.state import get_parameters, get_state_dict
 
-from tinygpt.backend import require_memory, tensor, write
-from tinygpt.config import GPTConfig, InputError
-from tinygpt.kernels import linear
+from tinygpt.config import GPTConfig
+from tinygpt.errors import InputError
 from tinygpt.layers import Embedding, LayerNorm, Linear, TransformerBlock
-from tinygpt.reading import fast_reading, read_tokens
+from tinygpt.ops.fast import linear
+from tinygpt.ops.reading import fast_reading, read_tokens
+from tinygpt.runtime.buffers import tensor, write
+from tinygpt.runtime.memory import require_memory
 
 # One (keys, values) pair a block, each (B, H, cache length, D): see `GPT.empty_cache`.
 Cache = list[tuple[Tensor, Tensor]]
@@ -53,13 +55,13 @@ class GPT:
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, dtype: str | None = None) -> GPT:
         """A model from a folder, a file or a name: see `weights.load_pretrained`."""
-        from tinygpt.weights import load_pretrained
+        from tinygpt.checkpoints.pretrained import load_pretrained
 
         return load_pretrained(name_or_path, dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model in Hugging Face form: see `weights.save_pretrained`."""
-        from tinygpt.weights import save_pretrained
+        from tinygpt.checkpoints.pretrained import save_pretrained
 
         save_pretrained(self, folder)
 

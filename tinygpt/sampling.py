@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from tinygrad import Tensor, UOp, dtypes
 
-from tinygpt.config import InputError, unknown
-from tinygpt.kernels import fast, threshold
+from tinygpt.errors import InputError, unknown
+from tinygpt.ops.fast import fast, threshold
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from tinygpt.config import InputError, show
+from tinygpt.errors import CheckpointError, InputError, reason, show
 
 if TYPE_CHECKING:
     from tinygrad.helpers import tqdm
@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 # Python's objects, JSON takes up to 55 times its bytes.
 MAX_TEXT_BYTES, _MAX_JSON_BYTES = 64 << 20, 12 << 20
 LONG_BYTES = 1 << 30  # of weights, to read or write: a second or more
-
-
-class CheckpointError(InputError):
-    """A file that came from elsewhere is damaged, incomplete or contradicts itself."""
 
 
 def byte_bar(title: str, total: int | None, least: int = 0) -> tqdm:
@@ -156,11 +152,3 @@ def atomic_folder(path: str | Path, advice: str = "") -> Iterator[Path]:
         raise InputError(f"cannot write {path}: {reason(error)}{advice}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def reason(error: Exception) -> str:
-    """Why a call into the operating system or network failed, on one line, without its number."""
-    cause = getattr(error, "reason", error)  # urllib wraps what happened
-    known = getattr(cause, "strerror", None)
-    text = known[:1].lower() + known[1:] if isinstance(known, str) else str(cause)
-    return " ".join(text.split()) or type(cause).__name__

@@ -20,13 +20,12 @@ from tinygrad import Tensor
 from writers import SHAPE, TOKENS, WRITERS
 
 from tinygpt import GPT, Generator, GPTConfig, load_tokenizer
-from tinygpt.cli import main
-from tinygpt.config import InputError
-from tinygpt.files import CheckpointError
-from tinygpt.formats.forms import open_checkpoint, read_config
-from tinygpt.formats.safetensors import write as write_safetensors
-from tinygpt.tokenizer import char_tokenizer, encode, save_tokenizer
-from tinygpt.weights import save_gguf
+from tinygpt.checkpoints.detect import open_checkpoint, read_config
+from tinygpt.checkpoints.pretrained import save_gguf
+from tinygpt.checkpoints.safetensors import write as write_safetensors
+from tinygpt.commands.main import main
+from tinygpt.errors import CheckpointError, InputError
+from tinygpt.tokenizer.encoding import char_tokenizer, encode, save_tokenizer
 
 SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=32, vocab_size=300)
 
@@ -143,8 +142,8 @@ def test_what_cannot_fit_is_refused_by_the_headers_alone(tmp_path, monkeypatch):
     def read_tensor(*_: object) -> np.ndarray:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("tinygpt.weights.read_tensor", read_tensor)
-    monkeypatch.setattr("tinygpt.backend.available_memory_bytes", lambda: 1000)
+    monkeypatch.setattr("tinygpt.checkpoints.pretrained.read_tensor", read_tensor)
+    monkeypatch.setattr("tinygpt.runtime.memory.available_memory_bytes", lambda: 1000)
     for form in ("Hugging Face, pytorch_model.bin", "nanoGPT", "the book, .pth", "GGUF Q4_0"):
         (tmp_path / form).mkdir()
         path, _ = WRITERS[form][1](tmp_path / form)
@@ -229,7 +228,7 @@ def test_transformers_loads_what_hf_is(ours, tmp_path, capsys):
 def llama_greedy(path: Path, prompt: list[int], count: int) -> list[int]:
     """What llama.cpp continues a prompt with."""
     pytest.importorskip("llama_cpp")
-    from tinygpt.peers import LlamaCpp
+    from tinygpt.commands.peers import LlamaCpp
 
     llama = LlamaCpp(str(path), "float32", 1)
     return [row[0] for row in llama.generate([prompt], count)]

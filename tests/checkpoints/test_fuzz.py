@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-PROGRAM = Path(__file__).with_name("fuzz.py")
+PROGRAM = Path(__file__).parents[1] / "fuzz.py"
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:

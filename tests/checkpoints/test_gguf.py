@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinygpt.config import InputError
-from tinygpt.files import CheckpointError
-from tinygpt.formats import gguf
+from tinygpt.checkpoints import gguf
+from tinygpt.errors import CheckpointError, InputError
 
 WEIGHT = np.random.default_rng(0).normal(size=(6, 64)).astype(np.float32)
 

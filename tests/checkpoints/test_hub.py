@@ -19,9 +19,9 @@ from urllib.request import Request
 
 import pytest
 
-from tinygpt import hub
-from tinygpt.config import InputError
-from tinygpt.formats.safetensors import CheckpointError
+from tinygpt.checkpoints import hub
+from tinygpt.checkpoints.safetensors import CheckpointError
+from tinygpt.errors import InputError
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 SINGLE = {CONFIG: b"{}", "vocab.json": b"{}", "model.safetensors": b"weights" * 1000}

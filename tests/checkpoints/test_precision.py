@@ -16,13 +16,21 @@ from reference import Reference
 from tinygrad import Device, Tensor
 from tinygrad.nn.state import get_state_dict
 
-from tinygpt import GPT, InputError, precision
-from tinygpt.files import CheckpointError
-from tinygpt.formats.safetensors import read_header, write
-from tinygpt.formats.tensors import read_tensor
-from tinygpt.precision import convert, dtype_of, matrices, set_weight, supported, widened
+from tinygpt import GPT, InputError
+from tinygpt.checkpoints import precision
+from tinygpt.checkpoints.precision import (
+    convert,
+    dtype_of,
+    matrices,
+    set_weight,
+    supported,
+    widened,
+)
+from tinygpt.checkpoints.safetensors import read_header, write
+from tinygpt.checkpoints.stored_tensor import read_tensor
+from tinygpt.errors import CheckpointError
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 TOKENS = np.arange(20, dtype=np.int32).reshape(2, 10)
 # The largest error of a weight: half a unit in the last of 11 or 8 bits, or half a step of 127.
 ROUNDING = {"float16": 2**-11, "bfloat16": 2**-8, "int8": 0.5 / 127}
@@ -88,8 +96,8 @@ def test_a_backend_without_a_dtype_widens_what_is_stored_and_refuses_what_is_ask
 ):
     model = held_in("bfloat16")
     model.save_pretrained(tmp_path)
-    monkeypatch.setattr("tinygpt.precision.supported", lambda _: False)
-    monkeypatch.setattr("tinygpt.weights.supported", lambda _: False)
+    monkeypatch.setattr("tinygpt.checkpoints.precision.supported", lambda _: False)
+    monkeypatch.setattr("tinygpt.checkpoints.pretrained.supported", lambda _: False)
     wide = GPT.from_pretrained(tmp_path)
     assert dtype_of(wide.wte) == "float32"
     assert np.array_equal(widened(wide.wte), widened(model.wte))

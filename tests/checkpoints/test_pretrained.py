@@ -19,11 +19,11 @@ import pytest
 from conftest import randomize, weights_of
 
 from tinygpt import GPT, GPTConfig, InputError
-from tinygpt.files import CheckpointError
-from tinygpt.formats.hfconfig import read_config
-from tinygpt.formats.safetensors import read_header, write
-from tinygpt.precision import convert
-from tinygpt.weights import save_gguf
+from tinygpt.checkpoints.hf_config import read_config
+from tinygpt.checkpoints.precision import convert
+from tinygpt.checkpoints.pretrained import save_gguf
+from tinygpt.checkpoints.safetensors import read_header, write
+from tinygpt.errors import CheckpointError
 
 # No two sizes alike, so that no axis can pass for another.
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=6, vocab_size=11, n_inner=12)
@@ -544,8 +544,8 @@ def test_what_cannot_fit_in_memory_is_refused_before_it_is_read(folder, monkeypa
         raise AssertionError("weights were read")
 
     small = GPT(TINY)
-    monkeypatch.setattr("tinygpt.backend.available_memory_bytes", lambda: 1000)
-    monkeypatch.setattr("tinygpt.weights.read_tensor", read_tensor)
+    monkeypatch.setattr("tinygpt.runtime.memory.available_memory_bytes", lambda: 1000)
+    monkeypatch.setattr("tinygpt.checkpoints.pretrained.read_tensor", read_tensor)
     for action, words in (
         (lambda: GPT.from_pretrained(folder), f"the model in {folder} needs"),
         (lambda: GPT(TINY), "a model of this shape needs"),
@@ -558,7 +558,7 @@ def test_what_cannot_fit_in_memory_is_refused_before_it_is_read(folder, monkeypa
 
 
 def test_unknown_memory_refuses_nothing(folder, monkeypatch):
-    monkeypatch.setattr("tinygpt.backend.available_memory_bytes", lambda: None)
+    monkeypatch.setattr("tinygpt.runtime.memory.available_memory_bytes", lambda: None)
     GPT.from_pretrained(folder).empty_cache(1, 6)
 
 
@@ -620,7 +620,7 @@ def test_loading_gpt2_holds_its_weights_only_once(tmp_path):
     try:
         child = subprocess.run(
             [sys.executable, "-c", CHILD, str(tmp_path)],
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
             capture_output=True,
             text=True,
         )
@@ -635,8 +635,8 @@ def test_loading_gpt2_holds_its_weights_only_once(tmp_path):
 def test_a_bar_shows_where_much_is_read_or_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     for least, shown in ((1, True), (1 << 40, False)):
-        for module in ("weights", "formats.safetensors", "formats.gguf"):
-            monkeypatch.setattr(f"tinygpt.{module}.LONG_BYTES", least)
+        for module in ("pretrained", "safetensors", "gguf"):
+            monkeypatch.setattr(f"tinygpt.checkpoints.{module}.LONG_BYTES", least)
         GPT(TINY).save_pretrained(tmp_path / "model")
         save_gguf(GPT.from_pretrained(tmp_path / "model"), tmp_path / "x.gguf")
         said = capsys.readouterr().err

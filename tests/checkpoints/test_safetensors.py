@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinygpt.config import InputError
-from tinygpt.formats.safetensors import (
+from tinygpt.checkpoints.safetensors import (
     CheckpointError,
     atomic_file,
     read_header,
     write,
 )
-from tinygpt.formats.tensors import TensorInfo, read_tensor
+from tinygpt.checkpoints.stored_tensor import TensorInfo, read_tensor
+from tinygpt.errors import InputError
 
 DTYPES = {
     **{"BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16"},
@@ -237,7 +237,7 @@ def test_a_wrong_header_is_refused_on_one_line(header: object, tmp_path: Path) -
 
 
 def test_more_tensors_than_any_model_has_are_refused(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("tinygpt.formats.safetensors.MAX_TENSORS", 0)
+    monkeypatch.setattr("tinygpt.checkpoints.safetensors.MAX_TENSORS", 0)
     with pytest.raises(CheckpointError, match="it has 1 tensors: at most 0 are read"):
         read_header(put(tmp_path / "bad", entry()))
 

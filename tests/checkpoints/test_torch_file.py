@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from tinygpt import GPT
-from tinygpt.files import CheckpointError
-from tinygpt.formats import torchfile
-from tinygpt.formats.tensors import read_tensor
+from tinygpt.checkpoints import torch_file as torchfile
+from tinygpt.checkpoints.stored_tensor import read_tensor
+from tinygpt.errors import CheckpointError
 
 FLOATS = np.arange(6, dtype=np.float32)
 

@@ -20,10 +20,10 @@ import pytest
 
 import tinygpt
 from tinygpt import GPT
-from tinygpt.files import CheckpointError
-from tinygpt.formats import torchfile
-from tinygpt.formats.tensors import read_tensor
-from tinygpt.formats.unpickle import ALLOWED, MAX_BYTES, load
+from tinygpt.checkpoints import torch_file as torchfile
+from tinygpt.checkpoints.stored_tensor import read_tensor
+from tinygpt.checkpoints.unpickle import ALLOWED, MAX_BYTES, load
+from tinygpt.errors import CheckpointError
 
 DICT = b"ccollections\nOrderedDict\n"
 REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"

@@ -11,9 +11,10 @@ import pytest
 from conftest import randomize, reference_of, weights_of
 from tinygrad.nn.state import get_state_dict
 
-from tinygpt import GPT, GPTConfig, bench, peers
-from tinygpt.config import InputError
-from tinygpt.weights import GGUF_TYPES, save_gguf
+from tinygpt import GPT, GPTConfig
+from tinygpt.checkpoints.pretrained import GGUF_TYPES, save_gguf
+from tinygpt.commands import bench, peers
+from tinygpt.errors import InputError
 
 # 32 is what Q8_0 divides a row into; 257 ids are those of the built-in byte tokenizer.
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=257)

@@ -9,10 +9,11 @@ import pytest
 from conftest import SHARED
 from tinygrad.helpers import Context
 
-from tinygpt import GPT, Generator, hub, load_tokenizer
-from tinygpt.cli import main
-from tinygpt.evaluate import Scorer, mean_loss, spread
-from tinygpt.tokenizer import decode
+from tinygpt import GPT, Generator, load_tokenizer
+from tinygpt.checkpoints import hub
+from tinygpt.commands.main import main
+from tinygpt.evaluation.losses import Scorer, mean_loss, spread
+from tinygpt.tokenizer.encoding import decode
 
 FOLDER = hub.resolve(hub.BUILT_IN)
 CORPUS = SHARED / "data" / "tinyshakespeare.txt"

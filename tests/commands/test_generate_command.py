@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 from conftest import randomize, reference_of
 
-from tinygpt import GPT, Generator, GPTConfig, __version__, backend, doctor, load_tokenizer
-from tinygpt.cli import main
-from tinygpt.tokenizer import char_tokenizer, decode, save_tokenizer
+from tinygpt import GPT, Generator, GPTConfig, __version__, load_tokenizer
+from tinygpt.commands import doctor
+from tinygpt.commands.main import main
+from tinygpt.runtime import device, memory
+from tinygpt.tokenizer.encoding import char_tokenizer, decode, save_tokenizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHAPE = ["--layers", "1", "--heads", "1", "--dim", "16", "--context", "16"]
 CONFIG = GPTConfig(n_layer=1, n_head=1, n_embd=16, block_size=16, vocab_size=257)  # nano with it
 SHORT = [*SHAPE, "--max-new-tokens", "8", "--seed", "3"]
@@ -101,7 +103,7 @@ def test_each_sample_is_the_single_run_with_its_seed(cli, saved):
 def test_json_holds_prompt_tokens_text_and_timings(cli):
     report = json.loads(cli("Hé", *SHORT, "--json", "--num-samples", 2)[1])
     samples, timings = report.pop("samples"), report.pop("timings")
-    facts = {"model": None, "seed": 3, "device": backend.describe()}
+    facts = {"model": None, "seed": 3, "device": device.describe()}
     assert report == {**facts, "prompt": "Hé", "prompt_tokens": list("Hé".encode())}
     assert len(samples) == 2
     for sample in samples:
@@ -173,7 +175,7 @@ def test_every_shape_flag_reaches_the_model(cli, monkeypatch):
     config = GPTConfig(2, 2, 8, 4, 300, 12, "post", "sinusoidal", "relu", False, False, False)
     built = []
     monkeypatch.setattr(
-        "tinygpt.sample.GPT", lambda config, seed: built.append(config) or GPT(config)
+        "tinygpt.commands.generate.GPT", lambda config, seed: built.append(config) or GPT(config)
     )
     status, _, err = cli("x", *flags.split(), "--max-new-tokens", 0)
     assert (status, built) == (0, [config])
@@ -247,7 +249,7 @@ def test_bad_input_is_one_line_and_exit_status_2(cli, monkeypatch, argv):
 
 
 def test_running_out_of_memory_is_one_line(cli, monkeypatch):
-    monkeypatch.setattr("tinygpt.sample.GPT", lambda *_: [0] * 2**62)
+    monkeypatch.setattr("tinygpt.commands.generate.GPT", lambda *_: [0] * 2**62)
     assert is_refused(cli("x", *SHORT), "out of memory")
 
 
@@ -262,7 +264,7 @@ def test_ctrl_c_keeps_what_was_made(endless):
     # the handler anew, because a shell's background job, as this may be, starts with it ignored
     script = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from tinygpt.cli import main; sys.exit(main())"
+        "from tinygpt.commands.main import main; sys.exit(main())"
     )
     process = start(*endless, program=["-c", script])
     first = process.stdout.read(4)
@@ -324,8 +326,8 @@ def test_without_clang_another_compiler_is_taken_and_said(tmp_path):
 
 
 def test_the_doctor_shows_the_machine_and_what_it_lacks(cli, monkeypatch):
-    monkeypatch.setattr(backend, "find_clang", lambda: None)
-    monkeypatch.setattr(backend, "available_memory_bytes", lambda: 10**9)
+    monkeypatch.setattr(device, "find_clang", lambda: None)
+    monkeypatch.setattr(memory, "available_memory_bytes", lambda: 10**9)
     status, out, _ = cli("doctor")
     assert status == 0
     rows = "tinygpt with python cores memory DEV clang models kernels vocabulary device advice"

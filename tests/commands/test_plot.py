@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from tinygpt import InputError, plot
+from tinygpt import InputError
+from tinygpt.commands import plot
 
 
 def draw(*argv) -> int:

@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinygpt.config import InputError
-from tinygpt.data import Batches, Dataset, Header
-from tinygpt.files import CheckpointError
-from tinygpt.prepare import prepare
-from tinygpt.tokenizer import char_tokenizer, load_tokenizer
+from tinygpt.data.dataset import Batches, Dataset, Header
+from tinygpt.data.prepare import prepare
+from tinygpt.errors import CheckpointError, InputError
+from tinygpt.tokenizer.encoding import char_tokenizer, load_tokenizer
 
 TOKENS = np.arange(1000, 1103, dtype=np.uint16)  # each id is its place, plus 1000
 ORDERS = ("random", "epoch")

@@ -21,17 +21,18 @@ import regex
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from tinygpt import hub
-from tinygpt import prepare as module
-from tinygpt import text as text_module
-from tinygpt.bpe import train_bpe
-from tinygpt.config import InputError
-from tinygpt.data import Dataset
-from tinygpt.prepare import add_flags, prepare, run
-from tinygpt.text import recut
-from tinygpt.tokenizer import encode, end_token
+from tinygpt.checkpoints import hub
+from tinygpt.commands.prepare import add_flags, run
+from tinygpt.data import corpus as text_module
+from tinygpt.data import prepare as module
+from tinygpt.data.corpus import recut
+from tinygpt.data.dataset import Dataset
+from tinygpt.data.prepare import prepare
+from tinygpt.errors import InputError
+from tinygpt.tokenizer.encoding import encode, end_token
+from tinygpt.tokenizer.learn_bpe import train_bpe
 
-SHARED = Path(__file__).parents[2] / "shared"
+SHARED = Path(__file__).parents[3] / "shared"
 SHAKESPEARE = SHARED / "data" / "tinyshakespeare.txt"
 KINDS = ("char", "bytes", "gpt2", "bpe:300")
 PIECES = (
@@ -248,11 +249,11 @@ def test_nothing_is_left_when_it_fails_in_the_middle(tmp_path, monkeypatch):
 def test_a_full_disk(tmp_path):
     resource = pytest.importorskip("resource")
     source = write(tmp_path / "text.txt", "some text, " * 9999)
-    script = "import sys; from tinygpt.prepare import prepare; prepare(*sys.argv[1:])"
+    script = "import sys; from tinygpt.data.prepare import prepare; prepare(*sys.argv[1:])"
     result = subprocess.run(
         [sys.executable, "-c", script, source, tmp_path / "out", "bytes"],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
-        env=os.environ | {"PYTHONPATH": str(Path(module.__file__).parents[1])},
+        env=os.environ | {"PYTHONPATH": str(Path(module.__file__).parents[2])},
         capture_output=True,
         text=True,
     )

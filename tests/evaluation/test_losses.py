@@ -8,12 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import randomize, reference_of
-from test_train import prepared
+from prepared import prepared
 
-from tinygpt import GPT, GPTConfig, InputError, evaluate, load_tokenizer
-from tinygpt.data import Dataset
-from tinygpt.evaluate import Scorer, Window, evaluate_data, spread, windows
-from tinygpt.tokenizer import encode, save_tokenizer
+from tinygpt import GPT, GPTConfig, InputError, load_tokenizer
+from tinygpt.commands import evaluate
+from tinygpt.data.dataset import Dataset
+from tinygpt.evaluation.losses import Scorer, Window, evaluate_data, spread, windows
+from tinygpt.tokenizer.encoding import encode, save_tokenizer
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=257)
 TEXT = "Ünder the sea, a café was öpen. " * 9

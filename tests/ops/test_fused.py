@@ -9,7 +9,8 @@ from conftest import SMALL, needs_clang, randomize
 from tinygrad import Tensor
 from tinygrad.nn.state import get_state_dict
 
-from tinygpt import GPT, fused
+from tinygpt import GPT
+from tinygpt.ops import fused
 
 pytestmark = needs_clang
 # More tokens than attention takes at once, and not a whole number of anything.

@@ -12,9 +12,9 @@ from tinygrad.nn.state import get_parameters
 from tinygrad.runtime.support.compiler_cpu import ClangJITCompiler
 
 from tinygpt import GPT, Generator, sampling
-from tinygpt.fused import token_losses
-from tinygpt.kernels import fast, linear, matmul
-from tinygpt.precision import convert, supported
+from tinygpt.checkpoints.precision import convert, supported
+from tinygpt.ops.fast import fast, linear, matmul
+from tinygpt.ops.fused import token_losses
 
 # M, K, N: one, few rows, tiles and their edges, odd primes, more than one block of each size.
 SHAPES = [(1, 1, 1), (1, 7, 5), (8, 16, 3), (9, 17, 67), (13, 31, 37), (245, 259, 33)]
@@ -81,7 +81,7 @@ def test_a_linear_layer_is_that_of_numpy(rows, out):
 @pytest.mark.parametrize("options", RAGGED.values(), ids=RAGGED)
 def test_reading_equals_its_plain_form(options, batch, time, padded, monkeypatch):
     config = replace(SMALL, **{"n_layer": 1, **options})
-    monkeypatch.setattr("tinygpt.reading._MOST_LAYERS", 2)
+    monkeypatch.setattr("tinygpt.ops.reading._MOST_LAYERS", 2)
     model, tokens = randomize(GPT(config)), np.arange(batch * time).reshape(batch, time)
     old = draw(2, batch, config.n_head, 16, config.head_dim)
     results = []
@@ -158,7 +158,7 @@ def test_any_number_of_threads_gives_the_same(shape, transposed, monkeypatch):
     turned = [np.swapaxes(m, -1, -2) if t else m for m, t in zip((a, b), transposed, strict=True)]
     results = []
     for threads in (1, 2, 9):
-        monkeypatch.setattr("tinygpt.kernels.count_threads", lambda *_, n=threads: n)
+        monkeypatch.setattr("tinygpt.ops.fast.count_threads", lambda *_, n=threads: n)
         results.append(matmul(*(Tensor(np.ascontiguousarray(m)) for m in turned), *transposed))
     results = [result.numpy() for result in results]
     assert all(np.array_equal(results[0], other) for other in results[1:])

@@ -8,60 +8,63 @@ import sys
 import numpy as np
 import pytest
 from conftest import reference_of
-from tinygrad import Tensor, device, helpers
+from tinygrad import Tensor, helpers
+from tinygrad import device as tinygrad_device
 
-from tinygpt import InputError, backend, doctor
+from tinygpt import InputError
+from tinygpt.commands import doctor
+from tinygpt.runtime import device, memory
 
 
 def test_a_backend_works_or_does_not():
-    assert backend.works(os.environ.get("DEV") or "PYTHON")
-    assert not backend.works("FOO")
-    assert not backend.works("CPU:FOO")
+    assert device.works(os.environ.get("DEV") or "PYTHON")
+    assert not device.works("FOO")
+    assert not device.works("CPU:FOO")
 
 
 def test_a_pc_without_a_gpu_is_told_by_its_bus(tmp_path, monkeypatch):
     for name, kind in {"bridge": "0x060000", "disk": "0x010802"}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "class").write_text(f"{kind}\n")
-    monkeypatch.setattr(backend.platform, "system", lambda: "Linux")
-    monkeypatch.setattr(backend.platform, "machine", lambda: "x86_64")
-    assert backend._no_gpu(tmp_path)
+    monkeypatch.setattr(device.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(device.platform, "machine", lambda: "x86_64")
+    assert device._no_gpu(tmp_path)
     (tmp_path / "disk" / "class").write_text("0x030200\n")
-    assert not backend._no_gpu(tmp_path)
-    monkeypatch.setattr(backend.platform, "machine", lambda: "aarch64")  # has GPUs on no bus
+    assert not device._no_gpu(tmp_path)
+    monkeypatch.setattr(device.platform, "machine", lambda: "aarch64")  # has GPUs on no bus
     (tmp_path / "disk" / "class").write_text("0x010802\n")
-    assert not backend._no_gpu(tmp_path)
+    assert not device._no_gpu(tmp_path)
 
 
 def test_what_the_processor_lacks_is_not_assembled_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(backend.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(device.platform, "machine", lambda: "x86_64")
     about = tmp_path / "cpuinfo"
-    assert backend._runs_assembled(about)  # as on systems without such a file
+    assert device._runs_assembled(about)  # as on systems without such a file
     for flags, runs in {"fpu avx2 f16c": True, "fpu sse2 avx": False}.items():
         about.write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
-        assert backend._runs_assembled(about) == runs
-    monkeypatch.setattr(backend.platform, "machine", lambda: "aarch64")
-    assert not backend._runs_assembled(about)
-    assert not backend.works("CPU:X86")
-    monkeypatch.setattr(backend, "renderer", lambda: "X86")
+        assert device._runs_assembled(about) == runs
+    monkeypatch.setattr(device.platform, "machine", lambda: "aarch64")
+    assert not device._runs_assembled(about)
+    assert not device.works("CPU:X86")
+    monkeypatch.setattr(device, "renderer", lambda: "X86")
     with pytest.raises(InputError, match="the processor lacks AVX2"):
-        backend.check()
+        device.check()
 
 
 @pytest.mark.parametrize(("chosen", "advice"), [("CPU", "Unset DEV"), ("", "Install clang")])
 def test_the_advice_fits_who_chose_the_backend(chosen, advice, monkeypatch):
     monkeypatch.setenv("DEV", chosen)
-    monkeypatch.setattr(backend, "renderer", lambda: "ClangJIT")
-    monkeypatch.setattr(backend, "find_clang", lambda: None)
+    monkeypatch.setattr(device, "renderer", lambda: "ClangJIT")
+    monkeypatch.setattr(device, "find_clang", lambda: None)
     with pytest.raises(InputError, match=rf"clang is not installed\. {advice}"):
-        backend.check()
+        device.check()
 
 
 def test_the_python_backend_equals_the_reference():
     """tinygrad's own emulator: any backend's arithmetic, far too slowly for more than this."""
     model = doctor.toy()
     script = (
-        "from tinygrad import Tensor; from tinygpt import doctor; "
+        "from tinygrad import Tensor; from tinygpt.commands import doctor; "
         "print(doctor.toy()(Tensor([[3, 1]])).tolist())"
     )
     run = subprocess.run(
@@ -89,11 +92,11 @@ def kernels(tmp_path, monkeypatch):
 
 
 def test_a_damaged_kernel_is_compiled_again_and_kept(kernels):
-    assert device.Compiler("mine").compile_cached("text") == b"text"
+    assert tinygrad_device.Compiler("mine").compile_cached("text") == b"text"
     connection = helpers.db_connection()
     with connection:
         connection.execute(f"UPDATE mine_{helpers.VERSION} SET val = ?", (b"\x80\x04\x95",))
-    assert device.Compiler("mine").compile_cached("text") == b"text"
+    assert tinygrad_device.Compiler("mine").compile_cached("text") == b"text"
     assert helpers.diskcache_get("mine", "text") == b"text"
 
 
@@ -102,12 +105,12 @@ def test_kernels_are_compiled_where_none_can_be_kept(where, kernels, monkeypatch
     if where == "no folder":
         monkeypatch.setattr(helpers, "CACHEDB", os.path.join(os.devnull, "kernels.db"))
     kernels.write_bytes(b"damaged" * 1000)
-    assert device.Compiler("mine").compile_cached("text") == b"text"
+    assert tinygrad_device.Compiler("mine").compile_cached("text") == b"text"
     assert kernels.read_bytes() == b"damaged" * 1000  # it may be some other file of the user's
     assert any("it keeps no compiled kernels" in line for line in doctor._advice())
 
 
 def test_memory_is_known_and_enforced(monkeypatch):
-    assert backend.available_memory_bytes() > 10**8
-    monkeypatch.setattr(backend, "available_memory_bytes", lambda: None)
-    backend.require_memory(10**18, "anything")  # where the system does not say, nothing is refused
+    assert memory.available_memory_bytes() > 10**8
+    monkeypatch.setattr(memory, "available_memory_bytes", lambda: None)
+    memory.require_memory(10**18, "anything")  # where the system does not say, nothing is refused

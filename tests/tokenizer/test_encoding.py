@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import tiktoken
 
-from tinygpt import tokenizer as module
-from tinygpt.config import InputError
-from tinygpt.tokenizer import (
+from tinygpt.errors import InputError
+from tinygpt.tokenizer import encoding as module
+from tinygpt.tokenizer.encoding import (
     char_tokenizer,
     decode,
     decode_stream,
@@ -24,10 +24,10 @@ from tinygpt.tokenizer import (
     load_tokenizer,
     save_tokenizer,
 )
-from tinygpt.vocabulary import spell
+from tinygpt.tokenizer.vocabulary import spell
 
 END = "<|endoftext|>"
-CACHE = Path(__file__).parents[2] / "shared" / "tiktoken_cache"
+CACHE = Path(__file__).parents[3] / "shared" / "tiktoken_cache"
 VOCAB_BPE = "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"  # tiktoken's name for GPT-2's vocab.bpe
 PIECES = (
     *(
@@ -155,7 +155,7 @@ def test_import_is_light() -> None:
     code = (
         "import sys, types; package = types.ModuleType('tinygpt'); "
         f"package.__path__ = [{folder!r}]; sys.modules['tinygpt'] = package; "
-        "import tinygpt.tokenizer; print({'tiktoken', 'tinygrad'} & {*sys.modules})"
+        "import tinygpt.tokenizer.encoding; print({'tiktoken', 'tinygrad'} & {*sys.modules})"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "set()\n"

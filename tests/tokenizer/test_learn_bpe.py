@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import regex
 
-from tinygpt import bpe
-from tinygpt.bpe import bpe_tokenizer, train_bpe
-from tinygpt.config import InputError
-from tinygpt.tokenizer import decode, encode, end_token, load_tokenizer, save_tokenizer
-from tinygpt.vocabulary import spell
+from tinygpt.errors import InputError
+from tinygpt.tokenizer import learn_bpe as bpe
+from tinygpt.tokenizer.encoding import decode, encode, end_token, load_tokenizer, save_tokenizer
+from tinygpt.tokenizer.learn_bpe import bpe_tokenizer, train_bpe
+from tinygpt.tokenizer.vocabulary import spell
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # encoder.py
 TEXTS = (

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tinygrad import Tensor
 
-from tinygpt.optim import Optimizer, global_norm, orthogonal, scheduled
+from tinygpt.training.optimizers import Optimizer, global_norm, orthogonal, scheduled
 
 SHAPES = {"wte.weight": (7, 4), "blocks.0.mlp.c_fc.weight": (8, 4), "ln_f.weight": (4,)}
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import random
@@ -14,36 +13,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import weights_of
+from prepared import TEXT, prepared
 from tinygrad import Tensor
 
-from tinygpt import GPT, InputError, load_tokenizer, loop, train
-from tinygpt.data import Dataset, Header, Split
-from tinygpt.recipes import RECIPES, TrainConfig
-from tinygpt.tokenizer import char_tokenizer, encode, save_tokenizer
+from tinygpt import GPT, InputError, load_tokenizer
+from tinygpt.commands import train
+from tinygpt.data.dataset import Dataset
+from tinygpt.tokenizer.encoding import char_tokenizer, encode
+from tinygpt.training import run as loop
+from tinygpt.training.settings import RECIPES, TrainConfig
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = {
     "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4, "steps": 12,
     "warmup_steps": 3, "learning_rate": 0.01, "eval_every": 4, "eval_batches": 3,
     "sample_tokens": 0,
 }  # fmt: skip
-TEXT = "".join(f"{n} times {n} is {n * n}. " for n in range(300))
-
-
-def prepared(folder: Path, text: str = TEXT, tokenizer=None) -> Path:
-    """A folder of prepared tokens, by the file format alone."""
-    folder.mkdir()
-    tokenizer = tokenizer or char_tokenizer(TEXT)
-    cut, splits = len(text) * 9 // 10, {}
-    for name, part in (("train", text[:cut]), ("val", text[cut:])):
-        ids = np.array(encode(tokenizer, part), np.uint16)
-        (folder / f"{name}.bin").write_bytes(ids.tobytes())
-        digest = hashlib.sha256(ids.tobytes()).hexdigest()
-        splits[name] = Split(len(ids), len(part), len(part.encode()), digest)
-    source = hashlib.sha256(text.encode()).hexdigest()
-    Header("char", tokenizer.n_vocab, source, 0.1, None, splits).write(folder)
-    save_tokenizer(tokenizer, folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +127,8 @@ def test_resuming_is_exact_with(settings, data, tmp_path):
 
 PROGRAM = """
 import argparse, sys
-from tinygpt import train, InputError
+from tinygpt import InputError
+from tinygpt.commands import train
 parser = argparse.ArgumentParser()
 train.add_flags(parser)
 try:

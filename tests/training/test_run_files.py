@@ -12,8 +12,9 @@ import pytest
 from conftest import SMALL, randomize, weights_of
 from tinygrad import Tensor
 
-from tinygpt import GPT, InputError, checkpoint, load_tokenizer
-from tinygpt.tokenizer import char_tokenizer
+from tinygpt import GPT, InputError, load_tokenizer
+from tinygpt.tokenizer.encoding import char_tokenizer
+from tinygpt.training import run_files as checkpoint
 
 TOKENIZER = char_tokenizer("".join(map(chr, range(32, 99))))
 

@@ -11,10 +11,10 @@ from conftest import randomize, weights_of
 from tinygrad import Device, Tensor, dtypes
 
 from tinygpt import GPT, InputError
-from tinygpt.recipes import TrainConfig
-from tinygpt.trainer import Trainer
+from tinygpt.training.settings import TrainConfig
+from tinygpt.training.step import Trainer
 
-sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 TINY = TrainConfig(
     n_layer=1, n_head=2, n_embd=16, block_size=8, bias=True, batch_size=4, steps=10,

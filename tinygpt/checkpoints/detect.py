@@ -12,13 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinygpt import hub
-from tinygpt.config import GPTConfig, InputError, show
-from tinygpt.files import CheckpointError, read_json, reason
-from tinygpt.formats import gguf, safetensors, torchfile
-from tinygpt.formats.hfconfig import read_config as read_config_json
-from tinygpt.formats.layout import BOOK, GGUF, HF, NANOGPT, Dialect, Entry, layout, weight_name
-from tinygpt.formats.tensors import TensorInfo
+from tinygpt.checkpoints import gguf, hub, safetensors
+from tinygpt.checkpoints import torch_file as torchfile
+from tinygpt.checkpoints.hf_config import read_config as read_config_json
+from tinygpt.checkpoints.stored_tensor import TensorInfo
+from tinygpt.checkpoints.tensor_names import (
+    BOOK,
+    GGUF,
+    HF,
+    NANOGPT,
+    Dialect,
+    Entry,
+    layout,
+    weight_name,
+)
+from tinygpt.config import GPTConfig
+from tinygpt.errors import CheckpointError, InputError, reason, show
+from tinygpt.storage import read_json
 
 # Name without prefixes -> (file, where in it).
 Tensors = dict[str, tuple[Path, TensorInfo]]

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from tinygpt.config import InputError, show
-from tinygpt.files import LONG_BYTES, CheckpointError, atomic_file, byte_bar, need, reason
-from tinygpt.formats.tensors import MAX_ELEMENTS, MAX_TENSORS, SIZES, TensorInfo
+from tinygpt.checkpoints.stored_tensor import MAX_ELEMENTS, MAX_TENSORS, SIZES, TensorInfo
+from tinygpt.errors import CheckpointError, InputError, reason, show
+from tinygpt.storage import LONG_BYTES, atomic_file, byte_bar, need
 
 MAGIC = b"GGUF"
 _MAX_HEADER_BYTES = 16 << 20  # GPT-2's, with its vocabulary, takes 1.8 MB
@@ -181,7 +181,7 @@ def dequantize(raw: np.ndarray, info: TensorInfo) -> np.ndarray:
     """
     from tinygrad.llm.gguf import ggml_data_to_tensor  # here, because a tokenizer needs none
 
-    from tinygpt.backend import tensor
+    from tinygpt.runtime.device import tensor
 
     if info.size == 0:
         return np.zeros(info.shape, np.float32)

@@ -6,8 +6,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from tinygpt.config import GPTConfig, InputError, show, unknown
-from tinygpt.files import CheckpointError, read_json
+from tinygpt.config import GPTConfig
+from tinygpt.errors import CheckpointError, InputError, show, unknown
+from tinygpt.storage import read_json
 
 # Their names for what is called otherwise here, older spellings first.
 _FIELDS = {

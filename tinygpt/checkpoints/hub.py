@@ -17,8 +17,8 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from tinygpt.config import InputError, show
-from tinygpt.files import MAX_TEXT_BYTES, CheckpointError, atomic_file, byte_bar, read_json, reason
+from tinygpt.errors import CheckpointError, InputError, reason, show
+from tinygpt.storage import MAX_TEXT_BYTES, atomic_file, byte_bar, read_json
 
 _GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 BUILT_IN = "shakespeare"  # the folder of the model in the package, and its name
@@ -53,7 +53,7 @@ def resolve(name_or_path: str | Path) -> Path:
     given = os.fspath(name_or_path)
     path = os.path.expanduser(given)
     if name_or_path == BUILT_IN:  # whatever else the folder one is in calls so; a Path is no name
-        return Path(__file__).parent / BUILT_IN
+        return Path(__file__).parents[1] / BUILT_IN
     if os.path.isdir(path) or os.path.isfile(path):
         return Path(path)
     advice = "give a model's folder or file, or a name such as gpt2"

@@ -13,12 +13,13 @@ import numpy as np
 from tinygrad import Device, dtypes
 from tinygrad.device import Compiler
 
-from tinygpt.backend import renderer, tensor
-from tinygpt.config import InputError, unknown
-from tinygpt.formats.tensors import to_bfloat16
-from tinygpt.kernels import widen
+from tinygpt.checkpoints.stored_tensor import to_bfloat16
+from tinygpt.errors import InputError, unknown
 from tinygpt.layers import Embedding, Linear
 from tinygpt.model import GPT
+from tinygpt.ops.fast import widen
+from tinygpt.runtime.buffers import tensor
+from tinygpt.runtime.device import renderer
 
 DTYPES = {
     "float32": dtypes.float32,

@@ -16,16 +16,10 @@ import numpy as np
 from tinygrad import Device
 from tinygrad.nn.state import get_state_dict
 
-from tinygpt import backend, hub
-from tinygpt.config import GPTConfig, InputError, unknown
-from tinygpt.files import LONG_BYTES, CheckpointError, atomic_file, byte_bar, reason
-from tinygpt.formats import gguf, hfconfig, safetensors
-from tinygpt.formats.forms import Checkpoint, open_checkpoint
-from tinygpt.formats.layout import GGUF, HF, Entry, layout
-from tinygpt.formats.tensors import TensorInfo, read_tensor
-from tinygpt.kernels import widen
-from tinygpt.model import GPT
-from tinygpt.precision import (
+from tinygpt.checkpoints import gguf, hub, safetensors
+from tinygpt.checkpoints import hf_config as hfconfig
+from tinygpt.checkpoints.detect import Checkpoint, open_checkpoint
+from tinygpt.checkpoints.precision import (
     DTYPES,
     check_dtype,
     dtype_of,
@@ -34,7 +28,15 @@ from tinygpt.precision import (
     supported,
     widened,
 )
-from tinygpt.vocabulary import gguf_metadata
+from tinygpt.checkpoints.stored_tensor import TensorInfo, read_tensor
+from tinygpt.checkpoints.tensor_names import GGUF, HF, Entry, layout
+from tinygpt.config import GPTConfig
+from tinygpt.errors import CheckpointError, InputError, reason, unknown
+from tinygpt.model import GPT
+from tinygpt.ops.fast import widen
+from tinygpt.runtime import buffers, memory
+from tinygpt.storage import LONG_BYTES, atomic_file, byte_bar
+from tinygpt.tokenizer.vocabulary import gguf_metadata
 
 if TYPE_CHECKING:
     from tiktoken import Encoding
@@ -94,7 +96,7 @@ def load_pretrained(name_or_path: str | Path, dtype: str | None = None) -> GPT:
                 except InputError as error:
                     raise CheckpointError(f"{path}: {error}") from error
             else:
-                backend.write(parameters[our_name], part.astype(np.float32, copy=False))
+                buffers.write(parameters[our_name], part.astype(np.float32, copy=False))
             missing.discard(our_name)
 
     # tinygrad computes what is in blocks, and a GPU's driver may know one thread only.
@@ -102,7 +104,7 @@ def load_pretrained(name_or_path: str | Path, dtype: str | None = None) -> GPT:
     threads = 1 if alone or Device.DEFAULT != "CPU" else _LOADERS
     _each(load, sizes, threads, byte_bar(f"reading {path.name}", sum(sizes.values()), LONG_BYTES))
     for our_name in missing:  # biases of query, key and value that the book's form leaves out
-        backend.write(parameters[our_name], np.zeros(parameters[our_name].shape, np.float32))
+        buffers.write(parameters[our_name], np.zeros(parameters[our_name].shape, np.float32))
     return model
 
 
@@ -124,7 +126,7 @@ def _require_memory(path: Path, found: Checkpoint, held: dict[str, str]) -> None
         (12 if held[name] == "int8" else 4) * math.prod(found.layout[name].shape) + info.size_bytes
         for name, (_, info) in found.tensors.items()
     )
-    backend.require_memory(size_bytes + _LOADERS * largest, f"the model in {path}")
+    memory.require_memory(size_bytes + _LOADERS * largest, f"the model in {path}")
 
 
 def _parts(

@@ -15,17 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tinygpt.config import InputError, show
-from tinygpt.files import (
-    LONG_BYTES,
-    CheckpointError,
-    atomic_file,
-    byte_bar,
-    need,
-    parse_json,
-    reason,
-)
-from tinygpt.formats.tensors import (
+from tinygpt.checkpoints.stored_tensor import (
     DTYPES,
     MAX_ELEMENTS,
     MAX_RANK,
@@ -34,6 +24,8 @@ from tinygpt.formats.tensors import (
     TensorInfo,
     to_bfloat16,
 )
+from tinygpt.errors import CheckpointError, InputError, reason, show
+from tinygpt.storage import LONG_BYTES, atomic_file, byte_bar, need, parse_json
 
 # The reference implementation allows twelve times as much, which as a Python object is gigabytes.
 _MAX_HEADER_BYTES = 8 << 20

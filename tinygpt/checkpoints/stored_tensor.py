@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from tinygpt.files import CheckpointError, reason
+from tinygpt.errors import CheckpointError, reason
 
 # The types that a tensor may have in a file, as safetensors spells them -> NumPy's.
 DTYPES = {"BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "F16": "<f2"}

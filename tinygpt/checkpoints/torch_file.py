@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
-from tinygpt.config import show
-from tinygpt.files import CheckpointError, need, reason
-from tinygpt.formats import unpickle
-from tinygpt.formats.tensors import MAX_ELEMENTS, MAX_TENSORS, SIZES, TensorInfo
-from tinygpt.formats.unpickle import TorchTensor
+from tinygpt.checkpoints import unpickle
+from tinygpt.checkpoints.stored_tensor import MAX_ELEMENTS, MAX_TENSORS, SIZES, TensorInfo
+from tinygpt.checkpoints.unpickle import TorchTensor
+from tinygpt.errors import CheckpointError, reason, show
+from tinygpt.storage import need
 
 _MAX_LIST_BYTES = 4 << 20  # of the archive's list of contents: some 40,000 entries
 _LOCAL = struct.Struct("<4s5H3I2H")  # what stands before each entry's bytes, then name and extra

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from tinygpt.config import show
-from tinygpt.files import need
-from tinygpt.formats.tensors import MAX_ELEMENTS, MAX_RANK, MAX_TENSORS
+from tinygpt.checkpoints.stored_tensor import MAX_ELEMENTS, MAX_RANK, MAX_TENSORS
+from tinygpt.errors import show
+from tinygpt.storage import need
 
 MAX_BYTES = 1 << 20  # GPT-2 XL takes 0.1 MB; nanoGPT's, with its optimizer, four times that
 _STORAGES = {

@@ -27,15 +27,17 @@ import numpy as np
 from tinygrad.helpers import CPU_COUNT
 
 import tinygpt
-from tinygpt import backend, hub
-from tinygpt.config import GPTConfig, InputError
-from tinygpt.formats.forms import read_config
+from tinygpt.checkpoints import hub
+from tinygpt.checkpoints.detect import read_config
+from tinygpt.checkpoints.precision import DTYPES, check_dtype
+from tinygpt.checkpoints.pretrained import GGUF_TYPES
+from tinygpt.commands.peers import Contender, environment
+from tinygpt.commands.terminal import KINDS
+from tinygpt.config import GPTConfig
+from tinygpt.errors import InputError, say
 from tinygpt.model import GPT
-from tinygpt.peers import Contender, environment
-from tinygpt.precision import DTYPES, check_dtype
-from tinygpt.terminal import KINDS, say
-from tinygpt.tokenizer import load_tokenizer
-from tinygpt.weights import GGUF_TYPES
+from tinygpt.runtime import device
+from tinygpt.tokenizer.encoding import load_tokenizer
 
 _PACKAGES = ("tinygrad", "numpy", "torch", "transformers", "llama-cpp-python")
 _STREAM_BYTES, _BLOCK_BYTES = 1 << 30, 4 << 20  # far more than a cache holds, in parts
@@ -75,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print. The exit status is 1 when tinygpt itself failed at something."""
     if args.rounds < 1:
         raise InputError(f"--rounds is {args.rounds}: it must be 1 or more")
-    backend.check()
+    device.check()
     if args.dtype:
         check_dtype(args.dtype)
     families = [("tinygpt", t) for t in ([args.dtype] if args.dtype else GGUF_TYPES)]
@@ -282,7 +284,7 @@ def _conditions(rounds: int) -> dict[str, Any]:
         "cpu": cpu,
         "threads": CPU_COUNT.value,
         "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "device": backend.describe(),
+        "device": device.describe(),
         "system": f"{platform.system()} {platform.release()}",
         "packages": packages,
         "rounds": rounds,

@@ -10,15 +10,16 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinygpt import backend, hub
-from tinygpt.config import GPTConfig, InputError
-from tinygpt.files import CheckpointError, atomic_folder
-from tinygpt.formats.forms import read_config
+from tinygpt.checkpoints import hub
+from tinygpt.checkpoints.detect import read_config
+from tinygpt.checkpoints.precision import DTYPES, check_dtype, dtype_of
+from tinygpt.checkpoints.pretrained import check_gguf, save_gguf
+from tinygpt.config import GPTConfig
+from tinygpt.errors import CheckpointError, InputError, say
 from tinygpt.model import GPT
-from tinygpt.precision import DTYPES, check_dtype, dtype_of
-from tinygpt.terminal import say
-from tinygpt.tokenizer import load_tokenizer, save_tokenizer
-from tinygpt.weights import check_gguf, save_gguf
+from tinygpt.runtime import device
+from tinygpt.storage import atomic_folder
+from tinygpt.tokenizer.encoding import load_tokenizer, save_tokenizer
 
 if TYPE_CHECKING:
     from tiktoken import Encoding
@@ -37,7 +38,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`tinygpt convert`: print the path of what it made."""
-    backend.check()
+    device.check()
     if args.dtype:
         check_dtype(args.dtype)
     out = Path(args.out)

@@ -21,11 +21,12 @@ from tinygrad.helpers import CACHEDB, diskcache_get
 from tinygrad.nn.state import get_state_dict
 
 import tinygpt
-from tinygpt import backend, hub
-from tinygpt.config import GPTConfig, InputError
-from tinygpt.files import reason
+from tinygpt.checkpoints import hub
+from tinygpt.config import GPTConfig
+from tinygpt.errors import InputError, reason
 from tinygpt.generate import Generator
 from tinygpt.model import GPT
+from tinygpt.runtime import device, memory
 
 # The small model that `--backends` runs, and the logits that the NumPy reference among the tests
 # gives for its prompt: the tests hold the two equal, so that no second model need live here.
@@ -52,8 +53,8 @@ def run(args: argparse.Namespace) -> int:
     devices = _devices()
     for name, value in {**_versions(), **_machine(), **_caches()}.items():
         print(f"{name:<13}{value}")
-    for device, state in devices.items():
-        print(f"{'device':<13}{device}: {state}")
+    for name, state in devices.items():
+        print(f"{'device':<13}{name}: {state}")
     for advice in _advice():
         print(f"{'advice':<13}{advice}")
     if not args.backends:
@@ -74,20 +75,20 @@ def _versions() -> dict[str, str]:
 
 
 def _machine() -> dict[str, str]:
-    free = backend.available_memory_bytes()
+    free = memory.available_memory_bytes()
     chosen = os.environ.get("DEV") or f"unset, tinygrad takes {Device.DEFAULT}"
     return {
         "cores": str(
             len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         ),
         "memory": "unknown" if free is None else f"{free / 1e9:.1f} GB free",
-        "DEV": chosen if backend.note is None else f"{chosen} ({backend.note})",
+        "DEV": chosen if device.note is None else f"{chosen} ({device.note})",
         "clang": _clang(),
     }
 
 
 def _clang() -> str:
-    path = backend.find_clang()
+    path = device.find_clang()
     if path is None:
         return "not found"
     with suppress(OSError, subprocess.SubprocessError):
@@ -118,8 +119,7 @@ def _devices() -> dict[str, str]:
     states = {}
     for name in ALL_DEVICES:
         try:
-            device = Device[name]
-            states[name] = f"found, {getattr(device, 'device_name', None) or 'opens'}"
+            states[name] = f"found, {getattr(Device[name], 'device_name', None) or 'opens'}"
         except Exception as error:  # whatever a driver that is not there raises
             fault = shorten(str(error) or type(error).__name__, 70, placeholder=" ...")
             states[name] = f"no ({fault})"
@@ -128,10 +128,10 @@ def _devices() -> dict[str, str]:
 
 def _advice() -> list[str]:
     advice = []
-    if backend.find_clang() is None:
+    if device.find_clang() is None:
         advice.append("install clang: it compiles the fastest kernels for the CPU")
     try:
-        backend.check()
+        device.check()
     except InputError as error:
         advice.append(str(error))
     try:
@@ -139,7 +139,7 @@ def _advice() -> list[str]:
     except Exception as error:  # whatever SQLite or the disk says
         fact = f"it keeps no compiled kernels ({reason(error)})"
         advice.append(f"remove {CACHEDB}, or let CACHEDB name another file: {fact}")
-    free = backend.available_memory_bytes()
+    free = memory.available_memory_bytes()
     if free is not None and free < 2e9:
         advice.append("free some memory: GPT-2 124M needs about 1.3 GB to load")
     return advice or ["none: this machine is set up well"]
@@ -149,14 +149,14 @@ def _targets(devices: dict[str, str]) -> list[str]:
     """Every value of DEV worth trying: the devices found, and the CPU with each compiler."""
     found = [name for name, state in devices.items() if state.startswith("found")]
     targets = [name for name in found if name != "CPU"]
-    targets += ["CPU"] if backend.find_clang() else []
-    return targets + [target for target in backend.FALLBACKS if backend.works(target)]
+    targets += ["CPU"] if device.find_clang() else []
+    return targets + [target for target in device.FALLBACKS if device.works(target)]
 
 
 def _report_probe(target: str) -> bool | None:
     """Run `probe` in a process of its own, which a broken driver may end: is it right? None when
     it does not run."""
-    command = [sys.executable, "-c", "from tinygpt.doctor import probe; probe()"]
+    command = [sys.executable, "-c", "from tinygpt.commands.doctor import probe; probe()"]
     environment = {**os.environ, "DEV": target, "PYTHONPATH": os.pathsep.join(sys.path)}
     result, fault = None, "it takes too long"
     with suppress(subprocess.TimeoutExpired, ValueError, IndexError):

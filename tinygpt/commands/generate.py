@@ -16,15 +16,17 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinygpt import backend, hub
-from tinygpt.config import PRESETS, GPTConfig, InputError
-from tinygpt.formats.forms import read_config
+from tinygpt.checkpoints import hub
+from tinygpt.checkpoints.detect import read_config
+from tinygpt.checkpoints.precision import DTYPES, check_dtype, convert
+from tinygpt.commands.terminal import KINDS
+from tinygpt.config import PRESETS, GPTConfig
+from tinygpt.errors import InputError, say
 from tinygpt.generate import Generator
 from tinygpt.model import GPT
-from tinygpt.precision import DTYPES, check_dtype, convert
+from tinygpt.runtime import device
 from tinygpt.sampling import Sampling
-from tinygpt.terminal import KINDS, say
-from tinygpt.tokenizer import decode, decode_stream, encode, end_token, load_tokenizer
+from tinygpt.tokenizer.encoding import decode, decode_stream, encode, end_token, load_tokenizer
 
 if TYPE_CHECKING:
     from tiktoken import Encoding
@@ -99,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     if usual is signal.default_int_handler:  # not where it is ignored, as in a background job
         signal.signal(signal.SIGINT, run.interrupt)
     try:
-        backend.check(kernel=False)  # the model itself runs as soon as one would
+        device.check(kernel=False)  # the model itself runs as soon as one would
         check_dtype(args.dtype or "float32")
         folder, config, tokenizer = _plan(args)
         end = end_token(tokenizer)  # what stands before a text in training, and after it
@@ -113,10 +115,10 @@ def run(args: argparse.Namespace) -> int:
         prompts, seeds = [ids] * args.num_samples, [seed + i for i in range(args.num_samples)]
         ends, count = [] if end is None else [end], args.max_new_tokens
         steps = Generator(model).generate_batch(prompts, count, seeds, ends, **sampling)
-        if backend.note:
-            say(backend.note)
+        if device.note:
+            say(device.note)
         name = args.model or args.preset or _DEFAULT_PRESET
-        say(f"{name}, {config.parameter_count:,} parameters on {backend.describe()}")
+        say(f"{name}, {config.parameter_count:,} parameters on {device.describe()}")
         if folder is None:
             say(f"untrained: its weights are random (seed {seed}), so the text is noise")
         if len(ids) > (window := config.block_size):
@@ -128,13 +130,13 @@ def run(args: argparse.Namespace) -> int:
     except (InputError, OSError, MemoryError):
         raise
     except Exception:
-        backend.check()  # is it the backend's fault, that says so
+        device.check()  # is it the backend's fault, that says so
         raise
     finally:
         if usual is signal.default_int_handler:
             signal.signal(signal.SIGINT, usual)
     if run.prompt_ids:  # else Ctrl-C came before anything
-        run.finish({"model": args.model, "seed": seed, "device": backend.describe()})
+        run.finish({"model": args.model, "seed": seed, "device": device.describe()})
     return 130 if run.interrupted else 0
 
 

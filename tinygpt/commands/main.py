@@ -10,10 +10,10 @@ from contextlib import suppress
 from importlib import import_module
 from types import ModuleType
 
-from tinygpt import __version__, sample
-from tinygpt.config import InputError
-from tinygpt.files import reason
-from tinygpt.terminal import Parser, say
+from tinygpt import __version__
+from tinygpt.commands import generate as sample
+from tinygpt.commands.terminal import Parser
+from tinygpt.errors import InputError, reason, say
 
 # Each a module with `add_flags(parser)`, `run(args)`, which gives the exit status, and a docstring
 # to show; imported when asked for, as all of them take 0.1 s.
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             if not argv or argv[0] not in _COMMANDS:
                 return sample.run(_sample_parser().parse_args(argv))
-            command = import_module(f"tinygpt.{argv[0]}")
+            command = import_module(f"tinygpt.commands.{argv[0]}")
             return command.run(_command_parser(argv[0], command).parse_args(argv[1:]))
         finally:
             sys.stdout.flush()

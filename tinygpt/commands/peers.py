@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from tinygpt.checkpoints.pretrained import save_gguf
 from tinygpt.generate import Generator
 from tinygpt.model import GPT
-from tinygpt.weights import save_gguf
 
 
 class Ours:
@@ -177,7 +177,7 @@ class Contender:
         arguments = [self.family, str(path), self.dtype, str(self.threads)]
         with open(self.place / "stderr", "wb") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tinygpt.peers", *arguments],
+                [sys.executable, "-m", "tinygpt.commands.peers", *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tinygpt.config import InputError
-from tinygpt.files import CheckpointError, read_text, reason
+from tinygpt.errors import CheckpointError, InputError, reason
+from tinygpt.storage import read_text
 
 
 def read_log(run: Path) -> dict[str, list[tuple[int, float]]]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from contextlib import suppress
 from difflib import get_close_matches
 from typing import NoReturn
 
-from tinygpt.config import InputError
+from tinygpt.errors import InputError
 
 # The kinds of flags there are, as argparse wants them.
 KINDS = {
@@ -18,12 +16,6 @@ KINDS = {
     True: {"action": "store_true"},
     False: {"action": "store_const", "const": False},
 }
-
-
-def say(text: str) -> None:
-    """Tell the user, on stderr, since stdout is for results."""
-    with suppress(OSError):  # a stderr that nobody reads is no reason to stop
-        print(f"tinygpt: {text}", file=sys.stderr, flush=True)
 
 
 class Parser(argparse.ArgumentParser):

@@ -11,14 +11,15 @@ from typing import Any
 
 from tinygrad.nn.state import get_state_dict
 
-from tinygpt import backend, hub
-from tinygpt.config import InputError
-from tinygpt.data import Dataset
-from tinygpt.files import reason
-from tinygpt.loop import Run
+from tinygpt.checkpoints import hub
+from tinygpt.data.dataset import Dataset
+from tinygpt.data.prepare import prepare
+from tinygpt.errors import InputError, reason, say
 from tinygpt.model import GPT
-from tinygpt.prepare import prepare
-from tinygpt.recipes import (
+from tinygpt.runtime import device
+from tinygpt.tokenizer.encoding import load_tokenizer
+from tinygpt.training.run import Run
+from tinygpt.training.settings import (
     RECIPES,
     SHAPE,
     TrainConfig,
@@ -27,8 +28,6 @@ from tinygpt.recipes import (
     read_settings,
     settings_of,
 )
-from tinygpt.terminal import say
-from tinygpt.tokenizer import load_tokenizer
 
 
 def start(
@@ -102,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     fresh |= {"minutes": args.minutes, **settings}
     if args.minutes is not None and not 0 < args.minutes < math.inf:
         raise InputError(f"--minutes is {args.minutes}: it must be more than 0")
-    backend.check()
+    device.check()
     data = Dataset.open(_prepared(args, folder))
     if args.resume:
         if given := [name for name, value in fresh.items() if value is not None]:
@@ -114,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
         _need_writable(folder)
         job = start(folder, data, layers | settings, args.model, args.minutes)
     config, shape = job.config, job.trainer.model.config
-    say(f"{shape.parameter_count:,} parameters on {backend.describe()}, {config.steps} steps")
+    say(f"{shape.parameter_count:,} parameters on {device.describe()}, {config.steps} steps")
     stopped = job.go()
     if stopped is None:
         if job.best is not None:  # validation losses may all have been no numbers

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from tinygpt.config import InputError, show
-from tinygpt.files import byte_bar, parse_json, reason
+from tinygpt.errors import InputError, reason, show
+from tinygpt.storage import byte_bar, parse_json
 
 Piece = tuple[bool, str, bool]  # whether for validation; text; whether a document ends with it
 PIECE_BYTES = 4 << 20

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from tinygpt.config import InputError, show, unknown
-from tinygpt.files import CheckpointError, read_json, reason, write_text
-from tinygpt.tokenizer import load_tokenizer
+from tinygpt.errors import CheckpointError, InputError, reason, show, unknown
+from tinygpt.storage import read_json, write_text
+from tinygpt.tokenizer.encoding import load_tokenizer
 
 if TYPE_CHECKING:
     from tiktoken import Encoding

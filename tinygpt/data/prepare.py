@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import re
@@ -16,14 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinygpt.bpe import bpe_tokenizer, train_bpe
-from tinygpt.config import InputError, show, unknown
-from tinygpt.data import SPLITS, Dataset, Header, Split, ids_dtype
-from tinygpt.files import atomic_folder, reason
-from tinygpt.hub import cache_folder, fetch
-from tinygpt.terminal import say
-from tinygpt.text import PIECE_BYTES, Piece, Source
-from tinygpt.tokenizer import char_tokenizer, encode, end_token, load_tokenizer, save_tokenizer
+from tinygpt.checkpoints.hub import cache_folder, fetch
+from tinygpt.data.corpus import PIECE_BYTES, Piece, Source
+from tinygpt.data.dataset import SPLITS, Dataset, Header, Split, ids_dtype
+from tinygpt.errors import InputError, reason, show, unknown
+from tinygpt.storage import atomic_folder
+from tinygpt.tokenizer.encoding import (
+    char_tokenizer,
+    encode,
+    end_token,
+    load_tokenizer,
+    save_tokenizer,
+)
+from tinygpt.tokenizer.learn_bpe import bpe_tokenizer, train_bpe
 
 if TYPE_CHECKING:
     from tiktoken import Encoding
@@ -87,27 +91,6 @@ def prepare(
         header.write(folder)
         text.check_unchanged()
     return header
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add what `tinygpt prepare` takes."""
-    add = parser.add_argument
-    add("source", metavar="FILE|FOLDER", help="UTF-8 text, or shakespeare to fetch char-rnn's file")
-    kinds = "char, bytes, gpt2, or bpe:N to learn N ids from the text (default: char)"
-    add("--tokenizer", metavar="T", default="char", help=kinds)
-    add("--val", metavar="X", type=float, default=0.1, help="for validation (default: 0.1)")
-    add("--field", metavar="KEY", help="the source is JSONL, with the text under this key")
-    add("-o", "--out", metavar="DIR", help="the folder to make (default: named after the source)")
-
-
-def run(args: argparse.Namespace) -> int:
-    """`tinygpt prepare`: make the folder and say what is in it."""
-    name = f"{Path(args.source).resolve().stem}-{args.tokenizer.replace(':', '')}"
-    out = Path(args.out or name)
-    header = prepare(args.source, out, args.tokenizer, args.val, args.field)
-    counts = " and ".join(f"{header.splits[split].tokens:,} {split}" for split in SPLITS)
-    say(f"{out}: {counts} tokens of {header.vocab_size:,} ids")
-    return 0
 
 
 def _existing(out: Path, settings: dict[str, Any]) -> Header | None:

@@ -22,7 +22,7 @@ from tinygrad.helpers import CPU_COUNT, Context
 from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo
 
-from tinygpt.backend import renderer
+from tinygpt.runtime.device import renderer
 
 # tinygrad vectorises and threads a kernel along an axis whose length its factors divide. GPT-2's
 # 50257 rows are 29 * 1733: as they stand, that product runs several times slower.

@@ -14,9 +14,9 @@ from tinygrad import Tensor, UOp, dtypes
 from tinygrad.nn.state import get_state_dict
 
 from tinygpt.config import GPTConfig
-from tinygpt.kernels import ACTIVATIONS, call, count_threads, fast, meeting_place
 from tinygpt.layers import TransformerBlock
 from tinygpt.model import GPT
+from tinygpt.ops.fast import ACTIVATIONS, call, count_threads, fast, meeting_place
 
 
 def usable(model: GPT) -> bool:

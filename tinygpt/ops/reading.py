@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from tinygrad import Tensor, UOp, dtypes
 
-from tinygpt.kernels import ACTIVATIONS, WEIGHTS, call, count_threads, fast, meeting_place
+from tinygpt.ops.fast import ACTIVATIONS, WEIGHTS, call, count_threads, fast, meeting_place
 
 # So many blocks in one kernel at most: their pointers are the arguments of one C call.
 _MOST_LAYERS = 16

@@ -12,20 +12,15 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
-import numpy as np
 from tinygrad import Device, Tensor, device
-from tinygrad.dtype import _from_np_dtype, _to_np_dtype
 from tinygrad.helpers import DEV, Context
 
-from tinygpt.config import InputError
+from tinygpt.errors import InputError
 
 # What can compile for the CPU besides clang, the best first, as DEV spells it.
 FALLBACKS = {"CPU:LLVM": "the LLVM library", "CPU:X86": "tinygrad's own x86-64 assembler"}
-
-_MAKING = Lock()  # tinygrad makes tensors for one thread at a time
 
 # Set by `select`, at import: one line for the user about what was chosen in clang's place.
 note: str | None = None
@@ -173,71 +168,3 @@ def describe() -> str:
         return f"{device.device} ({name})"
     words = {"ClangJIT": "clang", "CPULLVM": "LLVM"}.get(renderer(), renderer())
     return device.device if words.upper() == device.device else f"{device.device} ({words})"
-
-
-def available_memory_bytes() -> int | None:
-    """Memory that can still be taken without swapping, within this process's cgroup; None if the
-    system does not say."""
-    with suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = int(next(x for x in lines if x.startswith("MemAvailable:")).split()[1]) * 1024
-        with suppress(OSError, ValueError):  # "max" is no number: no limit
-            group = Path("/sys/fs/cgroup")
-            limit = int((group / "memory.max").read_text())
-            free = min(free, limit - int((group / "memory.current").read_text()))
-        return free
-    with suppress(OSError, ValueError, AttributeError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
-
-
-def require_memory(needed_bytes: int, what: str) -> None:
-    """Refuse what cannot fit before any of it is allocated.
-
-    Raises:
-        InputError: when more is needed than the machine has free; silent where it cannot know.
-    """
-    free = available_memory_bytes()
-    if free is not None and needed_bytes > free:
-        raise InputError(
-            f"{what} needs {needed_bytes / 1e9:.1f} GB of memory, of which {free / 1e9:.1f} GB "
-            "are free: choose a smaller model, or close other programs"
-        )
-
-
-def tensor(values: np.ndarray, device: str | None = None) -> Tensor:
-    """The values in the memory of a device (by default the one in use), written there directly.
-
-    `Tensor(values).realize()` would have tinygrad's scheduler look at every tensor there is, which
-    for the 148 of a GPT-2 takes half of the time to load them. Threads may call it side by side.
-    """
-    with _MAKING:
-        made = Tensor.empty(*values.shape, dtype=_from_np_dtype(values.dtype), device=device)
-        made.uop.buffer.ensure_allocated()
-    write(made, values)
-    return made
-
-
-def write(target: Tensor, values: np.ndarray) -> None:
-    """Replace the values of a tensor that has memory of its own by others of its shape and type."""
-    buffer = target.uop.buffer.ensure_allocated()
-    if (
-        target.device == "CPU"
-    ):  # straight into its memory, in whatever order the values lie in theirs
-        memory = np.frombuffer(buffer.as_memoryview(force_zero_copy=True), values.dtype)
-        np.copyto(memory.reshape(values.shape), values)
-    else:
-        buffer.copyin(memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8)))
-
-
-def read(source: Tensor) -> np.ndarray:
-    """The values of a realised tensor that has memory of its own: a copy, in one dimension.
-
-    `Tensor.tolist` would build a graph first, though there is nothing to compute.
-    """
-    buffer = source.uop.base.buffer
-    if source.device != "CPU":
-        return buffer.numpy()
-    return np.frombuffer(
-        buffer.as_memoryview(force_zero_copy=True), _to_np_dtype(source.dtype)
-    ).copy()

@@ -12,9 +12,9 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinygpt.config import InputError, show, unknown
-from tinygpt.files import read_json, read_text, reason, write_text
-from tinygpt.vocabulary import (
+from tinygpt.errors import InputError, reason, show, unknown
+from tinygpt.storage import read_json, read_text, write_text
+from tinygpt.tokenizer.vocabulary import (
     END,
     SURROGATE,
     find_merges,

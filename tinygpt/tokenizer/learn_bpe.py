@@ -9,8 +9,8 @@ from heapq import heapify, heappop, heappush
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from tinygpt.config import InputError, show
-from tinygpt.vocabulary import from_merges, spell
+from tinygpt.errors import InputError, show
+from tinygpt.tokenizer.vocabulary import from_merges, spell
 
 if TYPE_CHECKING:
     from tiktoken import Encoding

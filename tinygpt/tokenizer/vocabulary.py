@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinygpt.config import InputError, show
-from tinygpt.files import CheckpointError, read_json
-from tinygpt.formats import gguf
+from tinygpt.checkpoints import gguf
+from tinygpt.errors import CheckpointError, InputError, show
+from tinygpt.storage import read_json
 
 if TYPE_CHECKING:  # imported where text is handled: most of the package never does
     from tiktoken import Encoding

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from tinygrad import Tensor
 
-from tinygpt.kernels import matmul
+from tinygpt.ops.fast import matmul
 
 
 class Lora:

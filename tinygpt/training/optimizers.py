@@ -13,8 +13,8 @@ from typing import Literal
 import numpy as np
 from tinygrad import Tensor
 
-from tinygpt import fused
-from tinygpt.kernels import fast, matmul
+from tinygpt.ops import fused
+from tinygpt.ops.fast import fast, matmul
 
 _EPSILON = 1e-8  # AdamW's
 _MOMENTUM = 0.95  # Muon's

@@ -15,17 +15,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinygpt import checkpoint
-from tinygpt.config import InputError, show
-from tinygpt.data import Batches, Dataset
-from tinygpt.evaluate import Scorer, mean_loss, spread
-from tinygpt.files import CheckpointError, reason, write_text
+from tinygpt.data.dataset import Batches, Dataset
+from tinygpt.errors import CheckpointError, InputError, reason, say, show
+from tinygpt.evaluation.losses import Scorer, mean_loss, spread
 from tinygpt.generate import Generator
 from tinygpt.model import GPT
-from tinygpt.recipes import TrainConfig
-from tinygpt.terminal import say
-from tinygpt.tokenizer import decode, end_token, load_tokenizer
-from tinygpt.trainer import Counters, Trainer
+from tinygpt.storage import write_text
+from tinygpt.tokenizer.encoding import decode, end_token, load_tokenizer
+from tinygpt.training import run_files as checkpoint
+from tinygpt.training.settings import TrainConfig
+from tinygpt.training.step import Counters, Trainer
 
 if TYPE_CHECKING:
     from tiktoken import Encoding

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tinygrad import Tensor
 
-from tinygpt.config import InputError, show
-from tinygpt.files import CheckpointError, read_json, reason, write_text
-from tinygpt.formats import safetensors
-from tinygpt.formats.tensors import read_tensor
+from tinygpt.checkpoints import safetensors
+from tinygpt.checkpoints.stored_tensor import read_tensor
+from tinygpt.errors import CheckpointError, InputError, reason, show
 from tinygpt.model import GPT
-from tinygpt.tokenizer import save_tokenizer
+from tinygpt.storage import read_json, write_text
+from tinygpt.tokenizer.encoding import save_tokenizer
 
 if TYPE_CHECKING:
     from tiktoken import Encoding

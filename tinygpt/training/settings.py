@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from tinygpt.config import GPTConfig, InputError, show, unknown
-from tinygpt.files import CheckpointError, read_text
+from tinygpt.config import GPTConfig
+from tinygpt.errors import CheckpointError, InputError, show, unknown
+from tinygpt.storage import read_text
 
 _CHOICES = {
     "optimizer": ("adamw", "muon"),

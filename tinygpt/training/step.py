@@ -12,13 +12,13 @@ import numpy as np
 from tinygrad import Tensor, TinyJit, dtypes
 from tinygrad.nn.state import get_state_dict
 
-from tinygpt import backend
-from tinygpt.config import InputError
-from tinygpt.fused import token_losses
-from tinygpt.lora import Lora
+from tinygpt.errors import InputError
 from tinygpt.model import GPT
-from tinygpt.optim import Optimizer, global_norm, scheduled
-from tinygpt.recipes import TrainConfig
+from tinygpt.ops.fused import token_losses
+from tinygpt.runtime import device, memory
+from tinygpt.training.lora import Lora
+from tinygpt.training.optimizers import Optimizer, global_norm, scheduled
+from tinygpt.training.settings import TrainConfig
 
 # float16 holds small gradients only if they are scaled up: as far as they fit, tried again upwards
 # after so many updates. Source: Micikevicius et al. 2018, "Mixed Precision Training", 3.2.
@@ -58,7 +58,7 @@ class Trainer:
     def __init__(self, model: GPT, config: TrainConfig) -> None:
         if config.compute != "float32":
             need_type(config.compute)
-        backend.require_memory(12 * model.config.parameter_count, "training this model")
+        memory.require_memory(12 * model.config.parameter_count, "training this model")
         self.model, self.config = model, config
         self.weights = get_state_dict(model)
         self.lora = None
@@ -218,7 +218,7 @@ def need_type(name: str) -> None:
         os.close(errors)
     if works != [2.5] * 64:
         raise InputError(
-            f"compute is {name!r}, which {backend.describe()} cannot do: use float32, or another "
+            f"compute is {name!r}, which {device.describe()} cannot do: use float32, or another "
             "backend"
         )
 

@@ -166,9 +166,9 @@ def attempt(path: Path) -> str:
     from tinygrad.nn.state import get_state_dict
 
     from tinygpt import GPT
-    from tinygpt.files import CheckpointError
-    from tinygpt.tokenizer import load_tokenizer
-    from tinygpt.vocabulary import from_gguf
+    from tinygpt.storage import CheckpointError
+    from tinygpt.tokenizer.encoding import load_tokenizer
+    from tinygpt.tokenizer.vocabulary import from_gguf
 
     try:
         if path.name == "vocab.json":

@@ -1,0 +1,1 @@
+"""Models on the disk: every form, in and out, and the Hub."""

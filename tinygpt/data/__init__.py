@@ -1,0 +1,1 @@
+"""Texts to token files, token files to batches."""

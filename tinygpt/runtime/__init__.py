@@ -1,0 +1,1 @@
+"""All that knows tinygrad's inside: devices, memory, captured steps, threads."""

@@ -1,0 +1,1 @@
+"""One step, a run of many, its settings, and what it leaves on the disk."""
