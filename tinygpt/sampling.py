@@ -14,7 +14,7 @@ import numpy as np
 from tinygrad import Tensor, UOp, dtypes
 
 from tinygpt.errors import InputError, unknown
-from tinygpt.ops.fast import fast, threshold
+from tinygpt.ops import threshold
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def temperature(logits: Tensor, value: Tensor) -> Tensor:
 def top_k(logits: Tensor, k: Tensor) -> Tensor:
     """The k likeliest tokens kept, and those that tie with the last. Source: Fan et al. 2018."""
     order = _ordered_bits(logits)
-    return (order >= _threshold(order, Tensor.ones_like(logits), k)).where(logits, -math.inf)
+    return (order >= threshold(order, Tensor.ones_like(logits), k)).where(logits, -math.inf)
 
 
 def top_p(logits: Tensor, p: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ def top_p(logits: Tensor, p: Tensor) -> Tensor:
     """
     probabilities = logits.softmax(-1).contiguous()
     order = _ordered_bits(probabilities)
-    return (order >= _threshold(order, probabilities, p)).where(logits, -math.inf)
+    return (order >= threshold(order, probabilities, p)).where(logits, -math.inf)
 
 
 def min_p(logits: Tensor, p: Tensor) -> Tensor:
@@ -192,19 +192,3 @@ def _ordered_bits(x: Tensor) -> Tensor:
     """float32 -> uint32 in the same order, so that thresholds can be searched bit by bit."""
     bits = x.cast(dtypes.float32).bitcast(dtypes.uint32)
     return (bits >= 2**31).where(bits ^ 0xFFFFFFFF, bits | 0x80000000).contiguous()
-
-
-def _threshold(order: Tensor, weights: Tensor, target: Tensor) -> Tensor:
-    """The largest t for which the weights where order >= t sum to the target, or 0: uint32 (B, 1).
-
-    A sort of the vocabulary would take over a hundred kernels. This takes 32 runs of one: t is
-    found from its highest bit down, and the bit under trial is the candidate's lowest set bit.
-    """
-    if fast(order, weights):
-        return threshold(order, weights, target)
-    candidate = Tensor.full((order.shape[0], 1), 2**31, dtype=dtypes.uint32).contiguous()
-    for _ in range(32):
-        bit = candidate & ((candidate ^ 0xFFFFFFFF) + 1)
-        reached = (order >= candidate).where(weights, 0).sum(-1, keepdim=True) >= target
-        candidate = (reached.where(candidate, candidate - bit) + bit // 2).contiguous()
-    return candidate

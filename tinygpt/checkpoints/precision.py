@@ -17,7 +17,7 @@ from tinygpt.checkpoints.stored_tensor import to_bfloat16
 from tinygpt.errors import InputError, unknown
 from tinygpt.layers import Embedding, Linear
 from tinygpt.model import GPT
-from tinygpt.ops.fast import widen
+from tinygpt.ops import widen
 from tinygpt.runtime.buffers import tensor
 from tinygpt.runtime.device import renderer
 

@@ -33,7 +33,7 @@ from tinygpt.checkpoints.tensor_names import GGUF, HF, Entry, layout
 from tinygpt.config import GPTConfig
 from tinygpt.errors import CheckpointError, InputError, reason, unknown
 from tinygpt.model import GPT
-from tinygpt.ops.fast import widen
+from tinygpt.ops import widen
 from tinygpt.runtime import buffers, memory
 from tinygpt.storage import LONG_BYTES, atomic_file, byte_bar
 from tinygpt.tokenizer.vocabulary import gguf_metadata

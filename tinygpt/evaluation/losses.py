@@ -12,7 +12,6 @@ from tinygrad import Tensor, TinyJit
 from tinygpt.data.dataset import Dataset
 from tinygpt.errors import InputError
 from tinygpt.model import GPT
-from tinygpt.ops.fused import cross_entropy, token_losses
 
 if TYPE_CHECKING:
     pass
@@ -40,17 +39,18 @@ class Scorer:
     def _run(self, function, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
         key = function.__name__, inputs.shape
         if key not in self._graphs:
-            self._graphs[key] = TinyJit(Tensor.train(mode=False)(function))
+            self._graphs[key] = TinyJit(function)
             self._graphs[key].cnt = 1  # captured at its first call: there is no state to set up
         return self._graphs[key](Tensor(inputs).realize(), Tensor(targets).realize()).numpy()
 
     def _score(self, inputs: Tensor, targets: Tensor) -> Tensor:
         logits = self.model(inputs).contiguous()
+        losses = logits.sparse_categorical_crossentropy(targets, reduction="none")
         hits = logits.argmax(-1) == targets
-        return Tensor.stack(cross_entropy(logits, targets), hits.float()).realize()
+        return Tensor.stack(losses, hits.float()).realize()
 
     def _losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return token_losses(self.model, inputs, targets).realize()
+        return self.model.losses(inputs, targets).realize()
 
 
 class Window(NamedTuple):

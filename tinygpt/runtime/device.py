@@ -168,3 +168,8 @@ def describe() -> str:
         return f"{device.device} ({name})"
     words = {"ClangJIT": "clang", "CPULLVM": "LLVM"}.get(renderer(), renderer())
     return device.device if words.upper() == device.device else f"{device.device} ({words})"
+
+
+def compiles_c(name: str = "CPU") -> bool:
+    """Whether C text can be a kernel on that device: clang compiles for it, in this process."""
+    return renderer(name) == "ClangJIT"
