@@ -8,11 +8,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from tinygrad import Tensor, TinyJit, UOp, Variable
+from tinygrad import Tensor, UOp, Variable
 
 from tinygpt.errors import InputError
 from tinygpt.model import GPT
 from tinygpt.runtime import buffers
+from tinygpt.runtime.capture import capture
 from tinygpt.sampling import Sampling, choose
 
 
@@ -265,11 +266,5 @@ class _Runner:
 
 
 def _captured(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function as a TinyJit that captures at its first call, and without dropout.
-
-    TinyJit would run its first call uncaptured, for functions that set up state then; these do
-    not, so counting that call as made halves the time to the first token.
-    """
-    jit = TinyJit(Tensor.train(mode=False)(function))
-    jit.cnt = 1
-    return jit
+    """The function captured at its first call, and without dropout."""
+    return capture(Tensor.train(mode=False)(function))
