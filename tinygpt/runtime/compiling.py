@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -30,6 +31,10 @@ from tinygrad.helpers import BEAM, CPU_COUNT, DEBUG, getenv
 from tinygrad.uop.ops import Ops
 
 from tinygpt.runtime import cache
+
+# Without the setting that forbids to use a device meanwhile: it holds for all threads, and others may
+# well run steps of theirs while this one compiles.
+_to_program = inspect.unwrap(do_to_program)
 
 # Compiled code by the digest of its text and its compiler. tinygrad's cache on disk may be off,
 # damaged, or opened by another thread, and no text should be compiled twice even then.
@@ -101,7 +106,7 @@ def compile_calls(linear: UOp, also: Iterable[str] = ()) -> UOp:
             ast = call.src[0]
             if ast.op in (Ops.SINK, Ops.PROGRAM) and ast not in programs:
                 made = to_program_cache.get(_key(ast, real))
-                programs[ast] = do_to_program(ast, renderer) if made is None else made
+                programs[ast] = _to_program(ast, renderer) if made is None else made
         batch.finish()
     for ast, program in programs.items():
         if len(program.src) > 4 and program.src[4].arg in _compiled:
