@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -135,9 +137,13 @@ def test_a_missing_meeting_would_be_noticed(kernels, monkeypatch):
         return [placed._replace(meets=False) for placed in real(calls, spaces, most)]
 
     monkeypatch.setattr(graph, "place_calls", blind)
-    with pytest.raises(AssertionError):
+
+    def check() -> None:
         for seed in range(300):
             check_random_graph(seed, kernels, 4)
+
+    with pytest.raises(AssertionError):
+        check()
 
 
 def test_more_arguments_than_the_runner_passes():
@@ -240,3 +246,102 @@ def test_a_process_ends_while_threads_wait():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "3"), done.stderr
+
+
+# What follows compiles runner.c by itself.
+
+RUNNER = Path(graph.__file__).with_name("runner.c")
+HARNESS = Path(__file__).with_name("harness.c")
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory) -> Path:
+    """The harness with ThreadSanitizer, by whichever compiler can link it."""
+    folder = tmp_path_factory.mktemp("harness")
+    (folder / "empty.c").write_text("int main(void) { return 0; }\n")
+    flags = ["-fsanitize=thread", "-g", "-O1", "-pthread"]
+    for compiler in filter(shutil.which, ("clang", "gcc")):
+        build = [compiler, *flags, "-o", "empty", "empty.c"]
+        if subprocess.run(build, cwd=folder, capture_output=True).returncode:
+            continue
+        if subprocess.run([folder / "empty"], capture_output=True).returncode:
+            continue  # it links, but this kernel's memory does not suit it
+        runner = ["-DSPINS=20", f"-I{RUNNER.parent}", str(HARNESS)]
+        subprocess.run([compiler, *flags, *runner, "-o", "harness"], cwd=folder, check=True)
+        return folder / "harness"
+    pytest.skip("no compiler links ThreadSanitizer")
+
+
+def sanitize(harness: Path, tables: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run([harness], input="".join(tables), capture_output=True, text=True)
+
+
+def random_table(seed: int, meets: bool = True) -> str:
+    """A table as numbers, whose functions and buffers are the harness's own."""
+    rng = random.Random(seed)
+    kinds = [(sources, adds) for sources in (1, 2, 3) for adds in (False, True)]
+    most, buffers = rng.randint(1, 6), rng.randint(2, 8)
+    calls = random_calls(rng, kinds, rng.randint(1, 30), buffers, most)
+    placed = graph.place_calls(calls, [(i, 0) for i in range(buffers)], most)
+    lines = [f"{most} {len(calls)}"]
+    for call, (first, meet) in zip(calls, placed, strict=True):
+        sources, adds = kinds[call.function]
+        parts = " ".join(f"{a.buffer} {a.offset // 4}" for a in call.accesses)
+        lines.append(f"{sources} {int(adds)} {first} {call.threads} {int(meet and meets)} {parts}")
+    return "\n".join(lines) + "\n"
+
+
+def test_threads_never_touch_the_same_memory_unordered(sanitized):
+    done = sanitize(sanitized, [random_table(seed) for seed in range(150)])
+    assert done.returncode == 0, done.stderr[:3000]
+    assert done.stdout.split() == ["150", "tables"]
+
+
+def test_the_sanitizer_notices_a_missing_meeting(sanitized):
+    done = sanitize(sanitized, [random_table(seed, meets=False) for seed in range(50)])
+    assert "data race" in done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("clang"), reason="needs clang")
+@pytest.mark.parametrize(
+    "target",
+    [
+        "x86_64-linux-gnu",
+        "x86_64-none-unknown-elf",
+        "aarch64-linux-gnu",
+        "arm64-none-unknown-elf",
+        "arm64-apple-macos",
+    ],
+)
+def test_the_runner_compiles_for(target, tmp_path):
+    flags = ["-O2", "-fPIC", "-ffreestanding", "-nostdlib", "-Wall", "-Wextra", "-Werror"]
+    unused = ["-Wno-unused-function"]  # what PROFILE alone uses
+    for defines in (["-DSPINS=5"], ["-DSPINS=5", "-DPROFILE"]):
+        made = tmp_path / "runner.o"
+        command = ["clang", f"--target={target}", *flags, *unused, *defines, "-c", str(RUNNER)]
+        subprocess.run([*command, "-o", str(made)], check=True)
+        symbols = shutil.which("nm") and subprocess.run(
+            ["nm", "-u", str(made)], capture_output=True, text=True
+        )
+        if symbols and symbols.returncode == 0:
+            assert not symbols.stdout.split(), "it needs a function that nobody gives it"
+
+
+@pytest.mark.skipif(
+    not all(map(shutil.which, ("clang", "ld.lld", "qemu-aarch64"))), reason="needs qemu and lld"
+)
+def test_it_passes_arguments_on_as_arm_wants_them(tmp_path):
+    """A table of one thread on an emulated aarch64, with few and with many arguments."""
+    source, made = Path(__file__).with_name("arguments.c"), tmp_path / "arguments"
+    flags = ["--target=aarch64-linux-gnu", "-O1", "-ffreestanding", "-nostdlib", "-static"]
+    flags += ["-fuse-ld=lld", "-DSPINS=5", f"-I{RUNNER.parent}"]
+    subprocess.run(["clang", *flags, str(source), "-o", str(made)], check=True)
+    assert subprocess.run(["qemu-aarch64", str(made)]).returncode == 0
+
+
+@pytest.mark.skipif(not shutil.which("clang"), reason="needs clang")
+def test_it_passes_arguments_on_as_this_machine_wants_them(tmp_path):
+    source, made = Path(__file__).with_name("arguments.c"), tmp_path / "arguments"
+    flags = ["-O1", "-DHOSTED", "-DSPINS=5", f"-I{RUNNER.parent}"]
+    subprocess.run(["clang", *flags, str(source), "-o", str(made)], check=True)
+    assert subprocess.run([made]).returncode == 0

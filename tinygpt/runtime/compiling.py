@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import inspect
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -23,18 +22,16 @@ from tinygrad.codegen import (
     NOOPT,
     TRANSCENDENTAL,
     USE_TC,
-    do_to_program,
+    full_rewrite_to_sink,
+    pm_to_program,
     to_program_cache,
 )
 from tinygrad.engine.realize import compile_linear
 from tinygrad.helpers import BEAM, CPU_COUNT, DEBUG, getenv
-from tinygrad.uop.ops import Ops
+from tinygrad.renderer import Renderer
+from tinygrad.uop.ops import Ops, ProgramInfo, graph_rewrite
 
 from tinygpt.runtime import cache
-
-# Without the setting that forbids to use a device meanwhile: it holds for all threads, and others may
-# well run steps of theirs while this one compiles.
-_to_program = inspect.unwrap(do_to_program)
 
 # Compiled code by the digest of its text and its compiler. tinygrad's cache on disk may be off,
 # damaged, or opened by another thread, and no text should be compiled twice even then.
@@ -120,7 +117,19 @@ def compile_calls(linear: UOp, also: Iterable[str] = ()) -> UOp:
     return linear.replace(src=tuple(calls))
 
 
-def _key(ast: UOp, renderer: object) -> tuple:
+def _to_program(ast: UOp, renderer: Renderer) -> UOp:
+    """As tinygrad's `do_to_program`, which forbids all threads to use a device meanwhile."""
+    program = ast
+    if ast.op is Ops.SINK:
+        sink = full_rewrite_to_sink(ast, renderer, optimize=ast.tag is None)
+        device = UOp(Ops.DEVICE, arg=renderer.target.device)
+        program = UOp(Ops.PROGRAM, src=(sink, device), arg=ProgramInfo.from_sink(sink))
+    if not isinstance(program.arg, ProgramInfo):
+        program = program.replace(arg=ProgramInfo.from_sink(program.src[0]))
+    return graph_rewrite(program, pm_to_program, ctx=renderer)
+
+
+def _key(ast: UOp, renderer: Renderer) -> tuple:
     """The key of tinygrad's `to_program`, which keeps what it has made."""
     settings = (
         NOOPT, EMULATED_DTYPES, NOLOCALS, USE_TC, IMAGE, DISABLE_FAST_IDIV, TRANSCENDENTAL,

@@ -161,7 +161,7 @@ static __attribute__((noinline)) void call_numbered(const struct call *c, int id
 
 static word ticks(void) {
 #if defined(__x86_64__)
-  return __builtin_readcyclecounter();
+  return __builtin_ia32_rdtsc();
 #elif defined(__aarch64__)
   word now;
   __asm__ volatile("mrs %0, cntvct_el0" : "=r"(now));
