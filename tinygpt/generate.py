@@ -8,11 +8,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from tinygrad import Tensor, TinyJit, UOp, Variable
+from tinygrad import Tensor, UOp, Variable
 
 from tinygpt.errors import InputError
 from tinygpt.model import GPT
 from tinygpt.runtime import buffers
+from tinygpt.runtime.capture import capture
 from tinygpt.sampling import Sampling, choose
 
 
@@ -202,7 +203,7 @@ class _Runner:
         while (length := self._length(longest - start)) < longest - start:
             chunk = self._input("tokens", tokens[:, start : start + length])
             if length not in self._read:
-                self._read[length] = _captured(partial(self._read_chunk, chunk))
+                self._read[length] = capture(partial(self._read_chunk, chunk))
             self._read[length](self._place(start, length))
             start += length
         # The last chunk ends where the text does, and so may read some tokens twice. Of a text
@@ -236,7 +237,7 @@ class _Runner:
         length = tokens.shape[1]
         tokens = self._input("tokens", tokens)
         if (key := (length, *self._held)) not in self._next:
-            self._next[key] = _captured(partial(self._next_tokens, tokens=tokens, **self._held))
+            self._next[key] = capture(partial(self._next_tokens, tokens=tokens, **self._held))
         chosen = self._next[key](
             self._place(start, length),
             end if length == 1 else Variable("end", 0, length - 1).bind(end),
@@ -264,14 +265,3 @@ class _Runner:
         row = None if tokens.shape[1] == 1 else end
         x = self.model.hidden_states(tokens, self.cache, start_pos, self.padding, row)
         return choose(self.model.logits(x[:, 0]), bounds, seeds, step, counts)
-
-
-def _captured(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function as a TinyJit that captures at its first call, and without dropout.
-
-    TinyJit would run its first call uncaptured, for functions that set up state then; these do
-    not, so counting that call as made halves the time to the first token.
-    """
-    jit = TinyJit(function)
-    jit.cnt = 1
-    return jit

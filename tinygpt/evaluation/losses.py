@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from tinygrad import Tensor, TinyJit
+from tinygrad import Tensor
 
 from tinygpt.data.dataset import Dataset
 from tinygpt.errors import InputError
 from tinygpt.model import GPT
+from tinygpt.runtime.capture import CapturedStep, capture
 
 if TYPE_CHECKING:
     pass
@@ -25,7 +26,7 @@ class Scorer:
 
     def __init__(self, model: GPT) -> None:
         self.model = model
-        self._graphs: dict[tuple, TinyJit] = {}
+        self._graphs: dict[tuple, CapturedStep] = {}
 
     def __call__(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """int32 (B, T) twice -> losses, float32 (B, T), and hits, bool (B, T)."""
@@ -39,8 +40,7 @@ class Scorer:
     def _run(self, function, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
         key = function.__name__, inputs.shape
         if key not in self._graphs:
-            self._graphs[key] = TinyJit(function)
-            self._graphs[key].cnt = 1  # captured at its first call: there is no state to set up
+            self._graphs[key] = capture(function)
         return self._graphs[key](Tensor(inputs).realize(), Tensor(targets).realize()).numpy()
 
     def _score(self, inputs: Tensor, targets: Tensor) -> Tensor:

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from tinygrad import Tensor, TinyJit, dtypes
+from tinygrad import Tensor, dtypes
 from tinygrad.nn.state import get_state_dict
 
 from tinygpt.errors import InputError
 from tinygpt.model import GPT
 from tinygpt.runtime import device, memory
+from tinygpt.runtime.capture import capture
 from tinygpt.training.lora import Lora
 from tinygpt.training.optimizers import Optimizer, StepInputs, global_norm, scheduled
 from tinygpt.training.settings import TrainConfig
@@ -72,10 +73,7 @@ class Trainer:
             config.grad_clip,
         )
         self.counters = Counters(loss_scale=_FIRST_SCALE if config.compute == "float16" else 1.0)
-        # TinyJit would run its first call uncaptured, for functions that set up state then; there
-        # is none here.
-        self._jit = TinyJit(self._step)
-        self._jit.cnt = 1
+        self._jit = capture(self._step)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
