@@ -46,7 +46,7 @@ from tinygrad.nn.state import get_parameters
 from tinygrad.schedule.memory import memory_plan_rewrite
 from tinygrad.uop.ops import Ops, buffers
 
-from tinygpt.runtime import graph, store
+from tinygpt.runtime import graph, launch, store
 from tinygpt.runtime.compiling import compile_calls
 from tinygpt.runtime.graph import Access, Call
 
@@ -255,7 +255,7 @@ def _record(
     params = {u: UOp.param(i, u.dtype, u.shape, u.device) for i, u in enumerate(inputs.uops)}
     linear = UOp(Ops.LINEAR, src=tuple(recorder.calls)).substitute(params, walk=True)
     linear = memory_plan_rewrite(compile_calls(linear, also=[graph.runner_source()]), held)
-    names = stored.names if stored else {}
+    names = {**stored.names, **launch.constant_names()} if stored else {}
     found = _plan(linear, inputs, result, older, names)
     if found is None:
         linear = graph_split_rewrite(linear, max_batch_size=JIT_BATCH_SIZE.value)
@@ -687,6 +687,7 @@ class _Stored:
                 uops.append(UOp.new_buffer(storage.device, storage.size, storage.dtype))
                 continue
             uop = self.named.get(storage.name)
+            uop = launch.constant_of(storage.name, storage.device) if uop is None else uop
             if uop is None or Storage(uop.device, uop.arg, uop.dtype, storage.name) != storage:
                 return None
             uops.append(uop)

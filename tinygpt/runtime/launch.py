@@ -55,8 +55,22 @@ def constants(values: tuple[int, ...], device: str) -> Tensor:
     return made
 
 
-# Which buffers hold the numbers of `constants`, so that a step can be kept and found again.
+# What each buffer of `constants` holds.
 CONSTANTS: dict[UOp, tuple[int, ...]] = {}
+_CONSTANTS = "constants "
+
+
+def constant_names() -> dict[UOp, str]:
+    """A name for each buffer of `constants`, by which a captured step is kept."""
+    return {uop: _CONSTANTS + ",".join(map(str, values)) for uop, values in CONSTANTS.items()}
+
+
+def constant_of(name: str, device: str | tuple[str, ...]) -> UOp | None:
+    """The buffer of such a name, made if need be; None where it is another name."""
+    if not name.startswith(_CONSTANTS) or not isinstance(device, str):
+        return None
+    values = name.removeprefix(_CONSTANTS).split(",")
+    return constants(tuple(map(int, values)), device).uop.base
 
 
 @functools.cache
