@@ -31,8 +31,9 @@ from tinygpt.checkpoints import hub
 from tinygpt.checkpoints.detect import read_config
 from tinygpt.checkpoints.precision import DTYPES, check_dtype
 from tinygpt.checkpoints.pretrained import GGUF_TYPES
+from tinygpt.commands.bench_tables import tables
+from tinygpt.commands.flags import add_flag, add_shared
 from tinygpt.commands.peers import Contender, environment
-from tinygpt.commands.terminal import KINDS
 from tinygpt.config import GPTConfig
 from tinygpt.errors import InputError, say
 from tinygpt.model import GPT
@@ -64,19 +65,19 @@ WORKS = (
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
-    add = parser.add_argument
-    add("--model", metavar="NAME|PATH", help="which to run (default: gpt2 with random weights)")
+    words = "which to run (default: gpt2 with random weights)"
+    add_flag(parser, "--model", metavar="NAME|PATH", help=words)
     types = f"{', '.join(DTYPES)} (default: {', '.join(GGUF_TYPES)})"
-    add("--dtype", metavar="T", help=f"of its weights: {types}")
-    add("--peers", help="also stock tinygrad, transformers and llama.cpp", **KINDS[True])
-    add("--rounds", default=5, help="how many turns each takes (default: 5)", **KINDS[int])
-    add("--json", help="print only the line of JSON, not the tables", **KINDS[True])
+    add_shared(parser, "--dtype", help=f"of its weights: {types}")
+    words = "also stock tinygrad, transformers and llama.cpp"
+    add_flag(parser, "--peers", kind=bool, help=words)
+    words = "how many turns each takes (default: 5)"
+    add_flag(parser, "--rounds", kind=int, default=5, help=words, low=1)
+    add_shared(parser, "--json", help="print only the line of JSON, not the tables")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print. The exit status is 1 when tinygpt itself failed at something."""
-    if args.rounds < 1:
-        raise InputError(f"--rounds is {args.rounds}: it must be 1 or more")
     device.check()
     if args.dtype:
         check_dtype(args.dtype)
@@ -94,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
         result = measure(folder, families, args.rounds)
     result["conditions"]["model"] = args.model or "gpt2, random weights"
     if not args.json:
-        print(_report(result))
+        print(tables(result))
     print(json.dumps(result))
     return int(any(name.startswith("tinygpt") for name in result["failures"]))
 
@@ -248,7 +249,7 @@ def compare(results: dict[str, dict]) -> dict[str, dict[str, dict[str, float]]]:
 def _first_token(folder: Path, vocab_size: int, failures: dict[str, str]) -> dict[str, float]:
     """Seconds from starting the program to its first new text: without any compiled kernel, then
     with those of that first time, the median of three."""
-    command = [sys.executable, "-m", "tinygpt", _PROMPT, "--model", str(folder)]
+    command = [sys.executable, "-m", "tinygpt", "generate", _PROMPT, "--model", str(folder)]
     command += ["--max-new-tokens", "1"]
     try:
         load_tokenizer(folder, vocab_size)
@@ -289,33 +290,3 @@ def _conditions(rounds: int) -> dict[str, Any]:
         "packages": packages,
         "rounds": rounds,
     }
-
-
-def _report(result: dict[str, Any]) -> str:
-    """The result as tables."""
-    c, machine, results = (result[key] for key in ("conditions", "machine", "results"))
-    works = list(next(iter(results.values()), {"works": {}})["works"])
-    limits = f"{machine['gb_per_s']:.1f} GB/s", f"{machine['gflop_per_s']:.0f} GFLOP/s"
-    speeds, shares = [["tokens/s", *works]], [["of the machine's", *limits, "peak memory"]]
-    for name, one in results.items():
-        speeds.append([name, *(f"{one['works'][work]['tokens_per_s']:.1f}" for work in works)])
-        rates = (f"{one[key]:.1f} ({one[f'{key}_share']:.0%})" for key in machine)
-        shares.append([name, *rates, f"{one['peak_memory_bytes'] / 1e9:.2f} GB"])
-    ratios = [["times as fast as", *works]]
-    for name, peers in result["ratios"].items():
-        for peer, ratio in peers.items():
-            ratios.append([f"{name} / {peer}", *(f"{ratio[work]:.2f}" for work in works)])
-    where = f"{c['threads']} threads of {c['cpu']} (load before: {c['load_before']})"
-    parts = [f"{c['model']}: {where}, tinygrad on {c['device']}"]
-    parts += [_table(rows) for rows in (speeds, shares, ratios) if len(rows) > 1]
-    if first := result["first_token"]:
-        cold, warm = first["cold_s"], first["warm_s"]
-        parts.append(f"a new process's first token: cold caches {cold:.2f} s, warm {warm:.2f} s")
-    parts += [f"failed: {name}: {reason}" for name, reason in result["failures"].items()]
-    return "\n\n".join(parts) + "\n"
-
-
-def _table(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
-    return "\n".join("  ".join(line) for line in lines)

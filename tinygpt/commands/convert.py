@@ -14,9 +14,11 @@ from tinygpt.checkpoints import hub
 from tinygpt.checkpoints.detect import read_config
 from tinygpt.checkpoints.precision import DTYPES, check_dtype, dtype_of
 from tinygpt.checkpoints.pretrained import check_gguf, save_gguf
+from tinygpt.commands.flags import add_flag, add_shared
 from tinygpt.config import GPTConfig
 from tinygpt.errors import CheckpointError, InputError, say
 from tinygpt.model import GPT
+from tinygpt.options import Kind
 from tinygpt.runtime import device
 from tinygpt.storage import atomic_folder
 from tinygpt.tokenizer.encoding import load_tokenizer, save_tokenizer
@@ -30,10 +32,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", metavar="IN", help="a model's folder or file, or a name to fetch, such as gpt2")
     add("out", metavar="OUT", help="the folder (hf) or file (gguf) to make")
-    add("--to", choices=("hf", "gguf"), required=True, help="the form of what comes out")
+    kind = Kind(str, choices=("hf", "gguf"))
+    add_flag(parser, "--to", kind=kind, required=True, help="the form of what comes out")
     names = ", ".join(DTYPES)
-    add("--dtype", metavar="TYPE", help=f"of the weights: {names}, in GGUF Q8_0 (default: as held)")
-    add("--tokenizer", metavar="T", help="gpt2, bytes, or a folder (default: the model's own)")
+    add_shared(parser, "--dtype", help=f"of the weights: {names}, in GGUF Q8_0 (default: as held)")
+    add_shared(parser, "--tokenizer")
 
 
 def run(args: argparse.Namespace) -> int:

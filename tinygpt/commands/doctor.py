@@ -22,6 +22,7 @@ from tinygrad.nn.state import get_state_dict
 
 import tinygpt
 from tinygpt.checkpoints import hub
+from tinygpt.commands.flags import add_flag
 from tinygpt.config import GPTConfig
 from tinygpt.errors import InputError, reason
 from tinygpt.generate import Generator
@@ -41,7 +42,7 @@ TOLERANCE = 1e-4  # the largest error of a logit that counts as right, in float3
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     words = "also run a small model on each backend"
-    parser.add_argument("--backends", action="store_true", help=words)
+    add_flag(parser, "--backends", kind=bool, help=words)
 
 
 def run(args: argparse.Namespace) -> int:

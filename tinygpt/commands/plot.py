@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tinygpt.commands.flags import add_flag
 from tinygpt.errors import CheckpointError, InputError, reason
 from tinygpt.storage import read_text
 
@@ -38,7 +39,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """The arguments of `tinygpt plot`."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that `train` made")
     words = "the image, by its ending .png, .svg or .pdf (default: curves.png)"
-    parser.add_argument("-o", "--out", metavar="FILE", default="curves.png", help=words)
+    add_flag(parser, "-o", "--out", metavar="FILE", default="curves.png", help=words)
 
 
 def run(args: argparse.Namespace) -> int:
