@@ -45,10 +45,10 @@ def test_each_command_has_a_help(verb, capsys):
         ("chat", "unknown command 'chat': "),
         ("list", "unknown command 'list': "),
         ("trian", "unknown command 'trian': did you mean 'train'? allowed are generate, train, "),
-        ("chat", "to continue it as a prompt: tinygpt generate chat"),
+        ("chat", "to continue it as a prompt: `tinygpt generate chat`"),
         ("evalute gpt2 data", "did you mean 'evaluate'?"),
-        ("chat --model gpt2", "to continue it as a prompt: tinygpt generate chat"),
-        ("several words", "to continue it as a prompt: tinygpt generate 'several words'"),
+        ("chat --model gpt2", "to continue it as a prompt: `tinygpt generate chat`"),
+        ("several words", "to continue it as a prompt: `tinygpt generate 'several words'`"),
         ("Several words", "unknown argument 'words': put a prompt of several words in quotes"),
     ],
 )

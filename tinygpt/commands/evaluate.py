@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 from tinygpt.checkpoints import hub
-from tinygpt.commands.flags import add_flag, add_shared
+from tinygpt.commands.flags import add_flag, add_shared, spelled
 from tinygpt.data.dataset import SPLITS, Dataset
-from tinygpt.errors import InputError
+from tinygpt.errors import InputError, check_int
 from tinygpt.evaluation.losses import Scorer, evaluate_data
 from tinygpt.evaluation.tasks import hellaswag, lambada
 from tinygpt.model import GPT
@@ -42,6 +42,9 @@ def run(args: argparse.Namespace) -> int:
     data = None if args.file else Dataset.open(args.data)  # before the model's seconds
     model = GPT.from_pretrained(folder)
     if data:
+        if args.stride is not None:  # the window is known only now
+            name, window = spelled(args)("stride"), model.config.block_size
+            check_int(name, args.stride, low=1, below=window + 1)
         found = evaluate_data(model, data, args.split, args.stride)
     else:
         tokenizer = load_tokenizer(args.tokenizer or folder, model.config.vocab_size)

@@ -83,7 +83,7 @@ def _refuse_unknown_verb(argv: Sequence[str]) -> None:
         prompt = " ".join(takewhile(lambda word: not word.startswith("-"), argv))
         raise InputError(
             f"{unknown('command', argv[0], VERBS)}; to continue it as a prompt: "
-            f"tinygpt generate {shlex.quote(prompt)}"
+            f"`tinygpt generate {shlex.quote(prompt)}`"
         )
 
 

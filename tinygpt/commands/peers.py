@@ -22,6 +22,7 @@ import numpy as np
 from tinygpt.checkpoints.pretrained import save_gguf
 from tinygpt.generate import Generator
 from tinygpt.model import GPT
+from tinygpt.runtime import device
 
 
 class Ours:
@@ -201,6 +202,7 @@ def environment() -> dict[str, str]:
 
 def serve(family: str, path: str, dtype: str, threads: str) -> None:
     """Load a model, then do and time what each line on stdin asks for: see `Contender.ask`."""
+    device.forgive_cache()
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no reply
     contender = FAMILIES[family](path, dtype, int(threads))
