@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from functools import cache
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -57,7 +56,6 @@ def option_of(other: type, name: str, default: Any, help: str | None = None) -> 
     return field(default=default, metadata={**known, "help": help or known["help"]})
 
 
-@cache
 def kinds(owner: type) -> dict[str, Kind]:
     """The kind of each field of a dataclass, by its name."""
     hints = get_type_hints(owner)
@@ -73,7 +71,7 @@ def _kind(hint: Any) -> Kind:
     return Kind(hint)
 
 
-def check_value(name: str, value: Any, kind: Kind, limits: Mapping[str, float]) -> None:
+def check_value(name: str, value: Any, kind: Kind, limits: Mapping[str, Any]) -> None:
     """Refuse a value that is not of its kind or not within its limits.
 
     Args:
@@ -105,9 +103,10 @@ def check_options(
     Raises:
         InputError: for the first value that cannot work.
     """
+    known = kinds(owner)
     for each in fields(owner):
-        kind, limits = kinds(owner)[each.name], each.metadata["limits"]
-        check_value(spelled(each.name), values[each.name], kind, limits)
+        name, limits = each.name, each.metadata["limits"]
+        check_value(spelled(name), values[name], known[name], limits)
 
 
 def defaults(owner: type) -> dict[str, Any]:

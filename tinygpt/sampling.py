@@ -157,12 +157,12 @@ class Sampling:
         A greedy choice takes only those that count what came before: no other changes which token
         is the likeliest.
         """
-        found = []
+        found, known = [], kinds(type(self))
         for field in fields(self):
             value, about = getattr(self, field.name), field.metadata
             neutral = value in (field.default, about.get("neutral"))
             if not neutral and (about["counted"] or not self.greedy):
-                dtype = np.int32 if kinds(type(self))[field.name].type is int else np.float32
+                dtype = np.int32 if known[field.name].type is int else np.float32
                 bound = np.array([value], dtype)
                 found.append(Step(about["function"], bound, about["counted"]))
         return found
@@ -210,7 +210,7 @@ def gumbel(seeds: Tensor, step: int | UOp, size: int) -> Tensor:
     counter = places + (Tensor.zeros(1, dtype=dtypes.uint64) + step) * 2**32
     pairs = counter.reshape(1, -1).threefry(seeds.reshape(-1, 1))  # (B, size / 2) of 64 bits
     bits = Tensor.cat((pairs & 0xFFFFFFFF), pairs.rshift(32), dim=-1)[:, :size]
-    # 24 bits, the middle of 2**24 equal steps: never 0 or 1, where the logarithms end
+    # The middle of one of 2**24 equal steps: never 0 or 1, where a logarithm would be infinite.
     uniform = (bits.cast(dtypes.uint32).rshift(8).cast(dtypes.float32) + 0.5) * 2**-24
     return -(-uniform.log()).log()
 

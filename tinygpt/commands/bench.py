@@ -1,7 +1,7 @@
 """How fast this machine generates, as a share of what it can do, and beside other programs.
 
-All read the same weights with as many threads, and take turns, so that what else the machine does
-meets them alike. Numbers are medians over the rounds.
+All programs read the same weights with the same number of threads. They take turns, so that other
+work on the machine disturbs all of them alike. Numbers are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from tinygpt.runtime import device
 from tinygpt.tokenizer.encoding import load_tokenizer
 
 _PACKAGES = ("tinygrad", "numpy", "torch", "transformers", "llama-cpp-python")
-_STREAM_BYTES, _BLOCK_BYTES = 1 << 30, 4 << 20  # far more than a cache holds, in parts
+_STREAM_BYTES, _BLOCK_BYTES = 1 << 30, 4 << 20  # far more than any cache holds
 _MATMUL_SIZES = (1024, 1536, 2048)
 _PROMPT = "The most important thing about a machine is"
 
@@ -53,7 +53,7 @@ class Work:
     name: str
     batch_size: int
     prompt_length: int
-    count: int  # of tokens to choose
+    count: int  # how many tokens to choose
 
 
 WORKS = (
@@ -132,10 +132,10 @@ def take_turns(
     vocab_size: int,
     failures: dict[str, str],
 ) -> tuple[dict[str, dict[Work, list[dict]]], dict[str, float]]:
-    """Let each do each work: once to warm up, then once a round, one after the other.
+    """Let each contender do each work in turn: once to warm up, then once a round.
 
     Args:
-        failures: who fails is put here, with the reason, and not asked again.
+        failures: a contender that fails is put here with the reason, and is not asked again.
     Returns:
         the replies, by name and work, and what the machine reached between the rounds.
     """
@@ -152,7 +152,7 @@ def take_turns(
                 try:
                     reply = contender.ask(prompts, work.count)
                     replies[contender.name][work] += [reply] if number else []
-                except Exception as error:  # whatever others' packages raise
+                except Exception as error:  # other packages may raise anything
                     reason = " ".join(str(error).split())
                     if "No module named" in reason:
                         reason += "; pip install 'tinygpt[bench]' brings it"
@@ -163,9 +163,10 @@ def take_turns(
 
 
 def machine_limits() -> dict[str, float]:
-    """What this machine reaches now in reading a large array, and in a matmul: best of a few."""
+    """What this machine reaches now in reading a large array and in a matmul: the best of a few."""
     rates, flops = [], []
-    # Times a vector, eight long rows at a time: from one place after the other memory gives less.
+    # Each block is multiplied with a vector, eight long rows at once, because reading from several
+    # places of memory in turn is faster than reading from one.
     blocks = np.ones((_STREAM_BYTES // _BLOCK_BYTES, 8, _BLOCK_BYTES // 32), np.float32)
     parts = np.array_split(blocks, CPU_COUNT.value)
     with ThreadPoolExecutor(CPU_COUNT.value) as pool:
@@ -194,7 +195,7 @@ def summarize(
     works, rates = {}, dict.fromkeys(machine, 0.0)
     weight_bytes = DTYPES[contender.dtype].itemsize
     if contender.name == "llama.cpp int8":
-        weight_bytes = 34 / 32  # Q8_0 has a float16 scale for each 32
+        weight_bytes = 34 / 32  # Q8_0 adds a float16 scale to each 32 weights
     for work, answers in replies.items():
         if work.count == 1:
             times, tokens = [reply["first_s"] for reply in answers], work.prompt_length
@@ -212,26 +213,32 @@ def summarize(
 
 
 def weights_read(config: GPTConfig) -> int:
-    """How many weights the next token takes: all, but a row of tables that are only looked up."""
-    rows = config.block_size * (config.position == "learned")
-    rows += config.vocab_size * (not config.tie_word_embeddings)
+    """How many weights are read for the next token.
+
+    That is all of them, less the tables of which only a row is looked up.
+    """
+    rows = config.block_size if config.position == "learned" else 0
+    if not config.tie_word_embeddings:
+        rows += config.vocab_size
     return config.parameter_count - rows * config.n_embd
 
 
 def prefill_flops(config: GPTConfig, length: int) -> int:
-    """Multiplications and additions from a prompt of that length to the next token's logits: of the
-    last block only keys, values, and what one token needs."""
+    """How many multiplications and additions lead from a prompt to the next token's logits.
+
+    In the last block that is the keys and values of all tokens, and the rest for the last one.
+    """
     C, last = config.n_embd, config.n_layer - 1
     keys_and_values, rest = 2 * 2 * C * C, 2 * (2 * C * C + 2 * C * config.inner_dim)
-    scores = 2 * length * C  # two products of a row with as many, of which the mask leaves half
+    scores = 2 * length * C  # two products, of which the mask leaves half
     blocks = length * (config.n_layer * keys_and_values + last * (rest + scores))
     return blocks + rest + 2 * scores + 2 * C * config.vocab_size
 
 
 def compare(results: dict[str, dict]) -> dict[str, dict[str, dict[str, float]]]:
-    """How many times as fast ours are: ours -> peer -> work -> ratio of medians.
+    """How many times as fast as each peer tinygpt is: ours -> peer -> work -> ratio of medians.
 
-    A peer is taken with the same type of weights, or in float32 where it has no such.
+    A peer is compared in the same type of weights, or in float32 where it does not have that type.
     """
     families = dict.fromkeys(name.rpartition(" ")[0] for name in results)
     ratios: dict[str, dict] = {}
@@ -247,13 +254,15 @@ def compare(results: dict[str, dict]) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def _first_token(folder: Path, vocab_size: int, failures: dict[str, str]) -> dict[str, float]:
-    """Seconds from starting the program to its first new text: without any compiled kernel, then
-    with those of that first time, the median of three."""
+    """Seconds from starting the program to its first new text.
+
+    Cold is with no compiled kernels kept; warm is with those, and the median of three.
+    """
     command = [sys.executable, "-m", "tinygpt", "generate", _PROMPT, "--model", str(folder)]
     command += ["--max-new-tokens", "1"]
     try:
         load_tokenizer(folder, vocab_size)
-    except InputError:  # GPT-2's, and no network to fetch it with
+    except InputError:  # it is GPT-2's, and there is no network to fetch it with
         command += ["--tokenizer", "bytes"]
     times: dict[str, list[float]] = {"cold_s": [], "warm_s": []}
     with tempfile.TemporaryDirectory(prefix="tinygpt-bench-") as empty:

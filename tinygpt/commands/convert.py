@@ -1,6 +1,6 @@
 """Turn a checkpoint of any form into one of Hugging Face's form, or into a GGUF file.
 
-What comes out is there whole or not at all, and nothing that is there already is replaced.
+The result is written whole or not at all, and never replaces what is already there.
 """
 
 from __future__ import annotations
@@ -98,6 +98,6 @@ def to_gguf(
         InputError: for a model or tokenizer that GGUF's form cannot say, or what cannot be written.
     """
     check_gguf(config, dtype)
-    # Blocks are made of the weights as they are, not of what another rounding leaves of them.
+    # Q8_0 is made from the stored weights; from int8 ones it would round a second time.
     model = GPT.from_pretrained(source, "float32" if dtype == "int8" else dtype)
     save_gguf(model, out, tokenizer, dtype)

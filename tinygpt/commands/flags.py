@@ -59,7 +59,7 @@ class _Flag(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         value = option_string not in self.off if self.nargs == 0 else self._read(values)
-        check_value(option_string, value, self.kind, self.limits)
+        check_value(option_string or self.dest, value, self.kind, self.limits)
         if self.many:
             value = [*(getattr(namespace, self.dest) or []), value]
         setattr(namespace, self.dest, value)
@@ -96,7 +96,7 @@ def add_flag(
         limits: those of a number: see `errors.check_int` and `errors.check_float`.
     """
     kind = kind if isinstance(kind, Kind) else Kind(kind)
-    takes = {"nargs": 0}
+    takes: dict[str, Any] = {"nargs": 0}
     if kind.type is not bool:
         takes = {"metavar": metavar or "|".join(kind.choices) or _METAVARS[kind.type]}
     parser.add_argument(
@@ -114,7 +114,7 @@ def add_flag(
     )
 
 
-# Those that several commands have in common.
+# The flags that several commands have in common.
 _SHARED: dict[str, dict[str, Any]] = {
     "--dtype": {
         "kind": Kind(str, choices=tuple(DTYPES)),
@@ -147,9 +147,10 @@ def add_options(
         defaults: for the help, what stands for a field that is not given, where that is not the
             field's own default.
     """
+    known = kinds(owner)
     for each in fields(owner):
         if each.metadata["flag"] and (names is None or each.name in names):
-            kind = kinds(owner)[each.name]
+            kind = known[each.name]
             words = each.metadata["help"]
             default = (defaults or {}).get(each.name, _shown(each))
             if default:
@@ -160,10 +161,10 @@ def add_options(
 
 
 def _shown(each: Field) -> str:
-    """A field's default as the help writes it; nothing for one that is off."""
-    if each.default is None or each.default is MISSING:
-        return ""
-    return {True: "yes", False: "no"}[each.default] if each.type == "bool" else str(each.default)
+    """A field's default as the help writes it; "" where there is none."""
+    if isinstance(each.default, bool):
+        return "yes" if each.default else "no"
+    return "" if each.default is None or each.default is MISSING else str(each.default)
 
 
 def flag_of(name: str) -> str:

@@ -25,8 +25,8 @@ from tinygpt.sampling import Sampling
 from tinygpt.session import Session
 
 _DEFAULT_PRESET = "nano"
-# The built-in model's tokens are short, and it has learned too little to be followed into its
-# every fancy.
+# The built-in model's tokens are short, so it writes more of them. It has learned too little to
+# be sampled at temperature 1, which gives too many words that are none.
 _BUILT_IN_TOKENS, _BUILT_IN_TEMPERATURE = 300, 0.8
 _CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
@@ -127,7 +127,7 @@ def _read_prompt(given: str | None) -> str:
     """The prompt as text; "" when there is none, so that the text starts from nothing."""
     text, piped = given or "", False
     if given is None:
-        with suppress(OSError, ValueError):  # from a terminal it would only wait
+        with suppress(OSError, ValueError):  # reading from a terminal would only wait
             mode = os.fstat(sys.stdin.fileno()).st_mode
             piped = stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
     if piped or given == "-":
@@ -206,14 +206,16 @@ class _Interrupts:
         self.usual = signal.getsignal(signal.SIGINT)
 
     def __enter__(self) -> _Interrupts:
-        if self.usual is signal.default_int_handler:  # not where it is ignored, as in a background
-            signal.signal(signal.SIGINT, self._interrupt)  # job
+        # A shell starts a job in the background with Ctrl-C ignored, and so it stays.
+        if self.usual is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._interrupt)
         return self
 
     def _interrupt(self, *_: object) -> None:
         again, self.came = self.came, True
         if again or not self.has_text:
-            sys.unraisablehook = lambda _: None  # what destructors say of half-made objects
+            # Destructors complain about the objects that were only half made.
+            sys.unraisablehook = lambda _: None
             raise KeyboardInterrupt
 
     def __exit__(
@@ -238,7 +240,7 @@ class _Output:
         self.times: list[float] = []  # seconds after the start, for each token
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")
-        # Bytes from a model are not to move a terminal's cursor or set its title.
+        # What a model writes must not move a terminal's cursor or set its title.
         self.hidden = _CONTROL if sys.stdout.isatty() else {}
 
     def follow(self, steps: Iterator[list[int | None]]) -> None:
@@ -254,7 +256,7 @@ class _Output:
         try:
             for piece in self.session.text(ids, stop):
                 self._show(piece)
-        except Exception:  # which is said on a line of its own
+        except Exception:  # its message is to have a line of its own
             self._show("\n")
             raise
 
@@ -280,9 +282,11 @@ class _Output:
         """Show what `follow` has not shown, and say how long it took."""
         request = self.request
         samples = [self._sample(ids) for ids in self.samples]
-        first, last = (self.times[0], self.times[-1]) if self.times else (None, None)
-        later = sum(moment > first for moment in self.times)
-        rate = later / (last - first) if later else None
+        first = last = rate = None
+        if self.times:
+            first, last = self.times[0], self.times[-1]
+            if later := sum(moment > first for moment in self.times):
+                rate = later / (last - first)
         if request.json:
             facts = {
                 "model": request.model,
@@ -297,7 +301,7 @@ class _Output:
         elif len(samples) > 1:
             self._show("\n---\n".join(request.prompt + sample["text"] for sample in samples))
         self._show("\n")
-        if self.times:
+        if first is not None:
             speed = f", then {rate:.1f} tokens/s" if rate else ""
             say(f"{len(self.times)} tokens, the first after {first:.2f} s{speed}")
 

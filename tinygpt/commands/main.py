@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program on the arguments (by default the process's) and return its exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by whoever started the program
+        if getattr(sys, name) is None:  # whoever started the program has closed it
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     try:
         try:
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError:
         message = "out of memory: choose a smaller model or fewer samples"
     except OSError as error:
-        with suppress(OSError):  # what stdout still holds, Python would try to write at exit
+        with suppress(OSError):  # at exit, Python would try again to write what stdout still holds
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # the reader has seen enough
             return 0

@@ -22,7 +22,7 @@ def read_log(run: Path) -> dict[str, list[tuple[int, float]]]:
     for line in read_text(run / "log.jsonl").splitlines():
         try:
             entry = json.loads(line)
-        except ValueError:  # the last line of a run that was killed
+        except ValueError:  # a run that was killed may leave half a line
             continue
         step = entry.pop("step", None) if isinstance(entry, dict) else None
         if not isinstance(step, int):
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     losses.legend()
     try:
         figure.savefig(args.out)
-    except (OSError, ValueError) as error:  # ValueError: an ending that it does not know
+    except (OSError, ValueError) as error:  # a ValueError is for an ending that it does not know
         raise InputError(f"cannot write {args.out}: {reason(error)}") from error
     return 0
 

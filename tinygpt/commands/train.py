@@ -69,7 +69,9 @@ def start(
 
 def _with_dropout(model: GPT, dropout: float) -> GPT:
     """The same model, its weights shared, with that dropout."""
-    dropouts = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), float(dropout))
+    dropouts: dict[str, Any] = dict.fromkeys(
+        ("embd_pdrop", "attn_pdrop", "resid_pdrop"), float(dropout)
+    )
     copy = GPT(replace(model.config, **dropouts), seed=None)
     weights = get_state_dict(model)
     for name, weight in get_state_dict(copy).items():
@@ -126,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
     say(f"{shape.parameter_count:,} parameters on {device.describe()}, {config.steps} steps")
     stopped = job.go()
     if stopped is None:
-        if job.best is not None:  # validation losses may all have been no numbers
+        if job.best is not None:  # None where no validation loss was a number
             say(f"lowest validation loss {job.best['val_loss']:.4f}, in {folder / 'best'}")
         say(f"done: {folder / 'last'}")
         return 0

@@ -20,7 +20,7 @@ from tinygrad.helpers import DEV, Context
 
 from tinygpt.errors import InputError
 
-# What can compile for the CPU besides clang, the best first, as DEV spells it.
+# The compilers for the CPU besides clang, as DEV spells them, the best one first.
 FALLBACKS = {"CPU:LLVM": "the LLVM library", "CPU:X86": "tinygrad's own x86-64 assembler"}
 
 # Set by `select`: one line for the user about what was chosen in clang's place.
@@ -38,7 +38,7 @@ def forgive_cache() -> None:
 
     def forgiving(step: Callable[..., Any]) -> Callable[..., Any]:
         def attempt(*args: Any) -> Any:
-            with suppress(Exception):  # of SQLite, the disk, or a pickle cut short
+            with suppress(Exception):  # SQLite, the disk, or a pickle that is cut short
                 return step(*args)
 
         return attempt
@@ -65,9 +65,9 @@ def select() -> None:
     Where tensors were made before, they stay on tinygrad's device, and so does what comes after.
     """
     global note
-    if DEV.device:  # the user's choice, in the environment or since
+    if DEV.device:  # the user has chosen, in the environment or in Python
         return
-    in_use = os.environ.get("DEV")  # by tinygrad, for the tensors that were made before
+    in_use = os.environ.get("DEV")  # tinygrad has set it when a tensor was made before
     chosen = in_use or ("CPU" if _no_gpu() else Device.DEFAULT)
     if chosen != "CPU" and (in_use or chosen != "CL" or not opencl_is_cpu()):
         return
@@ -102,7 +102,7 @@ def _choose(target: str) -> None:
 
 def opencl_is_cpu() -> bool:
     """Whether the OpenCL device is the processor, by the names that PoCL gives it."""
-    with suppress(Exception):  # whatever a driver that is not there raises
+    with suppress(Exception):  # a driver that is not there may raise anything
         return Device["CL"].device_name.startswith(("pthread", "cpu", "basic"))
     return False
 
@@ -149,7 +149,7 @@ def check(kernel: bool = True) -> None:
     select()
     chosen = os.environ.get("DEV")  # by the user or `select`; tinygrad may write there, too
     try:
-        # A kernel from tinygrad's disk cache would run without the compiler; the next would not.
+        # The trial kernel may come from tinygrad's disk cache, which needs no compiler.
         if renderer() == "ClangJIT" and find_clang() is None:
             raise FileNotFoundError("clang is not installed")
         if renderer() == "X86" and not _runs_assembled():

@@ -103,9 +103,9 @@ class TrainConfig:
 
     def gpt_config(self, vocab_size: int) -> GPTConfig:
         """The shape of a new model for so many token ids."""
-        dropouts = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), self.dropout)
-        shape = {name: getattr(self, name) for name in SHAPE}
-        return GPTConfig(vocab_size=vocab_size, **shape, **dropouts)
+        changes: dict[str, Any] = {name: getattr(self, name) for name in SHAPE}
+        changes |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), self.dropout)
+        return GPTConfig(vocab_size=vocab_size, **changes)
 
     @classmethod
     def of(cls, *layers: Mapping[str, Any], spelled: Callable[[str], str] = str) -> TrainConfig:
