@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from tinygrad import Tensor, UOp, Variable
 
-from tinygpt.errors import InputError
+from tinygpt.errors import InputError, check_int
 from tinygpt.model import GPT
 from tinygpt.runtime import buffers
 from tinygpt.runtime.capture import capture
-from tinygpt.sampling import Sampling, choose
+from tinygpt.sampling import Sampling, Step, choose
 
 
 class Generator:
@@ -33,8 +33,7 @@ class Generator:
                 more than three times are left. Two sizes for all, so that another prompt's
                 length compiles nothing new.
         """
-        if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-            raise InputError(f"chunk_size is {chunk_size!r}: it must be a whole number, 1 or more")
+        check_int("chunk_size", chunk_size, low=1)
         self.model = model
         self.chunk_size = min(chunk_size, model.config.block_size)
         self._runners: dict[int, _Runner] = {}  # by batch size
@@ -83,10 +82,7 @@ class Generator:
             raise InputError("no prompts: give at least one")
         runner = self._runner(len(prompts))  # before so much as the prompts are copied
         rows = [self._check_prompt(prompt) for prompt in prompts]
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
-            raise InputError(f"max_new_tokens is {max_new_tokens!r}: it must be a whole number")
-        if max_new_tokens < 0:
-            raise InputError(f"max_new_tokens is {max_new_tokens}: it must be 0 or more")
+        check_int("max_new_tokens", max_new_tokens, low=0)
         seeds = self._check_seeds(seed, len(rows))
         return self._steps(runner, rows, max_new_tokens, seeds, frozenset(stop_tokens), settings)
 
@@ -109,15 +105,15 @@ class Generator:
         if len(seeds) != count:
             raise InputError(f"{len(seeds)} seeds for {count} prompts: give one, or one for each")
         for value in seeds:
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
-                raise InputError(f"seed is {value!r}: it must be a whole number from 0 to 2**64-1")
+            check_int("seed", value, low=0, below=2**64)
         return seeds
 
     def _steps(self, runner, rows, max_new_tokens, seeds, stop_tokens, settings):
-        inputs: dict[str, np.ndarray] = settings.bounds()
+        choice, inputs = settings.steps(), {}
+        counting = any(each.counted for each in choice)
         if not settings.greedy:
             inputs["seeds"] = np.array(seeds, np.uint64)
-        if settings.needs_counts:
+        if counting:
             inputs["counts"] = _count(rows, self.model.config.vocab_size)
         live = [True] * len(rows)
         contexts = rows
@@ -127,14 +123,14 @@ class Generator:
                     self._window(ids) if alive else [0]
                     for ids, alive in zip(contexts, live, strict=True)
                 ]
-                chosen = runner.read(contexts, inputs, step)
+                chosen = runner.read(contexts, choice, inputs, step)
             else:
                 chosen = runner.next([ids[-1] for ids in contexts], inputs, step)
             for row, token in enumerate(chosen):
                 live[row] = live[row] and token not in stop_tokens
                 if live[row]:
                     contexts[row].append(token)
-                    if settings.needs_counts:
+                    if counting:
                         inputs["counts"][:, row, token] += 1
             if not any(live):
                 return
@@ -178,19 +174,28 @@ class _Runner:
         self._read: dict[int, Callable[..., Tensor]] = {}  # one graph for each length of a chunk
         self._next: dict[tuple, Callable[..., Tensor]] = {}  # one graph for each set of settings
         self._inputs: dict[tuple, Tensor] = {}  # by name and shape: see `_input`
-        self._held: dict[str, Tensor] = {}  # those that say how to choose, in their order
+        self._steps: list[Step] = []  # how to choose, and
+        self._held: dict[str, Tensor] = {}  # what else that takes: seeds and counts
 
     @property
     def full(self) -> bool:
         """Whether no position is left in the cache."""
         return self.position == self.block_size
 
-    def read(self, contexts: list[list[int]], inputs: dict[str, np.ndarray], step: int) -> list:
+    def read(
+        self,
+        contexts: list[list[int]],
+        choice: list[Step],
+        inputs: dict[str, np.ndarray],
+        step: int,
+    ) -> list[int]:
         """Fill the cache with each row's tokens, chunk by chunk, and choose the token after them.
 
         Args:
-            inputs: bounds, seeds and counts, as far as they are needed: see `sampling.choose`.
+            choice: see `Sampling.steps`.
+            inputs: seeds and counts, as far as they are needed: see `sampling.choose`.
         """
+        self._steps = [each._replace(bound=self._input(each.name, each.bound)) for each in choice]
         self._held = {name: self._input(name, values) for name, values in inputs.items()}
         longest = max(map(len, contexts))
         padding = [longest - len(ids) for ids in contexts]
@@ -236,8 +241,10 @@ class _Runner:
         """Read tokens (B, T) at start, and choose what follows the one in column `end`."""
         length = tokens.shape[1]
         tokens = self._input("tokens", tokens)
-        if (key := (length, *self._held)) not in self._next:
-            self._next[key] = capture(partial(self._next_tokens, tokens=tokens, **self._held))
+        key = (length, *(each.name for each in self._steps), *self._held)
+        if key not in self._next:
+            given = {"tokens": tokens, "choice": self._steps, **self._held}
+            self._next[key] = capture(partial(self._next_tokens, **given))
         chosen = self._next[key](
             self._place(start, length),
             end if length == 1 else Variable("end", 0, length - 1).bind(end),
@@ -260,8 +267,8 @@ class _Runner:
         return self.model.hidden_states(tokens, self.cache, start_pos, self.padding, row=0)
 
     def _next_tokens(
-        self, start_pos, end, step, *, tokens, seeds=None, counts=None, **bounds
+        self, start_pos, end, step, *, tokens, choice, seeds=None, counts=None
     ) -> Tensor:
         row = None if tokens.shape[1] == 1 else end
         x = self.model.hidden_states(tokens, self.cache, start_pos, self.padding, row)
-        return choose(self.model.logits(x[:, 0]), bounds, seeds, step, counts)
+        return choose(self.model.logits(x[:, 0]), choice, seeds, step, counts)

@@ -17,6 +17,7 @@ from tinygpt import ops
 from tinygpt.config import GPTConfig
 from tinygpt.errors import InputError
 from tinygpt.layers import Dropout, Embedding, LayerNorm, Linear, TransformerBlock
+from tinygpt.runtime import device
 from tinygpt.runtime.buffers import tensor, write
 from tinygpt.runtime.memory import require_memory
 
@@ -37,6 +38,7 @@ class GPT:
             seed: of the random initial weights, the same on every backend; None leaves the weights
                 without values, for a caller that gives each its own.
         """
+        device.select()  # before the first tensor is made
         if seed is not None:  # check first: even the empty blocks of 1,000 layers cost time
             require_memory(4 * config.parameter_count, "a model of this shape")
         self.config = config
@@ -57,6 +59,7 @@ class GPT:
         """A model from a folder, a file or a name: see `weights.load_pretrained`."""
         from tinygpt.checkpoints.pretrained import load_pretrained
 
+        device.select()
         return load_pretrained(name_or_path, dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:

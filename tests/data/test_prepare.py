@@ -278,7 +278,7 @@ def test_a_file_that_grows_meanwhile(tmp_path, monkeypatch):
 @pytest.mark.parametrize("val", [1, 1.5, -0.1, float("nan"), True, "0.1"])
 def test_a_fraction_that_is_none(tmp_path, val):
     source = write(tmp_path / "text.txt", "some text")
-    fails(tmp_path, "--val is .*: it must be a fraction, 0 or more and below 1", source, val=val)
+    fails(tmp_path, "val is .*: it must be a number, 0 or more and below 1", source, val=val)
 
 
 @pytest.mark.parametrize("tokenizer", ["bpe", "bpe:", "bpe:N", "bpe:-5", "bpe:1e3", "chars", ""])

@@ -304,8 +304,8 @@ def test_settings_come_from_recipe_then_flags(data, tmp_path):
     [
         ({"stepz": 1}, r"unknown setting 'stepz': did you mean 'steps'\?"),
         ({"steps": 1.5}, "steps is 1.5: it must be a whole number"),
-        ({"batch_size": 0}, "batch_size is 0: it must be 1 or more"),
-        ({"beta2": 1.0}, "beta2 is 1.0: it must be 0 or more and below 1"),
+        ({"batch_size": 0}, "batch_size is 0: it must be a whole number, 1 or more"),
+        ({"beta2": 1.0}, "beta2 is 1.0: it must be a number, 0 or more and below 1"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"optimizer": "sgd"}, "unknown optimizer 'sgd': allowed are adamw, muon"),
         ({"n_head": 3}, "n_embd 128 is not divisible by n_head 3"),
@@ -337,9 +337,11 @@ def test_bad_input_is_one_line(data, whole, tmp_path):
     (tmp_path / "bad.toml").write_text("steps = ")
     assert "not TOML" in error(data.folder, "-o", out, "--config", tmp_path / "bad.toml")
     shape = error(data.folder, "-o", out, "--model", whole / "last", "--n-layer", "2")
-    assert "brings its own shape" in shape
+    assert shape.startswith("--n-layer describes a new model, but --model brings its own shape")
     long = error(data.folder, "-o", out, "--model", whole / "last", "--block-size", "9")
-    assert "block_size is 9, but the window" in long
+    assert "--block-size is 9, but the window" in long
+    long = error(data.folder, "-o", out, "--model", whole / "last", "--context", "9")
+    assert "--context is 9, but the window" in long
 
 
 def test_the_bar_shows_steps_and_losses(monkeypatch, capsys):

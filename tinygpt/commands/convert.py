@@ -1,6 +1,6 @@
 """Turn a checkpoint of any form into one of Hugging Face's form, or into a GGUF file.
 
-What comes out is there whole or not at all, and nothing that is there already is replaced.
+The result is written whole or not at all, and never replaces what is already there.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from tinygpt.checkpoints import hub
 from tinygpt.checkpoints.detect import read_config
 from tinygpt.checkpoints.precision import DTYPES, check_dtype, dtype_of
 from tinygpt.checkpoints.pretrained import check_gguf, save_gguf
+from tinygpt.commands.flags import add_flag, add_shared
 from tinygpt.config import GPTConfig
 from tinygpt.errors import CheckpointError, InputError, say
 from tinygpt.model import GPT
+from tinygpt.options import Kind
 from tinygpt.runtime import device
 from tinygpt.storage import atomic_folder
 from tinygpt.tokenizer.encoding import load_tokenizer, save_tokenizer
@@ -30,10 +32,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", metavar="IN", help="a model's folder or file, or a name to fetch, such as gpt2")
     add("out", metavar="OUT", help="the folder (hf) or file (gguf) to make")
-    add("--to", choices=("hf", "gguf"), required=True, help="the form of what comes out")
+    kind = Kind(str, choices=("hf", "gguf"))
+    add_flag(parser, "--to", kind=kind, required=True, help="the form of what comes out")
     names = ", ".join(DTYPES)
-    add("--dtype", metavar="TYPE", help=f"of the weights: {names}, in GGUF Q8_0 (default: as held)")
-    add("--tokenizer", metavar="T", help="gpt2, bytes, or a folder (default: the model's own)")
+    add_shared(parser, "--dtype", help=f"of the weights: {names}, in GGUF Q8_0 (default: as held)")
+    add_shared(parser, "--tokenizer")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -95,6 +98,6 @@ def to_gguf(
         InputError: for a model or tokenizer that GGUF's form cannot say, or what cannot be written.
     """
     check_gguf(config, dtype)
-    # Blocks are made of the weights as they are, not of what another rounding leaves of them.
+    # Q8_0 is made from the stored weights; from int8 ones it would round a second time.
     model = GPT.from_pretrained(source, "float32" if dtype == "int8" else dtype)
     save_gguf(model, out, tokenizer, dtype)

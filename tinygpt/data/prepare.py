@@ -18,7 +18,7 @@ import numpy as np
 from tinygpt.checkpoints.hub import cache_folder, fetch
 from tinygpt.data.corpus import PIECE_BYTES, Piece, Source
 from tinygpt.data.dataset import SPLITS, Dataset, Header, Split, ids_dtype
-from tinygpt.errors import InputError, reason, show, unknown
+from tinygpt.errors import InputError, check_float, reason, show, unknown
 from tinygpt.storage import atomic_folder
 from tinygpt.tokenizer.encoding import (
     char_tokenizer,
@@ -69,8 +69,7 @@ def prepare(
         InputError: for an argument or text that cannot work, or when `out` cannot be written; then
             nothing is left behind.
     """
-    if isinstance(val, bool) or not isinstance(val, int | float) or not 0 <= val < 1:
-        raise InputError(f"--val is {show(val)}: it must be a fraction, 0 or more and below 1")
+    check_float("val", val, low=0, below=1)
     size = re.fullmatch(r"bpe:([0-9]{1,9})", tokenizer)
     if not size and tokenizer not in _KINDS[:-1]:
         raise unknown("tokenizer", tokenizer, _KINDS)
