@@ -15,7 +15,7 @@ from tinygrad.helpers import NOOPT
 from tinygrad.nn.state import get_state_dict
 
 from tinygpt import GPT, Generator, GPTConfig
-from tinygpt.checkpoints.precision import DTYPES, supported
+from tinygpt.checkpoints.quantization import DTYPES, supported
 
 SHARED = Path(__file__).parents[2] / "shared"
 if (SHARED / "tiktoken_cache").is_dir():

@@ -55,13 +55,13 @@ class GPT:
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, dtype: str | None = None) -> GPT:
         """A model from a folder, a file or a name: see `weights.load_pretrained`."""
-        from tinygpt.checkpoints.pretrained import load_pretrained
+        from tinygpt.checkpoints.load_weights import load_pretrained
 
         return load_pretrained(name_or_path, dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model in Hugging Face form: see `weights.save_pretrained`."""
-        from tinygpt.checkpoints.pretrained import save_pretrained
+        from tinygpt.checkpoints.load_weights import save_pretrained
 
         save_pretrained(self, folder)
 

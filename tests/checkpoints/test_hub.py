@@ -20,7 +20,7 @@ from urllib.request import Request
 import pytest
 
 from tinygpt.checkpoints import hub
-from tinygpt.checkpoints.safetensors import CheckpointError
+from tinygpt.checkpoints.safetensors_file import CheckpointError
 from tinygpt.errors import InputError
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"

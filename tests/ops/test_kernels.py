@@ -12,7 +12,7 @@ from tinygrad.nn.state import get_parameters
 from tinygrad.runtime.support.compiler_cpu import ClangJITCompiler
 
 from tinygpt import GPT, Generator, sampling
-from tinygpt.checkpoints.precision import convert, supported
+from tinygpt.checkpoints.quantization import convert, supported
 from tinygpt.ops.fast import fast, linear, matmul
 from tinygpt.ops.fused import token_losses
 

@@ -28,9 +28,9 @@ from tinygrad.helpers import CPU_COUNT
 
 import tinygpt
 from tinygpt.checkpoints import hub
-from tinygpt.checkpoints.detect import read_config
-from tinygpt.checkpoints.precision import DTYPES, check_dtype
-from tinygpt.checkpoints.pretrained import GGUF_TYPES
+from tinygpt.checkpoints.detect_form import read_config
+from tinygpt.checkpoints.load_weights import GGUF_TYPES
+from tinygpt.checkpoints.quantization import DTYPES, check_dtype
 from tinygpt.commands.peers import Contender, environment
 from tinygpt.commands.terminal import KINDS
 from tinygpt.config import GPTConfig

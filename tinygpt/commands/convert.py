@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinygpt.checkpoints import hub
-from tinygpt.checkpoints.detect import read_config
-from tinygpt.checkpoints.precision import DTYPES, check_dtype, dtype_of
-from tinygpt.checkpoints.pretrained import check_gguf, save_gguf
+from tinygpt.checkpoints.detect_form import read_config
+from tinygpt.checkpoints.load_weights import check_gguf, save_gguf
+from tinygpt.checkpoints.quantization import DTYPES, check_dtype, dtype_of
 from tinygpt.config import GPTConfig
 from tinygpt.errors import CheckpointError, InputError, say
 from tinygpt.model import GPT

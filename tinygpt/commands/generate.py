@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinygpt.checkpoints import hub
-from tinygpt.checkpoints.detect import read_config
-from tinygpt.checkpoints.precision import DTYPES, check_dtype, convert
+from tinygpt.checkpoints.detect_form import read_config
+from tinygpt.checkpoints.quantization import DTYPES, check_dtype, convert
 from tinygpt.commands.terminal import KINDS
 from tinygpt.config import PRESETS, GPTConfig
 from tinygpt.errors import InputError, say

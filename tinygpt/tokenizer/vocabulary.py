@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinygpt.checkpoints import gguf
+from tinygpt.checkpoints import gguf_file
 from tinygpt.errors import CheckpointError, InputError, show
 from tinygpt.storage import read_json
 
@@ -108,9 +108,9 @@ def gguf_metadata(tokenizer: Encoding | None, vocab_size: int) -> dict[str, Any]
 def from_gguf(path: Path) -> Encoding | None:
     """The tokenizer that a GGUF file brings; None for a file of another form, or without one."""
     with open(path, "rb") as file:
-        if file.read(4) != gguf.MAGIC:
+        if file.read(4) != gguf_file.MAGIC:
             return None
-    metadata = gguf.read_header(path)[1]
+    metadata = gguf_file.read_header(path)[1]
     found = {x: metadata.get(f"tokenizer.ggml.{x}") for x in ("model", "pre", "tokens", "merges")}
     kinds = metadata.get("tokenizer.ggml.token_type")
     try:

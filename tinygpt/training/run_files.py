@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tinygrad import Tensor
 
-from tinygpt.checkpoints import safetensors
+from tinygpt.checkpoints import safetensors_file
 from tinygpt.checkpoints.stored_tensor import read_tensor
 from tinygpt.errors import CheckpointError, InputError, reason, show
 from tinygpt.model import GPT
@@ -56,7 +56,7 @@ def save(
         model.save_pretrained(temporary)
         save_tokenizer(tokenizer, temporary)
         layout = {name: ("F32", tensor.shape) for name, tensor in tensors.items()}
-        safetensors.write(temporary / _TENSORS, layout, lambda name: tensors[name].numpy())
+        safetensors_file.write(temporary / _TENSORS, layout, lambda name: tensors[name].numpy())
         write_text(temporary / _STATE, json.dumps({"format": _FORMAT, **state}, indent=1) + "\n")
         if final.exists():  # as complete, from before the program was ended at a bad moment
             os.rename(final, run / f".{secrets.token_hex(8)}.tmp")
@@ -108,7 +108,7 @@ def load(folder: Path) -> tuple[GPT, dict[str, np.ndarray], dict[str, Any]]:
             f"{path}: its format is {show(state.get('format'))}, not {_FORMAT!r}: to train a "
             "model that is not a checkpoint of training, pass it as --model"
         )
-    infos, _ = safetensors.read_header(folder / _TENSORS)
+    infos, _ = safetensors_file.read_header(folder / _TENSORS)
     arrays = {name: read_tensor(folder / _TENSORS, info) for name, info in infos.items()}
     return GPT.from_pretrained(folder), arrays, state
 

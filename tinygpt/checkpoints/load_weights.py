@@ -16,10 +16,9 @@ import numpy as np
 from tinygrad import Device
 from tinygrad.nn.state import get_state_dict
 
-from tinygpt.checkpoints import gguf, hub, safetensors
-from tinygpt.checkpoints import hf_config as hfconfig
-from tinygpt.checkpoints.detect import Checkpoint, open_checkpoint
-from tinygpt.checkpoints.precision import (
+from tinygpt.checkpoints import config_json, gguf_file, hub, safetensors_file
+from tinygpt.checkpoints.detect_form import Checkpoint, open_checkpoint
+from tinygpt.checkpoints.quantization import (
     DTYPES,
     check_dtype,
     dtype_of,
@@ -100,7 +99,7 @@ def load_pretrained(name_or_path: str | Path, dtype: str | None = None) -> GPT:
             missing.discard(our_name)
 
     # tinygrad computes what is in blocks, and a GPU's driver may know one thread only.
-    alone = any(info.dtype in gguf.BLOCKS for _, info in found.tensors.values())
+    alone = any(info.dtype in gguf_file.BLOCKS for _, info in found.tensors.values())
     threads = 1 if alone or Device.DEFAULT != "CPU" else _LOADERS
     _each(load, sizes, threads, byte_bar(f"reading {path.name}", sum(sizes.values()), LONG_BYTES))
     for our_name in missing:  # biases of query, key and value that the book's form leaves out
@@ -133,7 +132,7 @@ def _parts(
     path: Path, name: str, raw: np.ndarray, entry: Entry, info: TensorInfo
 ) -> list[np.ndarray]:
     """What one of their tensors holds of ours, every number checked to be one."""
-    array = gguf.dequantize(raw, info) if info.dtype in gguf.BLOCKS else raw
+    array = gguf_file.dequantize(raw, info) if info.dtype in gguf_file.BLOCKS else raw
     with np.errstate(all="ignore"):
         if info.dtype == "F64":  # of which float32 does not hold the largest
             array = array.astype(np.float32)
@@ -181,8 +180,8 @@ def save_pretrained(model: GPT, folder: str | Path) -> None:
     places = {name: (stored_as(entry.ours[0]), entry.shape) for name, entry in entries.items()}
     # One inside the other, so that a failure in either leaves both old files as they were.
     with atomic_file(folder / "config.json") as file:
-        file.write(json.dumps(hfconfig.to_json(model.config, dtype), indent=2).encode() + b"\n")
-        safetensors.write(
+        file.write(json.dumps(config_json.to_json(model.config, dtype), indent=2).encode() + b"\n")
+        safetensors_file.write(
             folder / hub.WEIGHTS,
             places,
             lambda name: _theirs(entries[name], parameters, ours),
@@ -232,7 +231,7 @@ def save_gguf(
         return "F32" if full or (kind == "Q8_0" and entry.shape[1] % 32) else kind
 
     places = {name: (stored_as(entry), entry.shape) for name, entry in entries.items()}
-    gguf.write(path, metadata, places, lambda name: _theirs(entries[name], parameters, ours))
+    gguf_file.write(path, metadata, places, lambda name: _theirs(entries[name], parameters, ours))
 
 
 def check_gguf(config: GPTConfig, dtype: str | None) -> None:

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinygpt.checkpoints import gguf, hub, safetensors
-from tinygpt.checkpoints import torch_file as torchfile
-from tinygpt.checkpoints.hf_config import read_config as read_config_json
+from tinygpt.checkpoints import gguf_file, hub, safetensors_file, torch_file
+from tinygpt.checkpoints.config_json import read_config as read_config_json
 from tinygpt.checkpoints.stored_tensor import TensorInfo
 from tinygpt.checkpoints.tensor_names import (
     BOOK,
@@ -154,11 +153,11 @@ def _reader(path: Path) -> Any:
                 start = file.read(4)
         except OSError as error:
             raise CheckpointError(f"{path}: {reason(error)}") from error
-    if start == gguf.MAGIC:
-        return gguf.read_header
-    if start in (b"PK\3\4", torchfile.OLD_START[:4]):
-        return torchfile.read_header
-    return safetensors.read_header
+    if start == gguf_file.MAGIC:
+        return gguf_file.read_header
+    if start in (b"PK\3\4", torch_file.OLD_START[:4]):
+        return torch_file.read_header
+    return safetensors_file.read_header
 
 
 def _recognize(
@@ -166,7 +165,7 @@ def _recognize(
 ) -> tuple[str, Dialect, GPTConfig]:
     """The form, its names, and the configuration; masks go from the tensors."""
     try:
-        if _reader(file) is gguf.read_header:
+        if _reader(file) is gguf_file.read_header:
             return "GGUF", GGUF, _gguf_config(tensors, extra)
         if isinstance(extra.get("model_args"), dict):
             _drop(tensors, NANOGPT)
@@ -294,7 +293,7 @@ def _compare(
         if name in stored and stored[name].shape != entry.shape:
             found, asked = show(stored[name].shape), show(entry.shape)
             faults.append(f"{name} is {found}, {source} asks for {asked}")
-        allowed = (*FLOATS, *gguf.BLOCKS) if form == "GGUF" else FLOATS
+        allowed = (*FLOATS, *gguf_file.BLOCKS) if form == "GGUF" else FLOATS
         if name.removesuffix("weight") + "scale" in wanted and name.endswith("weight"):
             allowed = ("I8",)
         if name in stored and stored[name].dtype not in allowed:

@@ -20,9 +20,9 @@ from tinygrad import Tensor
 from writers import SHAPE, TOKENS, WRITERS
 
 from tinygpt import GPT, Generator, GPTConfig, load_tokenizer
-from tinygpt.checkpoints.detect import open_checkpoint, read_config
-from tinygpt.checkpoints.pretrained import save_gguf
-from tinygpt.checkpoints.safetensors import write as write_safetensors
+from tinygpt.checkpoints.detect_form import open_checkpoint, read_config
+from tinygpt.checkpoints.load_weights import save_gguf
+from tinygpt.checkpoints.safetensors_file import write as write_safetensors
 from tinygpt.commands.main import main
 from tinygpt.errors import CheckpointError, InputError
 from tinygpt.tokenizer.encoding import char_tokenizer, encode, save_tokenizer
@@ -142,7 +142,7 @@ def test_what_cannot_fit_is_refused_by_the_headers_alone(tmp_path, monkeypatch):
     def read_tensor(*_: object) -> np.ndarray:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("tinygpt.checkpoints.pretrained.read_tensor", read_tensor)
+    monkeypatch.setattr("tinygpt.checkpoints.load_weights.read_tensor", read_tensor)
     monkeypatch.setattr("tinygpt.runtime.memory.available_memory_bytes", lambda: 1000)
     for form in ("Hugging Face, pytorch_model.bin", "nanoGPT", "the book, .pth", "GGUF Q4_0"):
         (tmp_path / form).mkdir()

@@ -181,7 +181,7 @@ def dequantize(raw: np.ndarray, info: TensorInfo) -> np.ndarray:
     """
     from tinygrad.llm.gguf import ggml_data_to_tensor  # here, because a tokenizer needs none
 
-    from tinygpt.runtime.device import tensor
+    from tinygpt.runtime.buffers import tensor
 
     if info.size == 0:
         return np.zeros(info.shape, np.float32)
