@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # Python's objects, JSON takes up to 55 times its bytes.
 MAX_TEXT_BYTES, _MAX_JSON_BYTES = 64 << 20, 12 << 20
 LONG_BYTES = 1 << 30  # of weights, to read or write: a second or more
+TEMPORARY = ".*.tmp"  # what every name by `temporary_beside` matches, for who cleans up
 
 
 def byte_bar(title: str, total: int | None, least: int = 0) -> tqdm:
@@ -102,6 +103,11 @@ def write_text(path: str | Path, text: str) -> None:
         file.write(text.encode())
 
 
+def temporary_beside(path: str | Path) -> Path:
+    """A path in the same folder that nothing else has, for what is to be renamed when complete."""
+    return Path(path).parent / f".{secrets.token_hex(8)}.tmp"
+
+
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     """A binary file that takes the place of `path` only once it is complete and on the disk.
@@ -113,7 +119,7 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
         InputError: when the file cannot be written: which, and why.
     """
     target = Path(os.path.realpath(path))  # write through a link, do not replace it
-    temporary = target.parent / f".{secrets.token_hex(8)}.tmp"
+    temporary = temporary_beside(target)
     try:
         if target.exists() and not target.is_file():
             raise OSError("it is there, but not as a file")
@@ -143,7 +149,7 @@ def atomic_folder(path: str | Path, advice: str = "") -> Iterator[Path]:
         InputError: when it cannot be written: which, why, and the advice.
     """
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    temporary = temporary_beside(target)
     try:
         temporary.mkdir(parents=True)
         yield temporary

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -18,7 +17,7 @@ from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from tinygpt.errors import CheckpointError, InputError, reason, show
-from tinygpt.storage import MAX_TEXT_BYTES, atomic_file, byte_bar, read_json
+from tinygpt.storage import MAX_TEXT_BYTES, atomic_file, byte_bar, read_json, temporary_beside
 
 _GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 BUILT_IN = "shakespeare"  # the folder of the model in the package, and its name
@@ -126,7 +125,7 @@ def _download(repo: str, target: Path) -> None:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         here = f"{repo} is not in {target.parent}"
         raise InputError(f"{here}: unset HF_HUB_OFFLINE to fetch it, or give the model's folder")
-    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    temporary = temporary_beside(target)
     try:
         temporary.mkdir(parents=True)
         _fetch_all(endpoint, repo, temporary)

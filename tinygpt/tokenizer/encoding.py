@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,9 +38,6 @@ _EACH = r"(?s:.)"  # a split pattern: every character by itself
 # it: a million of them overflow tiktoken's stack. Cut just there, the pieces are the same and
 # nothing backtracks. (Python counts U+001C to U+001F as white space, tiktoken does not.)
 _LONG_SPACE = re.compile(r"(?<![^\S\x1c-\x1f])[^\S\x1c-\x1f]{9999,}+(?=[\S\x1c-\x1f])")
-
-# What makes two tokenizers equal.
-_whole = attrgetter("_pat_str", "_mergeable_ranks", "_special_tokens")
 
 
 def load_tokenizer(name_or_path: str | Path, vocab_size: int | None = None) -> Encoding:
@@ -114,7 +110,7 @@ def save_tokenizer(tokenizer: Encoding, folder: str | Path) -> None:
         )
         if name in NAMES:
             files[_OWN] = json.dumps({"kind": name})
-        elif _whole(from_merges(vocab, merges, name)) != _whole(tokenizer):
+        elif not same_tokenizer(from_merges(vocab, merges, name), tokenizer):
             raise InputError(
                 f"tokenizer {name!r} has a split pattern or special tokens that vocab.json and "
                 "merges.txt cannot hold: use gpt2, bytes or a byte-level BPE of GPT-2's form"
@@ -127,6 +123,12 @@ def save_tokenizer(tokenizer: Encoding, folder: str | Path) -> None:
             (folder / _OWN).unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"cannot write {folder}: {reason(error)}; pass another folder") from error
+
+
+def same_tokenizer(one: Encoding, other: Encoding) -> bool:
+    """Whether two tokenizers give every text the same ids, whatever they are called."""
+    what_decides = ("_pat_str", "_mergeable_ranks", "_special_tokens")
+    return all(getattr(one, part) == getattr(other, part) for part in what_decides)
 
 
 def encode(tokenizer: Encoding, text: str, special: bool = False) -> list[int]:
