@@ -10,7 +10,7 @@ import pytest
 import regex
 
 from tinygpt.errors import InputError
-from tinygpt.tokenizer import learn_bpe as bpe
+from tinygpt.tokenizer import learn_bpe
 from tinygpt.tokenizer.encoding import decode, encode, end_token, load_tokenizer, save_tokenizer
 from tinygpt.tokenizer.learn_bpe import bpe_tokenizer, train_bpe
 from tinygpt.tokenizer.vocabulary import spell
@@ -54,7 +54,7 @@ def text() -> str:
     """Some Python, some letters of a small alphabet (many ties, long words) and some of each."""
     draw = random.Random(0)
     noise = "".join(draw.choices("aab \n", k=3000)) + "".join(draw.choices("xyz", k=2000))
-    return Path(bpe.__file__).read_text(encoding="utf-8") + noise + "\n".join(TEXTS) * 2
+    return Path(learn_bpe.__file__).read_text(encoding="utf-8") + noise + "\n".join(TEXTS) * 2
 
 
 @pytest.mark.parametrize("seed", range(8))
