@@ -34,8 +34,8 @@ ROWS = [
 ]
 # Doors, each an import inside of a function: where a model is loaded and saved.
 DOORS = {
-    ("model", "checkpoints/load_weights"),
-    ("tokenizer/vocabulary", "checkpoints/gguf_file"),
+    ("model", "checkpoints/open_checkpoint"),
+    ("model", "checkpoints/save_huggingface"),
     ("ops/fused", "layers"),
     ("ops/fused", "model"),
 }

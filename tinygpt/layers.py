@@ -8,6 +8,7 @@ weights; `model` stacks them.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 from tinygrad import Tensor, UOp, dtypes
 
@@ -170,6 +171,13 @@ class TransformerBlock:
         """(B, T, C) -> (B, T, C); the arguments are those of MultiHeadAttention."""
         x = self._sublayer(x, self.ln_1, lambda h: self.attn(h, cache, start_pos, padding))
         return self._sublayer(x, self.ln_2, self.mlp)
+
+    def linears(self) -> Iterator[tuple[str, Linear]]:
+        """The block's linear layers with their names in it, in the order of their use."""
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            yield f"attn.{name}", getattr(self.attn, name)
+        for name in ("c_fc", "c_proj"):
+            yield f"mlp.{name}", getattr(self.mlp, name)
 
     def _sublayer(self, x, norm, sublayer) -> Tensor:
         y = sublayer(norm(x).contiguous() if self.pre_norm else x)

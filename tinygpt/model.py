@@ -54,14 +54,14 @@ class GPT:
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, dtype: str | None = None) -> GPT:
-        """A model from a folder, a file or a name: see `weights.load_pretrained`."""
-        from tinygpt.checkpoints.load_weights import load_pretrained
+        """A model from a folder, a file or a name: see `load_pretrained`."""
+        from tinygpt.checkpoints.open_checkpoint import load_pretrained
 
         return load_pretrained(name_or_path, dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model in Hugging Face form: see `weights.save_pretrained`."""
-        from tinygpt.checkpoints.load_weights import save_pretrained
+        """Write the model in Hugging Face form: see `save_pretrained`."""
+        from tinygpt.checkpoints.save_huggingface import save_pretrained
 
         save_pretrained(self, folder)
 

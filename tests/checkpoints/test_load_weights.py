@@ -20,9 +20,9 @@ from conftest import randomize, weights_of
 
 from tinygpt import GPT, GPTConfig, InputError
 from tinygpt.checkpoints.config_json import read_config
-from tinygpt.checkpoints.load_weights import save_gguf
 from tinygpt.checkpoints.quantization import convert
 from tinygpt.checkpoints.safetensors_file import read_header, write
+from tinygpt.checkpoints.save_gguf import save_gguf
 from tinygpt.errors import CheckpointError
 
 # No two sizes alike, so that no axis can pass for another.

@@ -15,7 +15,7 @@ import pytest
 from tinygpt.data.dataset import Batches, Dataset, Header
 from tinygpt.data.prepare import prepare
 from tinygpt.errors import CheckpointError, InputError
-from tinygpt.tokenizer.encoding import char_tokenizer, load_tokenizer
+from tinygpt.tokenizer.encoding import char_tokenizer, named_tokenizer
 
 TOKENS = np.arange(1000, 1103, dtype=np.uint16)  # each id is its place, plus 1000
 ORDERS = ("random", "epoch")
@@ -208,7 +208,7 @@ def test_a_model_of_another_vocabulary_is_refused(made):
     with pytest.raises(InputError, match="the model's tokenizer 'char' gives other ids"):
         data.check(size, other)
     with pytest.raises(InputError, match="the model's tokenizer 'bytes' gives other ids"):
-        data.check(257, load_tokenizer("bytes"))
+        data.check(257, named_tokenizer("bytes"))
 
 
 def test_a_tokenizer_that_is_not_the_headers_is_refused(folder):

@@ -11,7 +11,7 @@ import regex
 
 from tinygpt.errors import InputError
 from tinygpt.tokenizer import learn_bpe
-from tinygpt.tokenizer.encoding import decode, encode, end_token, load_tokenizer, save_tokenizer
+from tinygpt.tokenizer.encoding import decode, encode, end_token, folder_tokenizer, save_tokenizer
 from tinygpt.tokenizer.learn_bpe import bpe_tokenizer, train_bpe
 from tinygpt.tokenizer.vocabulary import spell
 
@@ -96,7 +96,7 @@ def test_transformers_reads_the_folder_and_gives_the_same_ids(text, tmp_path):
         ids = encode(ours, sample)
         assert theirs(sample)["input_ids"] == ids
         assert decode(ours, ids) == sample == theirs.decode(ids, clean_up_tokenization_spaces=False)
-    assert load_tokenizer(tmp_path).encode_ordinary(text) == encode(ours, text)
+    assert folder_tokenizer(tmp_path).encode_ordinary(text) == encode(ours, text)
 
 
 def test_what_is_learnt_shortens_text(text):

@@ -16,14 +16,12 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from tinygpt.errors import CheckpointError, InputError, reason, show
-from tinygpt.storage import MAX_TEXT_BYTES, atomic_file, byte_bar, read_json, temporary_beside
+from tinygpt.checkpoints.model_files import FILES, shards
+from tinygpt.errors import CheckpointError, InputError, reason
+from tinygpt.storage import MAX_TEXT_BYTES, atomic_file, byte_bar, temporary_beside
 
 _GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 BUILT_IN = "shakespeare"  # the folder of the model in the package, and its name
-WEIGHTS = "model.safetensors"
-# Whole or in shards with an index, the preferred first.
-FILES = tuple((name, f"{name}.index.json") for name in (WEIGHTS, "pytorch_model.bin"))
 _TIMEOUT_S = 30  # of silence; a download that keeps coming may take as long as it needs
 
 
@@ -96,25 +94,6 @@ def _is_whole(folder: Path) -> bool:
         if (folder / index).is_file():
             return all((folder / shard).is_file() for shard in shards(folder / index))
     return False
-
-
-def shards(index: str | Path) -> list[str]:
-    """The files that a sharded model's index names.
-
-    Raises:
-        CheckpointError: when it cannot be read, or names anything but files of its own folder.
-    """
-    index = Path(index)
-    files = read_json(index).get("weight_map")
-    if not isinstance(files, dict) or not files:
-        raise CheckpointError(f"{index.name}: weight_map must map each tensor to its file")
-    suffix = Path(index.name.removesuffix(".index.json")).suffix
-    for file in files.values():
-        if not isinstance(file, str) or not re.fullmatch(
-            rf"[\w-][\w.-]{{0,200}}\{suffix}", file, re.A
-        ):
-            raise CheckpointError(f"{index.name}: {show(file)} is not a plain {suffix} name")
-    return sorted(set(files.values()))
 
 
 def _download(repo: str, target: Path) -> None:

@@ -62,10 +62,7 @@ def matrices(model: GPT) -> dict[str, Linear | Embedding]:
     if not model.config.tie_word_embeddings:
         found["lm_head"] = model.lm_head
     for i, block in enumerate(model.blocks):
-        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            found[f"blocks.{i}.attn.{part}"] = getattr(block.attn, part)
-        for part in ("c_fc", "c_proj"):
-            found[f"blocks.{i}.mlp.{part}"] = getattr(block.mlp, part)
+        found |= {f"blocks.{i}.{name}": layer for name, layer in block.linears()}
     return found
 
 

@@ -28,16 +28,15 @@ from tinygrad.helpers import CPU_COUNT
 
 import tinygpt
 from tinygpt.checkpoints import hub
-from tinygpt.checkpoints.detect_form import read_config
-from tinygpt.checkpoints.load_weights import GGUF_TYPES
+from tinygpt.checkpoints.open_checkpoint import Checkpoint, open_checkpoint
 from tinygpt.checkpoints.quantization import DTYPES, check_dtype
+from tinygpt.checkpoints.save_gguf import GGUF_TYPES
 from tinygpt.commands.peers import Contender, environment
 from tinygpt.commands.terminal import KINDS
 from tinygpt.config import GPTConfig
 from tinygpt.errors import InputError, say
 from tinygpt.model import GPT
 from tinygpt.runtime import device
-from tinygpt.tokenizer.encoding import load_tokenizer
 
 _PACKAGES = ("tinygrad", "numpy", "torch", "transformers", "llama-cpp-python")
 _STREAM_BYTES, _BLOCK_BYTES = 1 << 30, 4 << 20  # far more than a cache holds, in parts
@@ -101,7 +100,8 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(folder: Path, families: Sequence[tuple[str, str]], rounds: int) -> dict[str, Any]:
     """What the command prints as JSON: `families` are pairs of peers.FAMILIES and dtypes."""
-    config, conditions = read_config(folder), _conditions(rounds)
+    found, conditions = open_checkpoint(folder), _conditions(rounds)
+    config = found.config
     works = [w for w in WORKS if w.prompt_length + w.count - 1 <= config.block_size]
     failures: dict[str, str] = {}
     with ExitStack() as stack:
@@ -117,7 +117,7 @@ def measure(folder: Path, families: Sequence[tuple[str, str]], rounds: int) -> d
     return {
         "conditions": conditions,
         "machine": machine,
-        "first_token": _first_token(folder, config.vocab_size, failures),
+        "first_token": _first_token(found, failures),
         "results": results,
         "ratios": compare(results),
         "failures": failures,
@@ -245,13 +245,13 @@ def compare(results: dict[str, dict]) -> dict[str, dict[str, dict[str, float]]]:
     return ratios
 
 
-def _first_token(folder: Path, vocab_size: int, failures: dict[str, str]) -> dict[str, float]:
+def _first_token(found: Checkpoint, failures: dict[str, str]) -> dict[str, float]:
     """Seconds from starting the program to its first new text: without any compiled kernel, then
     with those of that first time, the median of three."""
-    command = [sys.executable, "-m", "tinygpt", _PROMPT, "--model", str(folder)]
+    command = [sys.executable, "-m", "tinygpt", _PROMPT, "--model", str(found.path)]
     command += ["--max-new-tokens", "1"]
     try:
-        load_tokenizer(folder, vocab_size)
+        found.tokenizer()
     except InputError:  # GPT-2's, and no network to fetch it with
         command += ["--tokenizer", "bytes"]
     times: dict[str, list[float]] = {"cold_s": [], "warm_s": []}

@@ -13,11 +13,11 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinygpt.checkpoints import hub
-from tinygpt.checkpoints.detect_form import read_config
+from tinygpt.checkpoints.load_tokenizer import load_tokenizer
+from tinygpt.checkpoints.open_checkpoint import Checkpoint, open_checkpoint
 from tinygpt.checkpoints.quantization import DTYPES, check_dtype, convert
 from tinygpt.commands.terminal import KINDS
 from tinygpt.config import PRESETS, GPTConfig
@@ -26,7 +26,7 @@ from tinygpt.generate import Generator
 from tinygpt.model import GPT
 from tinygpt.runtime import device
 from tinygpt.sampling import Sampling
-from tinygpt.tokenizer.encoding import decode, decode_stream, encode, end_token, load_tokenizer
+from tinygpt.tokenizer.encoding import decode, decode_stream, encode, end_token
 
 if TYPE_CHECKING:
     from tiktoken import Encoding
@@ -103,13 +103,13 @@ def run(args: argparse.Namespace) -> int:
     try:
         device.check(kernel=False)  # the model itself runs as soon as one would
         check_dtype(args.dtype or "float32")
-        folder, config, tokenizer = _plan(args)
+        found, config, tokenizer = _plan(args)
         end = end_token(tokenizer)  # what stands before a text in training, and after it
         text = run.prompt or (_BUILT_IN_START if args.model == hub.BUILT_IN else "")
         ids = encode(tokenizer, text, args.special_tokens) if text else [end or 0]
         run.tokenizer, run.prompt_ids = tokenizer, ids
-        if folder:
-            model = GPT.from_pretrained(folder, args.dtype)
+        if found:
+            model = found.load(args.dtype)
         else:
             model = convert(GPT(config, seed), args.dtype or "float32")
         prompts, seeds = [ids] * args.num_samples, [seed + i for i in range(args.num_samples)]
@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
             say(device.note)
         name = args.model or args.preset or _DEFAULT_PRESET
         say(f"{name}, {config.parameter_count:,} parameters on {device.describe()}")
-        if folder is None:
+        if found is None:
             say(f"untrained: its weights are random (seed {seed}), so the text is noise")
         if len(ids) > (window := config.block_size):
             many = f"the prompt has {len(ids)} tokens, the model's window {window}"
@@ -190,14 +190,13 @@ def _new_shape(args: argparse.Namespace) -> str | None:
     return next(given, None)
 
 
-def _plan(args: argparse.Namespace) -> tuple[Path | None, GPTConfig, Encoding]:
-    """The model's folder (None for a new one), its configuration and its tokenizer."""
+def _plan(args: argparse.Namespace) -> tuple[Checkpoint | None, GPTConfig, Encoding]:
+    """The model's checkpoint (None for a new one), its configuration and its tokenizer."""
     if args.model:
         if (flag := _new_shape(args)) not in (None, "--tokenizer"):
             raise InputError(f"{flag} describes a new model, but --model brings its own shape")
-        folder = hub.resolve(args.model)
-        config = read_config(folder)
-        return folder, config, load_tokenizer(args.tokenizer or folder, config.vocab_size)
+        found = open_checkpoint(args.model)
+        return found, found.config, found.tokenizer(args.tokenizer)
     shape = {field: getattr(args, field) for *_, field in _SHAPE.values()}
     shape = {field: value for field, value in shape.items() if value is not None}
     try:

@@ -11,13 +11,12 @@ from typing import Any
 
 from tinygrad.nn.state import get_state_dict
 
-from tinygpt.checkpoints import hub
+from tinygpt.checkpoints.open_checkpoint import open_checkpoint
 from tinygpt.data.dataset import Dataset
 from tinygpt.data.prepare import prepare
 from tinygpt.errors import InputError, reason, say
 from tinygpt.model import GPT
 from tinygpt.runtime import device
-from tinygpt.tokenizer.encoding import load_tokenizer
 from tinygpt.training.run import Run
 from tinygpt.training.settings import (
     RECIPES,
@@ -57,9 +56,9 @@ def start(
     for name in SHAPE:
         if name in settings and name != "block_size":
             raise InputError(f"{name} describes a new model, but --model brings its own shape")
-    where = hub.resolve(model)
-    gpt = GPT.from_pretrained(where)
-    data.check(gpt.config.vocab_size, load_tokenizer(where, gpt.config.vocab_size))
+    found = open_checkpoint(model)
+    data.check(found.config.vocab_size, found.tokenizer())
+    gpt = found.load()
     shape = {name: getattr(gpt.config, name) for name in SHAPE}
     window = settings.get("block_size", min(TrainConfig.block_size, shape["block_size"]))
     config = TrainConfig.of(shape, settings, {"block_size": window})

@@ -14,7 +14,7 @@ import numpy as np
 
 from tinygpt.errors import CheckpointError, InputError, reason, show, unknown
 from tinygpt.storage import read_json, write_text
-from tinygpt.tokenizer.encoding import load_tokenizer, same_tokenizer
+from tinygpt.tokenizer.encoding import folder_tokenizer, same_tokenizer
 
 if TYPE_CHECKING:
     from tiktoken import Encoding
@@ -141,7 +141,7 @@ class Dataset:
         Raises:
             InputError: when its files are damaged or of another vocabulary than the header.
         """
-        tokenizer = load_tokenizer(self.folder)
+        tokenizer = folder_tokenizer(self.folder)
         if tokenizer.n_vocab != self.header.vocab_size:
             raise CheckpointError(
                 f"{self.folder}: its tokenizer has {tokenizer.n_vocab} ids, {_FILE} says "

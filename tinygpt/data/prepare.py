@@ -24,7 +24,7 @@ from tinygpt.tokenizer.encoding import (
     char_tokenizer,
     encode,
     end_token,
-    load_tokenizer,
+    named_tokenizer,
     save_tokenizer,
 )
 from tinygpt.tokenizer.learn_bpe import bpe_tokenizer, train_bpe
@@ -120,7 +120,7 @@ def _tokenizer(kind: str, size: int, text: Source) -> Encoding:
         learnt = (piece for is_val, piece, _ in text.pieces("words") if not is_val)
         every = max(1, -(-text.cut // _LEARN_BYTES))
         return bpe_tokenizer(train_bpe(islice(learnt, 0, None, every), size))
-    return load_tokenizer(kind)
+    return named_tokenizer(kind)
 
 
 def _codes(text: str) -> np.ndarray:

@@ -11,13 +11,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinygpt.errors import InputError, reason, show, unknown
+from tinygpt.errors import InputError, reason, show
 from tinygpt.storage import read_json, read_text, write_text
 from tinygpt.tokenizer.vocabulary import (
     END,
     SURROGATE,
     find_merges,
-    from_gguf,
     from_merges,
     from_tokenizers,
     spell,
@@ -30,7 +29,8 @@ NAMES = ("gpt2", "bytes")
 _MAX_MERGES_BYTES = 4 << 20  # GPT-2's are 0.46 MB
 _OWN = "tinygpt_tokenizer.json"
 _PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
-_FILES = (_OWN, *(" and ".join(pair) for pair in _PAIRS), "tokenizer.json")
+_HUGGING_FACE = "tokenizer.json"
+FILES = (_OWN, *(" and ".join(pair) for pair in _PAIRS), _HUGGING_FACE)
 _USUAL = {50257: "gpt2", 50304: "gpt2", 257: "bytes"}  # nanoGPT rounds up to a multiple of 64
 _EACH = r"(?s:.)"  # a split pattern: every character by itself
 
@@ -40,33 +40,71 @@ _EACH = r"(?s:.)"  # a split pattern: every character by itself
 _LONG_SPACE = re.compile(r"(?<![^\S\x1c-\x1f])[^\S\x1c-\x1f]{9999,}+(?=[\S\x1c-\x1f])")
 
 
-def load_tokenizer(name_or_path: str | Path, vocab_size: int | None = None) -> Encoding:
-    """The tokenizer of that name, or the one that a folder holds.
+def named_tokenizer(name: str) -> Encoding:
+    """The tokenizer of one of NAMES.
+
+    Raises:
+        InputError: when gpt2 is neither in tiktoken's cache nor can be downloaded.
+    """
+    import tiktoken
+
+    if name == "bytes":
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        return tiktoken.Encoding(
+            name, pat_str=_EACH, mergeable_ranks=ranks, special_tokens={END: 256}
+        )
+    try:
+        return tiktoken.get_encoding(name)
+    except (OSError, ValueError) as error:  # a failed download is an OSError
+        raise InputError(
+            f"cannot download tokenizer {name!r} (no network? {type(error).__name__}): set "
+            "TIKTOKEN_CACHE_DIR to a folder that has it, or pass --tokenizer with bytes or with a "
+            "folder that has vocab.json and merges.txt"
+        ) from error
+
+
+def folder_has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has any of the files that `folder_tokenizer` reads.
+
+    Raises:
+        InputError: when the folder cannot be read.
+    """
+    pairs = (name for pair in _PAIRS for name in pair)
+    return not _names_in(folder).isdisjoint((_OWN, _HUGGING_FACE, *pairs))
+
+
+def folder_tokenizer(folder: Path, vocab_size: int | None = None) -> Encoding:
+    """The tokenizer whose files are in a folder.
 
     Args:
-        name_or_path: `gpt2` (from tiktoken's cache, else downloaded), `bytes` (256 bytes and
-            `<|endoftext|>`), a folder, or a model's file: a GGUF file's own, else what is in the
-            file's folder. A Path is never a name.
-        vocab_size: how many ids the model knows; a tokenizer with more is refused. For a folder
-            without a tokenizer, 50257 and nanoGPT's 50304 mean `gpt2`, and 257 `bytes`.
+        vocab_size: how many ids the model knows. Where the folder has no tokenizer, 50257 and
+            nanoGPT's 50304 mean `gpt2`, and 257 `bytes`.
     Raises:
-        InputError: for an unknown name, a file that cannot be used, or too large a tokenizer.
+        InputError: when there is none, or a file that cannot be used.
     """
-    name = str(name_or_path)
-    if isinstance(name_or_path, str) and name in NAMES:
-        tokenizer = _named(name)
-    elif os.path.isdir(name):
-        tokenizer = _from_folder(Path(name), vocab_size)
-    elif os.path.isfile(name):
-        tokenizer = from_gguf(Path(name)) or _from_folder(Path(name).parent, vocab_size)
-    else:
-        raise unknown("tokenizer", name, (*NAMES, f"a folder with {' or '.join(_FILES)}"))
-    if vocab_size is not None and tokenizer.n_vocab > vocab_size:
-        raise InputError(
-            f"tokenizer {name!r} has ids up to {tokenizer.n_vocab - 1}, outside the model's "
-            f"vocabulary of {vocab_size}: pass --tokenizer with the one it was trained with"
-        )
-    return tokenizer
+    present = _names_in(folder)
+    if _OWN in present:
+        return _from_own(folder / _OWN)
+    for vocab, merges in _PAIRS:
+        if {vocab, merges} <= present:
+            lines = read_text(folder / merges, _MAX_MERGES_BYTES).split("\n")
+            lines = lines[1:] if lines[0].startswith("#version") else lines
+            return from_merges(read_json(folder / vocab), [*filter(None, lines)], str(folder))
+    if _HUGGING_FACE in present:
+        return from_tokenizers(folder / _HUGGING_FACE)
+    if vocab_size in _USUAL and not folder_has_tokenizer(folder):
+        return named_tokenizer(_USUAL[vocab_size])
+    raise InputError(
+        f"no tokenizer in folder {str(folder)!r}: it needs {' or '.join(FILES)}; "
+        f"add them, or pass --tokenizer with {', '.join(NAMES)} or another folder"
+    )
+
+
+def _names_in(folder: Path) -> set[str]:
+    try:
+        return set(os.listdir(folder))
+    except OSError as error:
+        raise InputError(f"cannot read {folder}: {reason(error)}; pass another folder") from error
 
 
 def char_tokenizer(characters: Iterable[str]) -> Encoding:
@@ -87,7 +125,7 @@ def char_tokenizer(characters: Iterable[str]) -> Encoding:
 
 
 def save_tokenizer(tokenizer: Encoding, folder: str | Path) -> None:
-    """Write what `load_tokenizer(folder)` reads back equal.
+    """Write what `folder_tokenizer(folder)` reads back equal.
 
     All but a character-level one also get the files that other GPT-2 implementations read.
 
@@ -222,50 +260,10 @@ def _until_stop(texts: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
     yield held
 
 
-def _named(name: str) -> Encoding:
-    import tiktoken
-
-    if name == "bytes":
-        ranks = {bytes([byte]): byte for byte in range(256)}
-        return tiktoken.Encoding(
-            name, pat_str=_EACH, mergeable_ranks=ranks, special_tokens={END: 256}
-        )
-    try:
-        return tiktoken.get_encoding(name)
-    except (OSError, ValueError) as error:  # a failed download is an OSError
-        raise InputError(
-            f"cannot download tokenizer {name!r} (no network? {type(error).__name__}): set "
-            "TIKTOKEN_CACHE_DIR to a folder that has it, or pass --tokenizer with bytes or with a "
-            "folder that has vocab.json and merges.txt"
-        ) from error
-
-
-def _from_folder(folder: Path, vocab_size: int | None) -> Encoding:
-    try:
-        present = set(os.listdir(folder))
-    except OSError as error:
-        raise InputError(f"cannot read {folder}: {reason(error)}; pass another folder") from error
-    if _OWN in present:
-        return _from_own(folder / _OWN)
-    for vocab, merges in _PAIRS:
-        if {vocab, merges} <= present:
-            lines = read_text(folder / merges, _MAX_MERGES_BYTES).split("\n")
-            lines = lines[1:] if lines[0].startswith("#version") else lines
-            return from_merges(read_json(folder / vocab), [*filter(None, lines)], str(folder))
-    if "tokenizer.json" in present:
-        return from_tokenizers(folder / "tokenizer.json")
-    if vocab_size in _USUAL and present.isdisjoint(name for pair in _PAIRS for name in pair):
-        return _named(_USUAL[vocab_size])
-    raise InputError(
-        f"no tokenizer in folder {str(folder)!r}: it needs {' or '.join(_FILES)}; "
-        f"add them, or pass --tokenizer with {', '.join(NAMES)} or another folder"
-    )
-
-
 def _from_own(path: Path) -> Encoding:
     match read_json(path):
         case {"kind": "gpt2" | "bytes" as kind}:
-            return _named(kind)
+            return named_tokenizer(kind)
         case {"kind": "char", "characters": str(text)} if (
             text and list(text) == sorted(set(text)) and not SURROGATE.search(text)
         ):

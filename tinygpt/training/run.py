@@ -21,7 +21,7 @@ from tinygpt.evaluation.losses import Scorer, mean_loss, spread
 from tinygpt.generate import Generator
 from tinygpt.model import GPT
 from tinygpt.storage import write_text
-from tinygpt.tokenizer.encoding import decode, end_token, load_tokenizer
+from tinygpt.tokenizer.encoding import decode, end_token, folder_tokenizer
 from tinygpt.training import run_files
 from tinygpt.training.settings import TrainConfig
 from tinygpt.training.step import Counters, Trainer
@@ -100,7 +100,7 @@ class Run:
             raise CheckpointError(f"{last}/state.json: {reason(error)}") from error
         if source != data.header.source:
             raise InputError(f"{folder} was trained on other data than {data.folder}: pass those")
-        run = cls(folder, data, load_tokenizer(last), model, config, minutes)
+        run = cls(folder, data, folder_tokenizer(last), model, config, minutes)
         run_files.restore(run.trainer.tensors, arrays, last)
         run.trainer.counters, run.best = counters, best
         run.batches.restore(position)
