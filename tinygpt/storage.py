@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -31,14 +31,13 @@ def byte_bar(title: str, total: int | None, least: int = 0) -> tqdm:
     return tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=hidden)
 
 
-def need(condition: bool, fact: str | Callable[[], str]) -> None:
+def need(condition: bool, fact: str) -> None:
     """Raise ValueError where a file lacks what it needs; who reads it adds the file's name.
 
-    Args:
-        fact: as a function where it is asked for so often that to word it each time takes long.
+    The fact is worded on every call: what is checked for each of many tensors raises by itself.
     """
     if not condition:
-        raise ValueError(fact if isinstance(fact, str) else fact())
+        raise ValueError(fact)
 
 
 def _read(path: str | Path, most_bytes: int) -> bytes:

@@ -129,15 +129,17 @@ def _entry(head: _Head) -> tuple[str, tuple[int, ...], str, int]:
     """One entry of the list of tensors: name, shape, type, and offset into the tensors' bytes."""
     name, rank = head.text(), head.number("I")
     label = f"tensor {show(name)}:"
-    need(1 <= rank <= 4, f"{label} {rank} dimensions: there are 1 to 4")
+    if not 1 <= rank <= 4:
+        raise ValueError(f"{label} {rank} dimensions: there are 1 to 4")
     shape = tuple(head.number("Q") for _ in range(rank))[::-1]  # the file has columns first
-    large = math.prod(max(n, 1) for n in shape) > MAX_ELEMENTS
-    need(not large, f"{label} shape {show(shape)} is too large")
+    if math.prod(max(n, 1) for n in shape) > MAX_ELEMENTS:
+        raise ValueError(f"{label} shape {show(shape)} is too large")
     kind, offset = head.number("I"), head.number("Q")
-    known = ", ".join(_TYPES)
-    need(kind in _NAMES, f"{label} type {kind} is unsupported: allowed are {known}")
+    if kind not in _NAMES:
+        raise ValueError(f"{label} type {kind} is unsupported: allowed are {', '.join(_TYPES)}")
     columns = _TYPES[_NAMES[kind]][1]
-    need(shape[-1] % columns == 0, f"{label} rows of {shape[-1]} in blocks of {columns}")
+    if shape[-1] % columns:
+        raise ValueError(f"{label} rows of {shape[-1]} in blocks of {columns}")
     return name, shape, _NAMES[kind], offset
 
 
@@ -149,18 +151,22 @@ def _place(
 ) -> dict[str, TensorInfo]:
     """Where in the file each tensor lies: inside it, aligned, and none over another."""
     alignment = metadata.get("general.alignment", _ALIGNMENT)
-    usual = type(alignment) is int and 8 <= alignment <= 1 << 16 and alignment % 8 == 0
-    need(usual, f"general.alignment is {show(alignment)}: it must be a multiple of 8")
+    if type(alignment) is not int or not 8 <= alignment <= 1 << 16 or alignment % 8:
+        raise ValueError(f"general.alignment is {show(alignment)}: it must be a multiple of 8")
     begin = header_end + -header_end % alignment
     found: dict[str, TensorInfo] = {}
     at, before = begin, "the header"
     for name, shape, kind, offset in sorted(entries, key=lambda entry: entry[3]):
         label, start = f"tensor {show(name)}", begin + offset
         end = start + _size_bytes(kind, shape)
-        need(name not in found, f"{label} is there twice")
-        need(offset % alignment == 0, f"{label} is not aligned to {alignment} bytes")
-        need(start >= at, f"{label} overlaps {before}")
-        need(end <= file_size, f"{label} ends at byte {end} of {file_size}: fetch it again")
+        if name in found:
+            raise ValueError(f"{label} is there twice")
+        if offset % alignment:
+            raise ValueError(f"{label} is not aligned to {alignment} bytes")
+        if start < at:
+            raise ValueError(f"{label} overlaps {before}")
+        if end > file_size:
+            raise ValueError(f"{label} ends at byte {end} of {file_size}: fetch it again")
         found[name] = TensorInfo(kind, shape, start, end)
         at, before = end, label
     return found
