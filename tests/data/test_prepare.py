@@ -21,7 +21,7 @@ import regex
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from tinygpt.checkpoints import hub
+from tinygpt.checkpoints import download
 from tinygpt.commands.prepare import add_flags, run
 from tinygpt.data import corpus as text_module
 from tinygpt.data import prepare as module
@@ -402,7 +402,7 @@ def test_shakespeare_is_fetched_once_and_only_whole(site, tmp_path):
 def test_fetch_tells_where_it_cannot_keep(site, tmp_path):
     write(tmp_path / "file", "x")
     with pytest.raises(InputError, match=r"cannot keep input\.txt in .*file"):
-        hub.fetch(module._SHAKESPEARE[0], tmp_path / "file" / "x.txt", "")
+        download.fetch(module._SHAKESPEARE[0], tmp_path / "file" / "x.txt", "")
 
 
 def command(*argv: str) -> int:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinygpt.checkpoints.hub import cache_folder, fetch
+from tinygpt.checkpoints.download import fetch
+from tinygpt.checkpoints.hub import cache_folder
 from tinygpt.data.corpus import PIECE_BYTES, Piece, Source
 from tinygpt.data.dataset import SPLITS, Dataset, Header, Split, ids_dtype
 from tinygpt.errors import InputError, reason, show, unknown
