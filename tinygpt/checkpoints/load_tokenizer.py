@@ -62,7 +62,9 @@ def model_tokenizer(path: Path, metadata: Mapping[str, Any], vocab_size: int | N
     Raises:
         InputError: as from `load_tokenizer`.
     """
-    tokenizer = tokenizer_from_metadata(metadata, path)
+    # Who puts files of a tokenizer into a folder and names the folder wants that tokenizer.
+    own = not path.is_dir() or not folder_has_tokenizer(path)
+    tokenizer = tokenizer_from_metadata(metadata, path) if own else None
     if tokenizer is None:
         tokenizer = folder_tokenizer(path if path.is_dir() else path.parent, vocab_size)
     return _fitting(tokenizer, str(path), vocab_size)
