@@ -17,7 +17,7 @@ from tinygpt.ops.fast import linear, matmul, widen
 
 
 class Linear:
-    """y = x @ weight.T + bias. A weight of int8 has a scale for each row: see `precision`."""
+    """y = x @ weight.T + bias. A weight of int8 has a scale for each row: see `quantization`."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
         self.weight = Tensor.empty(out_features, in_features)

@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 # Python's objects, JSON takes up to 55 times its bytes.
 MAX_TEXT_BYTES, _MAX_JSON_BYTES = 64 << 20, 12 << 20
 LONG_BYTES = 1 << 30  # of weights, to read or write: a second or more
-TEMPORARY = ".*.tmp"  # what every name by `temporary_beside` matches, for who cleans up
+TEMPORARY = ".*.tmp"  # matches every name by `temporary_beside`, to find what a killed process left
 
 
 def byte_bar(title: str, total: int | None, least: int = 0) -> tqdm:
     """A progress bar that counts bytes: at a terminal, and where there are `least` of them."""
-    from tinygrad.helpers import tqdm  # here, because not all that has to do with files needs it
+    # Imported here, because most of what reads files shows no bar.
+    from tinygrad.helpers import tqdm
 
     hidden = True if total is not None and total < least else None
     return tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=hidden)
@@ -127,7 +128,7 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-        with suppress(OSError):  # the new name, too, survives a power cut where systems allow it
+        with suppress(OSError):  # where the system allows it, the new name survives a power cut too
             folder = os.open(target.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)
@@ -152,7 +153,7 @@ def atomic_folder(path: str | Path, advice: str = "") -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        os.rename(temporary, target)  # which takes the place of an empty folder, of no other
+        os.rename(temporary, target)  # this replaces an empty folder, and no other
     except OSError as error:
         raise InputError(f"cannot write {path}: {reason(error)}{advice}") from error
     finally:

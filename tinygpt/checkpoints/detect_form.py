@@ -28,7 +28,7 @@ from tinygpt.storage import read_json
 
 # Name without prefixes -> (file, where in it).
 Tensors = dict[str, tuple[Path, TensorInfo]]
-# Source: the GGUF specification; each after `gpt2.`.
+# Our field -> GGUF's key after `gpt2.`. Source: the GGUF specification.
 _GGUF_KEYS = {
     "n_layer": "block_count",
     "n_head": "attention.head_count",
@@ -36,7 +36,7 @@ _GGUF_KEYS = {
     "block_size": "context_length",
     "layer_norm_epsilon": "attention.layer_norm_epsilon",
 }
-_BOOK_HEAD_DIM = 64  # in all four sizes of GPT-2, and of the book
+_BOOK_HEAD_DIM = 64  # the same in all four sizes of GPT-2, in the book too
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def recognize(path: Path, file: Path, headers: Headers) -> tuple[Dialect, GPTCon
     tensors = _without_masks(headers.tensors, HUGGING_FACE)
     folder = path if path.is_dir() else path.parent
     config = config_json.read_config(folder / "config.json")
-    if config.tie_word_embeddings:  # any head is a copy then, which the model has no place for
+    if config.tie_word_embeddings:  # then a head is a copy, and the model has no place for it
         tensors.pop("lm_head.weight", None)
     return HUGGING_FACE, config, tensors
 

@@ -22,8 +22,8 @@ from tinygpt.storage import LONG_BYTES, atomic_file, byte_bar, need
 
 MAGIC = b"GGUF"
 _MAX_HEADER_BYTES = 16 << 20  # GPT-2's, with its vocabulary, takes 1.8 MB
-_MAX_KEYS, _MAX_TEXTS = 10_000, 1 << 20  # of metadata; in a list there
-_ALIGNMENT = 32  # where a file does not say
+_MAX_KEYS, _MAX_TEXTS = 10_000, 1 << 20  # keys of metadata; texts in one list of it
+_ALIGNMENT = 32  # bytes, unless the file says otherwise
 # Type -> (GGUF's number for it, numbers in a block, bytes of a block). Source: `GGML_QUANT_SIZES`.
 _PLAIN = {"F32": (0, 1, 4), "F16": (1, 1, 2), "BF16": (30, 1, 2)}
 BLOCKS = {
@@ -64,7 +64,7 @@ def read_header(path: str | Path) -> tuple[dict[str, TensorInfo], dict[str, Any]
         metadata: dict[str, Any] = {}
         for what, count, most in (("keys", values, _MAX_KEYS), ("tensors", tensors, MAX_TENSORS)):
             need(count <= most, f"it claims {count} {what}: at most {most} are read")
-        for _ in range(head.count(values, 13)):  # bytes that the shortest takes
+        for _ in range(head.count(values, 13)):  # the shortest key and value take 13 bytes
             key = head.text()
             if key in metadata:
                 raise ValueError(f"the key {show(key)} appears twice")
@@ -185,7 +185,8 @@ def dequantize(raw: np.ndarray, info: TensorInfo) -> np.ndarray:
     Returns:
         float32 of info.shape.
     """
-    from tinygrad.llm.gguf import ggml_data_to_tensor  # here, because a tokenizer needs none
+    # Imported here, because reading a tokenizer does not need it.
+    from tinygrad.llm.gguf import ggml_data_to_tensor
 
     from tinygpt.runtime.buffers import tensor
 

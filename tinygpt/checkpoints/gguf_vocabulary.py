@@ -14,7 +14,7 @@ import numpy as np
 from tinygpt.errors import CheckpointError, InputError, show
 from tinygpt.tokenizer.vocabulary import END, find_merges, from_merges, spell
 
-if TYPE_CHECKING:  # imported where text is handled: most of the package never does
+if TYPE_CHECKING:  # imported only where text is handled, which is rare
     from tiktoken import Encoding
 
 # The kinds of tokens in GGUF, and what llama.cpp's converter calls those that no text gives.

@@ -41,7 +41,8 @@ def resolve(name_or_path: str | Path) -> Path:
     """
     given = os.fspath(name_or_path)
     path = os.path.expanduser(given)
-    if name_or_path == BUILT_IN:  # whatever else the folder one is in calls so; a Path is no name
+    # A name goes before a folder of that name, wherever the program is run; a Path is no name.
+    if name_or_path == BUILT_IN:
         return Path(__file__).parents[1] / BUILT_IN
     if os.path.isdir(path) or os.path.isfile(path):
         return Path(path)
@@ -71,7 +72,8 @@ def _in_hugging_face_cache(repo: str) -> Path | None:
     old_name = repo.removeprefix("openai-community/")  # before the Hub had organisations
     for name in (repo, old_name if old_name in _GPT2 else repo):
         folder = cache / f"models--{name.replace('/', '--')}"
-        with suppress(OSError, ValueError):  # not our folder: whatever is wrong there, look further
+        # The folder belongs to another program: whatever is wrong in it, we look further.
+        with suppress(OSError, ValueError):
             snapshot = folder / "snapshots" / (folder / "refs" / "main").read_text().strip()
             if (snapshot / "config.json").is_file() and _is_whole(snapshot):
                 return snapshot
@@ -103,7 +105,7 @@ def _download(repo: str, target: Path) -> None:
         try:
             os.rename(temporary, target)
         except OSError:
-            if not (target / "config.json").is_file():  # else another process was faster
+            if not (target / "config.json").is_file():  # if it is, another process was faster
                 raise
     except OSError as error:
         fact = f"cannot keep {repo} in {target.parent}: {reason(error)}"

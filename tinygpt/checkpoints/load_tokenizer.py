@@ -62,7 +62,7 @@ def model_tokenizer(path: Path, metadata: Mapping[str, Any], vocab_size: int | N
     Raises:
         InputError: as from `load_tokenizer`.
     """
-    # Who puts files of a tokenizer into a folder and names the folder wants that tokenizer.
+    # A tokenizer that was put into the folder beside the model goes before the model's own.
     own = not path.is_dir() or not folder_has_tokenizer(path)
     tokenizer = tokenizer_from_metadata(metadata, path) if own else None
     if tokenizer is None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tinygpt.checkpoints.open_checkpoint import Checkpoint
 
 _THREADS = 2  # tensors that are read and converted at a time
-# What the model holds a matrix in that is stored so; any other, float32.
+# How a matrix is held by how it is stored; all other types are held in float32.
 _HELD = {"F16": "float16", "BF16": "bfloat16", "I8": "int8"}
 
 
@@ -51,7 +51,8 @@ def load_weights(found: Checkpoint, dtype: str | None = None) -> GPT:
     _require_memory(found, held)
     loader = _Loader(found, held)
     sizes = {name: found.tensors[name][1].size_bytes for name in loader.names}
-    # tinygrad computes what is in blocks, and a GPU's driver may know one thread only.
+    # One thread for what tinygrad computes, as blocks are, and for a GPU, whose driver may know
+    # only the thread that began.
     alone = any(info.dtype in gguf_file.BLOCKS for _, info in found.tensors.values())
     threads = 1 if alone or Device.DEFAULT != "CPU" else _THREADS
     title = f"reading {found.path.name}"

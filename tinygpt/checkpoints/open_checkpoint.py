@@ -85,14 +85,15 @@ def open_checkpoint(name_or_path: str | Path) -> Checkpoint:
     _need_plausible(path, config, len(tensors))
     int8 = dialect is HUGGING_FACE and any(info.dtype == "I8" for _, info in tensors.values())
     expected = expected_tensors(config, dialect, int8)
-    if dialect is BOOK:  # by default it leaves out the biases of query, key and value
+    if dialect is BOOK:  # its models have no biases of query, key and value by default
         left_out = {name for name in expected.keys() - tensors.keys() if _QKV_BIAS.fullmatch(name)}
         expected = {name: tensor for name, tensor in expected.items() if name not in left_out}
     _compare(path, dialect, expected, {name: info for name, (_, info) in tensors.items()})
     tensors = {name: tensors[name] for name in expected}
     taken = sum(info.size_bytes for _, info in tensors.values())
     there = sum(file.stat().st_size for file in files)
-    if taken > 2 * there:  # torch's tensors may lie over one another: each of a thousand on a file
+    # In torch's form tensors may share bytes: a thousand could each be as large as the file.
+    if taken > 2 * there:
         raise CheckpointError(f"{path}: its tensors are {taken} bytes in files of {there}")
     metadata = headers.extra if headers.format == "gguf" else {}
     return Checkpoint(path, config, expected, tensors, metadata)

@@ -33,7 +33,7 @@ class ParametersAsStored:
         """A tensor's values as the file has them; bfloat16 as float32, which holds it."""
         tensor = self.expected[name]
         if tensor.ours[0] not in self.parameters:
-            # A model has no biases, but the form always does: there they are zero.
+            # This model has no biases, but the form always does: zeros say the same.
             return np.zeros(tensor.shape, np.float32)
         return tensor.join([self._ours(name) for name in tensor.ours])
 

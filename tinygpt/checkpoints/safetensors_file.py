@@ -27,7 +27,7 @@ from tinygpt.checkpoints.stored_tensor import (
 from tinygpt.errors import CheckpointError, InputError, reason, show
 from tinygpt.storage import LONG_BYTES, atomic_file, byte_bar, need, parse_json
 
-# The reference implementation allows twelve times as much, which as a Python object is gigabytes.
+# The reference implementation reads twelve times as much; as Python objects that is gigabytes.
 _MAX_HEADER_BYTES = 8 << 20
 
 

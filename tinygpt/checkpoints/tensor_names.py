@@ -31,7 +31,7 @@ class Dialect:
     transposed: bool = False  # a block's matrices are (in, out), where ours are (out, in)
     biased: bool = True  # biases are there also where the model has none, as zeros
     norm: tuple[str, str] = ("weight", "bias")  # what a layer norm's two vectors are called
-    ignored: str = "(?!)"  # a pattern for what is no weight: causal masks, which files carry along
+    ignored: str = "(?!)"  # matches what is no weight: the causal masks in files
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from tinygpt.errors import CheckpointError, reason, show
 from tinygpt.storage import need
 
 _MAX_LIST_BYTES = 4 << 20  # of the archive's list of contents: some 40,000 entries
-_LOCAL = struct.Struct("<4s5H3I2H")  # what stands before each entry's bytes, then name and extra
+_LOCAL = struct.Struct("<4s5H3I2H")  # stands before each entry's name, extra field and bytes
 # How a file by torch before 1.6 begins, pickles one after the other. Source: `MAGIC_NUMBER`.
 OLD_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 
@@ -75,7 +75,7 @@ def _records(file: BinaryIO) -> dict[str, tuple[int, ZipInfo]]:
     try:
         with ZipFile(_Listing(file)) as archive:
             entries = archive.infolist()
-    # The second is zipfile's for an archive of a version that it does not know.
+    # zipfile raises NotImplementedError for an archive of a version that it does not know.
     except (BadZipFile, NotImplementedError, OverflowError, struct.error) as error:
         raise ValueError(f"its zip archive is damaged: {reason(error)}") from error
     records: dict[str, tuple[int, ZipInfo]] = {}

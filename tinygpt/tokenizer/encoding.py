@@ -22,7 +22,7 @@ from tinygpt.tokenizer.vocabulary import (
     spell,
 )
 
-if TYPE_CHECKING:  # imported where text is handled: most of the package never does
+if TYPE_CHECKING:  # imported only where text is handled, which is rare
     from tiktoken import Encoding
 
 NAMES = ("gpt2", "bytes")
@@ -157,7 +157,7 @@ def save_tokenizer(tokenizer: Encoding, folder: str | Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for file, content in files.items():
             write_text(folder / file, content)
-        if _OWN not in files:  # an earlier save's would be read first
+        if _OWN not in files:  # one left by an earlier save would be read first
             (folder / _OWN).unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"cannot write {folder}: {reason(error)}; pass another folder") from error
@@ -181,13 +181,13 @@ def encode(tokenizer: Encoding, text: str, special: bool = False) -> list[int]:
     pattern = "|".join(map(re.escape, names)) or "(?!)"  # which matches nowhere
     ranks, ids = tokenizer._mergeable_ranks, []
     for number, part in enumerate(re.split(f"({pattern})", text)):
-        if number % 2:  # re.split puts what it split at between the rest
+        if number % 2:  # every second part is a special token, at which the text was split
             ids.append(tokenizer.encode_single_token(part))
             continue
         for character in set(part):
             data = _utf8(character)
             if data not in ranks and not all(bytes([byte]) in ranks for byte in data):
-                raise InputError(  # where tiktoken would panic
+                raise InputError(  # tiktoken would panic
                     f"character {character!r} (U+{ord(character):04X}) is not in tokenizer "
                     f"{tokenizer.name!r}: take it out, or use a model with another tokenizer"
                 )
@@ -250,7 +250,7 @@ def _until_stop(texts: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
     for text in texts:
         held += text
         found = [(held.index(stop) + len(stop), held.index(stop)) for stop in stops if stop in held]
-        if found:  # the first to end, so that it matters not how ids divide the text
+        if found:  # the first to end decides, however the ids divide the text
             yield held[: min(found)[1]]
             return
         starts = ((stop, n) for stop in stops for n in range(1, min(len(stop), len(held) + 1)))

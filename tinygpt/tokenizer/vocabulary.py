@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tinygpt.errors import CheckpointError, show
 from tinygpt.storage import read_json
 
-if TYPE_CHECKING:  # imported where text is handled: most of the package never does
+if TYPE_CHECKING:  # imported only where text is handled, which is rare
     from tiktoken import Encoding
 
 SURROGATE = re.compile("[\ud800-\udfff]")  # what JSON can spell but UTF-8 cannot

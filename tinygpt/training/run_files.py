@@ -57,7 +57,7 @@ def save(
         layout = {name: ("F32", tensor.shape) for name, tensor in tensors.items()}
         safetensors_file.write(temporary / _TENSORS, layout, lambda name: tensors[name].numpy())
         write_text(temporary / _STATE, json.dumps({"format": _FORMAT, **state}, indent=1) + "\n")
-        # A run that was killed between the rename and the link has left this step, as complete.
+        # A run killed between the rename and the link has left this step, equally complete.
         if final.exists():
             os.rename(final, temporary_beside(final))
         os.rename(temporary, final)
