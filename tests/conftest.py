@@ -15,7 +15,7 @@ from tinygrad.helpers import NOOPT
 from tinygrad.nn.state import get_state_dict
 
 from tinygpt import GPT, Generator, GPTConfig
-from tinygpt.checkpoints.precision import DTYPES, supported
+from tinygpt.checkpoints.quantization import DTYPES, supported
 from tinygpt.commands.main import main
 from tinygpt.runtime import device
 from tinygpt.tokenizer.encoding import char_tokenizer, save_tokenizer

@@ -36,8 +36,8 @@ ROWS = [
 ]
 # Doors, each an import inside of a function: where a model is loaded and saved.
 DOORS = {
-    ("model", "checkpoints/pretrained"),
-    ("tokenizer/vocabulary", "checkpoints/gguf"),
+    ("model", "checkpoints/open_checkpoint"),
+    ("model", "checkpoints/save_huggingface"),
     ("ops/fused", "layers"),
     ("ops/fused", "model"),
 }

@@ -5,11 +5,11 @@ chooses a backend where the environment variable DEV names none and tinygrad's o
 work here: see `tinygpt.runtime.device.select`.
 """
 
+from tinygpt.checkpoints.load_tokenizer import load_tokenizer
 from tinygpt.config import GPTConfig
 from tinygpt.errors import InputError
 from tinygpt.generate import Generator
 from tinygpt.model import GPT
-from tinygpt.tokenizer.encoding import load_tokenizer
 
 __version__ = "0.1.0"
 __all__ = ["GPT", "GPTConfig", "Generator", "InputError", "load_tokenizer"]

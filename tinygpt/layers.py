@@ -8,7 +8,7 @@ weights, and `model` stacks them. What they compute with is in `ops`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from tinygrad import Tensor, UOp
 
@@ -20,7 +20,7 @@ Sublayer = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class Linear:
-    """y = x @ weight.T + bias. A weight of int8 has a scale for each row: see `precision`."""
+    """y = x @ weight.T + bias. A weight of int8 has a scale for each row: see `quantization`."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
         self.weight = Tensor.empty(out_features, in_features)
@@ -195,6 +195,13 @@ class TransformerBlock:
         attention = (cache, start_pos, padding, row, key)
         x = self._sublayer(x, self.ln_1, lambda h, residual: self.attn(h, residual, *attention))
         return self._sublayer(x, self.ln_2, lambda h, residual: self.mlp(h, residual, key))
+
+    def linears(self) -> Iterator[tuple[str, Linear]]:
+        """The block's linear layers with their names in it, in the order of their use."""
+        for name, part in (("attn", self.attn), ("mlp", self.mlp)):
+            for own_name, layer in vars(part).items():
+                if isinstance(layer, Linear):
+                    yield f"{name}.{own_name}", layer
 
     def _sublayer(self, x: Tensor, norm: LayerNorm, sublayer: Sublayer) -> Tensor:
         y = sublayer(norm(x) if self.pre_norm else x, x if self.shortcut else None)

@@ -56,15 +56,15 @@ class GPT:
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, dtype: str | None = None) -> GPT:
-        """A model from a folder, a file or a name: see `weights.load_pretrained`."""
-        from tinygpt.checkpoints.pretrained import load_pretrained
+        """A model from a folder, a file or a name: see `load_pretrained`."""
+        from tinygpt.checkpoints.open_checkpoint import load_pretrained
 
         device.select()
         return load_pretrained(name_or_path, dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model in Hugging Face form: see `weights.save_pretrained`."""
-        from tinygpt.checkpoints.pretrained import save_pretrained
+        """Write the model in Hugging Face form: see `save_pretrained`."""
+        from tinygpt.checkpoints.save_huggingface import save_pretrained
 
         save_pretrained(self, folder)
 

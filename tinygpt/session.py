@@ -10,13 +10,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tinygpt.checkpoints import hub
-from tinygpt.checkpoints.detect import read_config
-from tinygpt.checkpoints.precision import check_dtype, convert
+from tinygpt.checkpoints.load_tokenizer import load_tokenizer
+from tinygpt.checkpoints.open_checkpoint import open_checkpoint
+from tinygpt.checkpoints.quantization import check_dtype, convert
 from tinygpt.config import GPTConfig
 from tinygpt.generate import Generator
 from tinygpt.model import GPT
 from tinygpt.runtime import device
-from tinygpt.tokenizer.encoding import decode, decode_stream, encode, end_token, load_tokenizer
+from tinygpt.tokenizer.encoding import decode, decode_stream, encode, end_token
 
 if TYPE_CHECKING:
     from tiktoken import Encoding
@@ -49,11 +50,10 @@ class Session:
             InputError: when they cannot be had, or the backend does not work.
         """
         _check(dtype)
-        folder = hub.resolve(name)
-        config = read_config(folder)
-        words = load_tokenizer(tokenizer or folder, config.vocab_size)
+        found = open_checkpoint(name)
+        words = found.tokenizer(tokenizer)
         start = _BUILT_IN_START if name == hub.BUILT_IN else ""
-        return cls(GPT.from_pretrained(folder, dtype), words, start)
+        return cls(found.load(dtype), words, start)
 
     @classmethod
     def new(

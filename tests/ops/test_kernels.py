@@ -7,14 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import CLANG, NARROW, SMALL, needs_clang, randomize
+from tinygpt.ops.fused import token_losses
 from tinygrad import Device, Tensor, Variable
 from tinygrad.nn.state import get_parameters
 from tinygrad.runtime.support.compiler_cpu import ClangJITCompiler
 
 from tinygpt import GPT, Generator, sampling
-from tinygpt.checkpoints.precision import convert, supported
+from tinygpt.checkpoints.quantization import convert, supported
 from tinygpt.ops.fast import fast, linear, matmul
-from tinygpt.ops.fused import token_losses
 
 # M, K, N: one, few rows, tiles and their edges, odd primes, more than one block of each size.
 SHAPES = [(1, 1, 1), (1, 7, 5), (8, 16, 3), (9, 17, 67), (13, 31, 37), (245, 259, 33)]

@@ -20,7 +20,7 @@ from tinygpt import GPT, InputError, load_tokenizer
 from tinygpt.commands import train
 from tinygpt.data.dataset import Dataset
 from tinygpt.tokenizer.encoding import char_tokenizer, encode
-from tinygpt.training import run as loop
+from tinygpt.training.run import _Bar
 from tinygpt.training.settings import RECIPES, TrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -347,7 +347,7 @@ def test_bad_input_is_one_line(data, whole, tmp_path):
 def test_the_bar_shows_steps_and_losses(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "100")
-    bar = loop._Bar()
+    bar = _Bar()
     bar.show(5, 20, 2.5, None, 1234.5, 61.0)
     line = capsys.readouterr().err
     assert line.startswith(f"\r{'#' * 5}{'-' * 15} 5/20  loss 2.5000  1,234 tokens/s  1:01 left ")

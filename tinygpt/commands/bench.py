@@ -28,9 +28,9 @@ from tinygrad.helpers import CPU_COUNT
 
 import tinygpt
 from tinygpt.checkpoints import hub
-from tinygpt.checkpoints.detect import read_config
-from tinygpt.checkpoints.precision import DTYPES, check_dtype
-from tinygpt.checkpoints.pretrained import GGUF_TYPES
+from tinygpt.checkpoints.open_checkpoint import Checkpoint, open_checkpoint
+from tinygpt.checkpoints.quantization import DTYPES, check_dtype
+from tinygpt.checkpoints.save_gguf import GGUF_TYPES
 from tinygpt.commands.bench_tables import tables
 from tinygpt.commands.flags import add_flag, add_shared
 from tinygpt.commands.peers import Contender, environment
@@ -38,7 +38,6 @@ from tinygpt.config import GPTConfig
 from tinygpt.errors import InputError, say
 from tinygpt.model import GPT
 from tinygpt.runtime import device
-from tinygpt.tokenizer.encoding import load_tokenizer
 
 _PACKAGES = ("tinygrad", "numpy", "torch", "transformers", "llama-cpp-python")
 _STREAM_BYTES, _BLOCK_BYTES = 1 << 30, 4 << 20  # far more than any cache holds
@@ -102,7 +101,8 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(folder: Path, families: Sequence[tuple[str, str]], rounds: int) -> dict[str, Any]:
     """What the command prints as JSON: `families` are pairs of peers.FAMILIES and dtypes."""
-    config, conditions = read_config(folder), _conditions(rounds)
+    found, conditions = open_checkpoint(folder), _conditions(rounds)
+    config = found.config
     works = [w for w in WORKS if w.prompt_length + w.count - 1 <= config.block_size]
     failures: dict[str, str] = {}
     with ExitStack() as stack:
@@ -118,7 +118,7 @@ def measure(folder: Path, families: Sequence[tuple[str, str]], rounds: int) -> d
     return {
         "conditions": conditions,
         "machine": machine,
-        "first_token": _first_token(folder, config.vocab_size, failures),
+        "first_token": _first_token(found, failures),
         "results": results,
         "ratios": compare(results),
         "failures": failures,
@@ -253,15 +253,15 @@ def compare(results: dict[str, dict]) -> dict[str, dict[str, dict[str, float]]]:
     return ratios
 
 
-def _first_token(folder: Path, vocab_size: int, failures: dict[str, str]) -> dict[str, float]:
+def _first_token(found: Checkpoint, failures: dict[str, str]) -> dict[str, float]:
     """Seconds from starting the program to its first new text.
 
     Cold is with no compiled kernels kept; warm is with those, and the median of three.
     """
-    command = [sys.executable, "-m", "tinygpt", "generate", _PROMPT, "--model", str(folder)]
+    command = [sys.executable, "-m", "tinygpt", "generate", _PROMPT, "--model", str(found.path)]
     command += ["--max-new-tokens", "1"]
     try:
-        load_tokenizer(folder, vocab_size)
+        found.tokenizer()
     except InputError:  # it is GPT-2's, and there is no network to fetch it with
         command += ["--tokenizer", "bytes"]
     times: dict[str, list[float]] = {"cold_s": [], "warm_s": []}

@@ -7,15 +7,13 @@ import json
 import sys
 from pathlib import Path
 
-from tinygpt.checkpoints import hub
+from tinygpt.checkpoints.open_checkpoint import open_checkpoint
 from tinygpt.commands.flags import add_flag, add_shared, spelled
 from tinygpt.data.dataset import SPLITS, Dataset
 from tinygpt.errors import InputError, check_int
 from tinygpt.evaluation.losses import Scorer, evaluate_data
 from tinygpt.evaluation.tasks import hellaswag, lambada
-from tinygpt.model import GPT
 from tinygpt.options import Kind
-from tinygpt.tokenizer.encoding import load_tokenizer
 
 _TASKS = ("hellaswag", "lambada")
 
@@ -38,22 +36,22 @@ def run(args: argparse.Namespace) -> int:
     """`tinygpt evaluate`: print the numbers, one a line."""
     if (args.data in _TASKS) != (args.file is not None):
         raise InputError(f"FILE goes with {' and '.join(_TASKS)}, and with them alone")
-    folder = hub.resolve(args.model)
+    found = open_checkpoint(args.model)
     data = None if args.file else Dataset.open(args.data)  # before the model's seconds
-    model = GPT.from_pretrained(folder)
+    model = found.load()
     if data:
         if args.stride is not None:  # the window is known only now
             name, window = spelled(args)("stride"), model.config.block_size
             check_int(name, args.stride, low=1, below=window + 1)
-        found = evaluate_data(model, data, args.split, args.stride)
+        result = evaluate_data(model, data, args.split, args.stride)
     else:
-        tokenizer = load_tokenizer(args.tokenizer or folder, model.config.vocab_size)
+        tokenizer = found.tokenizer(args.tokenizer)
         task = hellaswag if args.data == "hellaswag" else lambada
-        found = task(Scorer(model), tokenizer, Path(args.file))
+        result = task(Scorer(model), tokenizer, Path(args.file))
     if args.json:
-        print(json.dumps(found))
+        print(json.dumps(result))
     else:
-        for name, value in found.items():
+        for name, value in result.items():
             shown = f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
             print(f"{name.replace('_', ' '):>20}  {shown}", file=sys.stdout)
     return 0

@@ -13,7 +13,7 @@ from dataclasses import MISSING, Field, fields
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
-from tinygpt.checkpoints.precision import DTYPES
+from tinygpt.checkpoints.quantization import DTYPES
 from tinygpt.errors import InputError
 from tinygpt.options import Kind, check_value, kinds
 

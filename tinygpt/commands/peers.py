@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from tinygpt.checkpoints.pretrained import save_gguf
+from tinygpt.checkpoints.save_gguf import save_gguf
 from tinygpt.generate import Generator
 from tinygpt.model import GPT
 from tinygpt.runtime import device

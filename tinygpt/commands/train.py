@@ -11,7 +11,7 @@ from typing import Any
 
 from tinygrad.nn.state import get_state_dict
 
-from tinygpt.checkpoints import hub
+from tinygpt.checkpoints.open_checkpoint import open_checkpoint
 from tinygpt.commands.flags import add_flag, add_options, add_shared, given, spelled
 from tinygpt.data.dataset import Dataset
 from tinygpt.data.prepare import prepare
@@ -19,7 +19,6 @@ from tinygpt.errors import InputError, reason, say
 from tinygpt.model import GPT
 from tinygpt.options import defaults
 from tinygpt.runtime import device
-from tinygpt.tokenizer.encoding import load_tokenizer
 from tinygpt.training.run import Run
 from tinygpt.training.settings import RECIPES, SHAPE, TrainConfig, read_settings, settings_of
 
@@ -55,9 +54,9 @@ def start(
             raise InputError(
                 f"{spelled(name)} describes a new model, but --model brings its own shape"
             )
-    where = hub.resolve(model)
-    gpt = GPT.from_pretrained(where)
-    data.check(gpt.config.vocab_size, load_tokenizer(where, gpt.config.vocab_size))
+    found = open_checkpoint(model)
+    data.check(found.config.vocab_size, found.tokenizer())
+    gpt = found.load()
     shape = {name: getattr(gpt.config, name) for name in SHAPE}
     window = settings.get("block_size", min(TrainConfig.block_size, shape["block_size"]))
     config = TrainConfig.of(shape, settings, {"block_size": window}, spelled=spelled)

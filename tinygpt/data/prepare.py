@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinygpt.checkpoints.hub import cache_folder, fetch
+from tinygpt.checkpoints.download import fetch
+from tinygpt.checkpoints.hub import cache_folder
 from tinygpt.data.corpus import PIECE_BYTES, Piece, Source
 from tinygpt.data.dataset import SPLITS, Dataset, Header, Split, ids_dtype
 from tinygpt.errors import InputError, check_float, reason, show, unknown
@@ -24,7 +25,7 @@ from tinygpt.tokenizer.encoding import (
     char_tokenizer,
     encode,
     end_token,
-    load_tokenizer,
+    named_tokenizer,
     save_tokenizer,
 )
 from tinygpt.tokenizer.learn_bpe import bpe_tokenizer, train_bpe
@@ -119,7 +120,7 @@ def _tokenizer(kind: str, size: int, text: Source) -> Encoding:
         learnt = (piece for is_val, piece, _ in text.pieces("words") if not is_val)
         every = max(1, -(-text.cut // _LEARN_BYTES))
         return bpe_tokenizer(train_bpe(islice(learnt, 0, None, every), size))
-    return load_tokenizer(kind)
+    return named_tokenizer(kind)
 
 
 def _codes(text: str) -> np.ndarray:

@@ -54,7 +54,7 @@ def linear(
 
     Args:
         x: float32 (..., in_features).
-        weight: (out_features, in_features) of any dtype of `checkpoints.precision`. One narrower
+        weight: (out_features, in_features) of any dtype of `checkpoints.quantization`. One narrower
             than float32 is widened, and then there are no gradients.
         bias: float32 (out_features,).
         scale: float32 (out_features,), of a weight in int8.

@@ -27,7 +27,7 @@ from tinygpt.checkpoints.stored_tensor import (
 from tinygpt.errors import CheckpointError, InputError, reason, show
 from tinygpt.storage import LONG_BYTES, atomic_file, byte_bar, need, parse_json
 
-# The reference implementation allows twelve times as much, which as a Python object is gigabytes.
+# The reference implementation reads twelve times as much; as Python objects that is gigabytes.
 _MAX_HEADER_BYTES = 8 << 20
 
 
@@ -40,56 +40,67 @@ def read_header(path: str | Path) -> tuple[dict[str, TensorInfo], dict[str, str]
         CheckpointError: when the file cannot be read or any part of its header is wrong.
     """
     try:
-        need(os.path.isfile(path), "no such file")  # a pipe would block in open()
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            need(size >= 8, f"{size} bytes are too few for a safetensors file")
-            length = int.from_bytes(file.read(8), "little")
-            fact = f"it is cut or no safetensors file: {length} bytes of header in a file of {size}"
-            need(length <= min(size - 8, _MAX_HEADER_BYTES), fact)
-            header = parse_json(file.read(length))
+        header, data_start, size = _read_json(path)
         metadata = header.pop("__metadata__", {})
         text = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
         need(text, "__metadata__ must map text to text")
         many = f"it has {len(header)} tensors: at most {MAX_TENSORS} are read"
         need(len(header) <= MAX_TENSORS, many)
-        tensors = {name: _entry(name, entry, 8 + length) for name, entry in header.items()}
-        at = 8 + length
-        for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
-            if info.start != at:
-                fault = "overlaps the one before" if info.start < at else "leaves a gap before it"
-                raise ValueError(f"tensor {show(name)} {fault}")
-            at = info.end
-        need(at == size, f"its tensors end at byte {at}, but it has {size} bytes: fetch it again")
+        tensors = {name: _entry(name, entry, data_start) for name, entry in header.items()}
+        _need_end_to_end(tensors, data_start, size)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {reason(error)}") from error
     return tensors, metadata
 
 
+def _read_json(path: str | Path) -> tuple[dict[str, Any], int, int]:
+    """The header as JSON, where it ends in the file, and the file's size."""
+    need(os.path.isfile(path), "no such file")  # a pipe would block in open()
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        need(size >= 8, f"{size} bytes are too few for a safetensors file")
+        length = int.from_bytes(file.read(8), "little")
+        fact = f"it is cut or no safetensors file: {length} bytes of header in a file of {size}"
+        need(length <= min(size - 8, _MAX_HEADER_BYTES), fact)
+        return parse_json(file.read(length)), 8 + length, size
+
+
+def _need_end_to_end(tensors: Mapping[str, TensorInfo], data_start: int, size: int) -> None:
+    """Refuse tensors that overlap, or leave bytes of the file to none of them."""
+    at = data_start
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if info.start != at:
+            fault = "overlaps the one before" if info.start < at else "leaves a gap before it"
+            raise ValueError(f"tensor {show(name)} {fault}")
+        at = info.end
+    need(at == size, f"its tensors end at byte {at}, but it has {size} bytes: fetch it again")
+
+
 def _entry(name: str, entry: Any, data_start: int) -> TensorInfo:
     """One tensor's entry in the header, checked on its own."""
-
-    def check(condition: bool, fact: Callable[[], str]) -> None:
-        need(condition, lambda: f"tensor {show(name)}: {fact()}")
-
-    keys = {"dtype", "shape", "data_offsets"}
-    check(isinstance(entry, dict) and set(entry) == keys, lambda: f"needs exactly {sorted(keys)}")
+    label, keys = f"tensor {show(name)}:", {"dtype", "shape", "data_offsets"}
+    if not isinstance(entry, dict) or set(entry) != keys:
+        raise ValueError(f"{label} needs exactly {sorted(keys)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    known = isinstance(dtype, str) and dtype in DTYPES
-    allowed = ", ".join(DTYPES)
-    check(known, lambda: f"dtype {show(dtype)} is unsupported: allowed are {allowed}")
-    counts = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
-    check(counts, lambda: f"shape {show(shape)} must be a list of whole numbers, 0 or more")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        allowed = ", ".join(DTYPES)
+        raise ValueError(f"{label} dtype {show(dtype)} is unsupported: allowed are {allowed}")
+    if not _are_counts(shape):
+        raise ValueError(f"{label} shape {show(shape)} must be a list of whole numbers, 0 or more")
     # Zeros count as ones here: NumPy refuses an empty array whose other dimensions overflow.
-    fits = len(shape) <= MAX_RANK and math.prod(max(n, 1) for n in shape) <= MAX_ELEMENTS
-    check(fits, lambda: f"shape {show(shape)} is too large")
-    pair = isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int for n in offsets)
-    ordered = pair and 0 <= offsets[0] <= offsets[1]
-    check(ordered, lambda: f"data_offsets {show(offsets)} must be a start and an end")
-    taken, start, end = math.prod(shape) * SIZES[dtype], *offsets
-    same = end - start == taken
-    check(same, lambda: f"{dtype} {show(shape)} is not {show(end - start)} bytes")
+    if len(shape) > MAX_RANK or math.prod(max(n, 1) for n in shape) > MAX_ELEMENTS:
+        raise ValueError(f"{label} shape {show(shape)} is too large")
+    if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"{label} data_offsets {show(offsets)} must be a start and an end")
+    start, end = offsets
+    if end - start != math.prod(shape) * SIZES[dtype]:
+        raise ValueError(f"{label} {dtype} {show(shape)} is not {show(end - start)} bytes")
     return TensorInfo(dtype, tuple(shape), data_start + start, data_start + end)
+
+
+def _are_counts(numbers: Any) -> bool:
+    """Whether it is a list of whole numbers, 0 or more; to JSON's readers, true is none."""
+    return isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
 
 
 def write(

@@ -17,8 +17,8 @@ from tinygrad import Device, Tensor
 from tinygrad.nn.state import get_state_dict
 
 from tinygpt import GPT, InputError
-from tinygpt.checkpoints import precision
-from tinygpt.checkpoints.precision import (
+from tinygpt.checkpoints import quantization
+from tinygpt.checkpoints.quantization import (
     convert,
     dtype_of,
     matrices,
@@ -26,7 +26,7 @@ from tinygpt.checkpoints.precision import (
     supported,
     widened,
 )
-from tinygpt.checkpoints.safetensors import read_header, write
+from tinygpt.checkpoints.safetensors_file import read_header, write
 from tinygpt.checkpoints.stored_tensor import read_tensor
 from tinygpt.errors import CheckpointError
 
@@ -96,8 +96,8 @@ def test_a_backend_without_a_dtype_widens_what_is_stored_and_refuses_what_is_ask
 ):
     model = held_in("bfloat16")
     model.save_pretrained(tmp_path)
-    monkeypatch.setattr("tinygpt.checkpoints.precision.supported", lambda _: False)
-    monkeypatch.setattr("tinygpt.checkpoints.pretrained.supported", lambda _: False)
+    monkeypatch.setattr("tinygpt.checkpoints.quantization.supported", lambda _: False)
+    monkeypatch.setattr("tinygpt.checkpoints.load_weights.supported", lambda _: False)
     wide = GPT.from_pretrained(tmp_path)
     assert dtype_of(wide.wte) == "float32"
     assert np.array_equal(widened(wide.wte), widened(model.wte))
@@ -109,11 +109,11 @@ def test_a_backend_without_a_dtype_widens_what_is_stored_and_refuses_what_is_ask
 def test_a_backend_is_asked_once_what_it_can_hold(monkeypatch):
     asked, compiler = [], Device[Device.DEFAULT].compiler
     monkeypatch.setattr(compiler, "compile_cached", asked.append)  # as often as there are tensors
-    precision._widens_half.cache_clear()
+    quantization._widens_half.cache_clear()
     assert supported("float16")
     assert supported("float16")
     assert len(asked) == 1
-    precision._widens_half.cache_clear()
+    quantization._widens_half.cache_clear()
 
 
 @needs_clang

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinygpt.checkpoints.safetensors import (
+from tinygpt.checkpoints.safetensors_file import (
     CheckpointError,
     atomic_file,
     read_header,
@@ -237,7 +237,7 @@ def test_a_wrong_header_is_refused_on_one_line(header: object, tmp_path: Path) -
 
 
 def test_more_tensors_than_any_model_has_are_refused(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("tinygpt.checkpoints.safetensors.MAX_TENSORS", 0)
+    monkeypatch.setattr("tinygpt.checkpoints.safetensors_file.MAX_TENSORS", 0)
     with pytest.raises(CheckpointError, match="it has 1 tensors: at most 0 are read"):
         read_header(put(tmp_path / "bad", entry()))
 

@@ -22,8 +22,8 @@ from tinygpt.storage import LONG_BYTES, atomic_file, byte_bar, need
 
 MAGIC = b"GGUF"
 _MAX_HEADER_BYTES = 16 << 20  # GPT-2's, with its vocabulary, takes 1.8 MB
-_MAX_KEYS, _MAX_TEXTS = 10_000, 1 << 20  # of metadata; in a list there
-_ALIGNMENT = 32  # where a file does not say
+_MAX_KEYS, _MAX_TEXTS = 10_000, 1 << 20  # keys of metadata; texts in one list of it
+_ALIGNMENT = 32  # bytes, unless the file says otherwise
 # Type -> (GGUF's number for it, numbers in a block, bytes of a block). Source: `GGML_QUANT_SIZES`.
 _PLAIN = {"F32": (0, 1, 4), "F16": (1, 1, 2), "BF16": (30, 1, 2)}
 BLOCKS = {
@@ -64,7 +64,7 @@ def read_header(path: str | Path) -> tuple[dict[str, TensorInfo], dict[str, Any]
         metadata: dict[str, Any] = {}
         for what, count, most in (("keys", values, _MAX_KEYS), ("tensors", tensors, MAX_TENSORS)):
             need(count <= most, f"it claims {count} {what}: at most {most} are read")
-        for _ in range(head.count(values, 13)):  # bytes that the shortest takes
+        for _ in range(head.count(values, 13)):  # the shortest key and value take 13 bytes
             key = head.text()
             if key in metadata:
                 raise ValueError(f"the key {show(key)} appears twice")
@@ -129,15 +129,17 @@ def _entry(head: _Head) -> tuple[str, tuple[int, ...], str, int]:
     """One entry of the list of tensors: name, shape, type, and offset into the tensors' bytes."""
     name, rank = head.text(), head.number("I")
     label = f"tensor {show(name)}:"
-    need(1 <= rank <= 4, f"{label} {rank} dimensions: there are 1 to 4")
+    if not 1 <= rank <= 4:
+        raise ValueError(f"{label} {rank} dimensions: there are 1 to 4")
     shape = tuple(head.number("Q") for _ in range(rank))[::-1]  # the file has columns first
-    large = math.prod(max(n, 1) for n in shape) > MAX_ELEMENTS
-    need(not large, f"{label} shape {show(shape)} is too large")
+    if math.prod(max(n, 1) for n in shape) > MAX_ELEMENTS:
+        raise ValueError(f"{label} shape {show(shape)} is too large")
     kind, offset = head.number("I"), head.number("Q")
-    known = ", ".join(_TYPES)
-    need(kind in _NAMES, f"{label} type {kind} is unsupported: allowed are {known}")
+    if kind not in _NAMES:
+        raise ValueError(f"{label} type {kind} is unsupported: allowed are {', '.join(_TYPES)}")
     columns = _TYPES[_NAMES[kind]][1]
-    need(shape[-1] % columns == 0, f"{label} rows of {shape[-1]} in blocks of {columns}")
+    if shape[-1] % columns:
+        raise ValueError(f"{label} rows of {shape[-1]} in blocks of {columns}")
     return name, shape, _NAMES[kind], offset
 
 
@@ -149,18 +151,22 @@ def _place(
 ) -> dict[str, TensorInfo]:
     """Where in the file each tensor lies: inside it, aligned, and none over another."""
     alignment = metadata.get("general.alignment", _ALIGNMENT)
-    usual = type(alignment) is int and 8 <= alignment <= 1 << 16 and alignment % 8 == 0
-    need(usual, f"general.alignment is {show(alignment)}: it must be a multiple of 8")
+    if type(alignment) is not int or not 8 <= alignment <= 1 << 16 or alignment % 8:
+        raise ValueError(f"general.alignment is {show(alignment)}: it must be a multiple of 8")
     begin = header_end + -header_end % alignment
     found: dict[str, TensorInfo] = {}
     at, before = begin, "the header"
     for name, shape, kind, offset in sorted(entries, key=lambda entry: entry[3]):
         label, start = f"tensor {show(name)}", begin + offset
         end = start + _size_bytes(kind, shape)
-        need(name not in found, f"{label} is there twice")
-        need(offset % alignment == 0, f"{label} is not aligned to {alignment} bytes")
-        need(start >= at, f"{label} overlaps {before}")
-        need(end <= file_size, f"{label} ends at byte {end} of {file_size}: fetch it again")
+        if name in found:
+            raise ValueError(f"{label} is there twice")
+        if offset % alignment:
+            raise ValueError(f"{label} is not aligned to {alignment} bytes")
+        if start < at:
+            raise ValueError(f"{label} overlaps {before}")
+        if end > file_size:
+            raise ValueError(f"{label} ends at byte {end} of {file_size}: fetch it again")
         found[name] = TensorInfo(kind, shape, start, end)
         at, before = end, label
     return found
@@ -179,9 +185,10 @@ def dequantize(raw: np.ndarray, info: TensorInfo) -> np.ndarray:
     Returns:
         float32 of info.shape.
     """
-    from tinygrad.llm.gguf import ggml_data_to_tensor  # here, because a tokenizer needs none
+    # Imported here, because reading a tokenizer does not need it.
+    from tinygrad.llm.gguf import ggml_data_to_tensor
 
-    from tinygpt.runtime.device import tensor
+    from tinygpt.runtime.buffers import tensor
 
     if info.size == 0:
         return np.zeros(info.shape, np.float32)

@@ -20,9 +20,9 @@ from tinygrad import Tensor
 from writers import SHAPE, TOKENS, WRITERS
 
 from tinygpt import GPT, Generator, GPTConfig, load_tokenizer
-from tinygpt.checkpoints.detect import open_checkpoint, read_config
-from tinygpt.checkpoints.pretrained import save_gguf
-from tinygpt.checkpoints.safetensors import write as write_safetensors
+from tinygpt.checkpoints.open_checkpoint import open_checkpoint
+from tinygpt.checkpoints.safetensors_file import write as write_safetensors
+from tinygpt.checkpoints.save_gguf import save_gguf
 from tinygpt.commands.main import main
 from tinygpt.errors import CheckpointError, InputError
 from tinygpt.tokenizer.encoding import char_tokenizer, encode, save_tokenizer
@@ -52,7 +52,7 @@ def test_each_form_computes_what_its_own_program_does(form, tmp_path):
     model = GPT.from_pretrained(path)
     assert np.abs(expected).max() > 2
     np.testing.assert_allclose(our_logits(model), expected, atol=1e-5 * np.abs(expected).max())
-    assert read_config(path) == model.config
+    assert open_checkpoint(path).config == model.config
     if path.is_file():  # and the folder means its one file
         assert open_checkpoint(path).config == open_checkpoint(tmp_path).config
 
@@ -80,16 +80,16 @@ def test_a_file_of_hugging_faces_form_is_its_folder(tmp_path):
 
 def test_nanogpts_head_is_its_embedding_and_the_books_may_be(tmp_path):
     path, _ = writers.nanogpt(tmp_path)
-    config = read_config(path)
+    config = open_checkpoint(path).config
     assert config.tie_word_embeddings
     assert config.activation == "gelu"
     torch = pytest.importorskip("torch")
     path, _ = writers.book(tmp_path)
-    assert not read_config(path).tie_word_embeddings
+    assert not open_checkpoint(path).config.tie_word_embeddings
     state = torch.load(path)
     state["out_head.weight"] = state["tok_emb.weight"].clone()  # as with OpenAI's weights
     torch.save(state, path)
-    assert read_config(path).tie_word_embeddings
+    assert open_checkpoint(path).config.tie_word_embeddings
 
 
 def test_the_books_heads_are_64_wide_unless_a_config_says_else(tmp_path):
@@ -102,9 +102,9 @@ def test_the_books_heads_are_64_wide_unless_a_config_says_else(tmp_path):
             for name, shape in shapes.items()}  # fmt: skip
     layout = {name: ("F32", tuple(shape)) for name, shape in wide.items()}
     write_safetensors(tmp_path / "x.safetensors", layout, lambda n: np.zeros(layout[n][1], "f4"))
-    assert read_config(tmp_path / "x.safetensors").n_head == 2
+    assert open_checkpoint(tmp_path / "x.safetensors").config.n_head == 2
     (tmp_path / "config.json").write_text('{"n_head": 64}')  # which divides no width of GPT-2's
-    assert read_config(tmp_path / "x.safetensors").n_head == 64
+    assert open_checkpoint(tmp_path / "x.safetensors").config.n_head == 64
 
 
 def test_a_configuration_that_asks_for_too_much_is_refused_at_once(tmp_path, ours):
@@ -142,7 +142,7 @@ def test_what_cannot_fit_is_refused_by_the_headers_alone(tmp_path, monkeypatch):
     def read_tensor(*_: object) -> np.ndarray:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("tinygpt.checkpoints.pretrained.read_tensor", read_tensor)
+    monkeypatch.setattr("tinygpt.checkpoints.load_weights.read_tensor", read_tensor)
     monkeypatch.setattr("tinygpt.runtime.memory.available_memory_bytes", lambda: 1000)
     for form in ("Hugging Face, pytorch_model.bin", "nanoGPT", "the book, .pth", "GGUF Q4_0"):
         (tmp_path / form).mkdir()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinygpt.checkpoints import gguf
+from tinygpt.checkpoints import gguf_file
 from tinygpt.errors import CheckpointError, InputError
 
 WEIGHT = np.random.default_rng(0).normal(size=(6, 64)).astype(np.float32)
@@ -44,19 +44,21 @@ def value(key: str, kind: int, data: bytes) -> bytes:
 # With what is not ours.
 
 
-@pytest.mark.parametrize("kind", gguf.BLOCKS)
+@pytest.mark.parametrize("kind", gguf_file.BLOCKS)
 def test_blocks_have_the_values_that_the_reference_finds(kind):
     """Of any bytes: each type's every bit counts."""
     theirs = pytest.importorskip("gguf")
-    _, numbers, size = gguf.BLOCKS[kind]
+    _, numbers, size = gguf_file.BLOCKS[kind]
     count = 24
     raw = np.random.default_rng(1).integers(0, 256, (count, size), np.uint8)
     for at in {"Q6_K": [size - 2], "Q4_0": [0], "Q5_0": [0], "Q8_0": [0]}.get(kind, [0, 2]):
         scales = np.random.default_rng(2).normal(size=count).astype(np.float16)
         raw[:, at : at + 2] = scales.view(np.uint8).reshape(count, 2)
-    info = gguf.TensorInfo(kind, (4, count // 4 * numbers), 0, raw.size)
+    info = gguf_file.TensorInfo(kind, (4, count // 4 * numbers), 0, raw.size)
     want = theirs.dequantize(raw, theirs.GGMLQuantizationType[kind]).reshape(info.shape)
-    np.testing.assert_allclose(gguf.dequantize(raw.reshape(-1), info), want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        gguf_file.dequantize(raw.reshape(-1), info), want, rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 0.0, 1e-30])
@@ -65,7 +67,7 @@ def test_q8_0_is_made_as_the_reference_makes_it(scale):
     weight = WEIGHT * np.float32(scale)
     weight[0, :32] = np.arange(32) - 15.5  # halves, and a maximum of either sign
     want = theirs.quantize(weight, theirs.GGMLQuantizationType.Q8_0)
-    np.testing.assert_array_equal(gguf.quantize_q8_0(weight), want)
+    np.testing.assert_array_equal(gguf_file.quantize_q8_0(weight), want)
 
 
 def test_what_we_write_the_reference_reads(tmp_path):
@@ -82,7 +84,7 @@ def test_what_we_write_the_reference_reads(tmp_path):
     }
     arrays = {"w": WEIGHT, "h": WEIGHT, "q": WEIGHT, "b": np.ones(3, np.float32)}
     path = tmp_path / "x.gguf"
-    gguf.write(path, metadata, layout, arrays.__getitem__)
+    gguf_file.write(path, metadata, layout, arrays.__getitem__)
     reader = theirs.GGUFReader(path)
     found = {t.name: theirs.dequantize(t.data, t.tensor_type) for t in reader.tensors}
     np.testing.assert_array_equal(found["w"], WEIGHT)
@@ -90,7 +92,7 @@ def test_what_we_write_the_reference_reads(tmp_path):
     assert np.abs(found["q"] - WEIGHT).max() < np.abs(WEIGHT).max() / 200
     read = {name: field.contents() for name, field in reader.fields.items()}
     assert {**metadata, "a.none": read["a.none"]}.items() <= read.items()
-    tensors, back = gguf.read_header(path)
+    tensors, back = gguf_file.read_header(path)
     assert {
         k: v if isinstance(v, str | int | float) else list(v) for k, v in back.items()
     } == metadata
@@ -148,7 +150,7 @@ def test_a_header_that_lies_is_refused(kind, tmp_path):
     values, tensors, data, words = FAULTS[kind]
     path = put(tmp_path / "x.gguf", values, tensors, data)
     with pytest.raises(CheckpointError, match=words) as caught:
-        gguf.read_header(path)
+        gguf_file.read_header(path)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < len(str(path)) + 300
 
@@ -168,30 +170,30 @@ def test_a_header_that_lies_is_refused(kind, tmp_path):
 def test_a_start_that_lies_is_refused(head, words, tmp_path):
     (tmp_path / "x.gguf").write_bytes(head)
     with pytest.raises(CheckpointError, match=words):
-        gguf.read_header(tmp_path / "x.gguf")
+        gguf_file.read_header(tmp_path / "x.gguf")
 
 
 def test_a_list_longer_than_any_vocabulary_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf, "_MAX_TEXTS", 1)
+    monkeypatch.setattr(gguf_file, "_MAX_TEXTS", 1)
     texts = value("k", ARRAY, number("IQ", 8, 2) + text("a") + text("b"))
     with pytest.raises(CheckpointError, match="a list of 2 texts: at most 1 are read"):
-        gguf.read_header(put(tmp_path / "x.gguf", [texts], [], b""))
+        gguf_file.read_header(put(tmp_path / "x.gguf", [texts], [], b""))
 
 
 def test_cut_anywhere_is_refused(tmp_path):
     path = put(tmp_path / "x", [FLAT], [entry("w", (2, 3))], WEIGHT[0, :6].tobytes())
-    tensors, _ = gguf.read_header(path)
+    tensors, _ = gguf_file.read_header(path)
     assert tensors["w"].shape == (2, 3)
     whole = path.read_bytes()
     for size in range(len(whole)):
         path.write_bytes(whole[:size])
         with pytest.raises(CheckpointError):
-            gguf.read_header(path)
+            gguf_file.read_header(path)
 
 
 def test_a_value_too_large_for_its_type_is_refused_and_leaves_nothing(tmp_path):
     for kind in ("F16", "Q8_0"):
         layout = {"w": (kind, (6, 64))}
         with pytest.raises(InputError, match=f"too large for {kind}: choose float32"):
-            gguf.write(tmp_path / "x", {}, layout, lambda _: WEIGHT * np.float32(1e9))
+            gguf_file.write(tmp_path / "x", {}, layout, lambda _: WEIGHT * np.float32(1e9))
     assert list(tmp_path.iterdir()) == []

@@ -19,10 +19,10 @@ import pytest
 from conftest import randomize, weights_of
 
 from tinygpt import GPT, GPTConfig, InputError
-from tinygpt.checkpoints.hf_config import read_config
-from tinygpt.checkpoints.precision import convert
-from tinygpt.checkpoints.pretrained import save_gguf
-from tinygpt.checkpoints.safetensors import read_header, write
+from tinygpt.checkpoints.config_json import read_config
+from tinygpt.checkpoints.quantization import convert
+from tinygpt.checkpoints.safetensors_file import read_header, write
+from tinygpt.checkpoints.save_gguf import save_gguf
 from tinygpt.errors import CheckpointError
 
 # No two sizes alike, so that no axis can pass for another.
@@ -545,7 +545,7 @@ def test_what_cannot_fit_in_memory_is_refused_before_it_is_read(folder, monkeypa
 
     small = GPT(TINY)
     monkeypatch.setattr("tinygpt.runtime.memory.available_memory_bytes", lambda: 1000)
-    monkeypatch.setattr("tinygpt.checkpoints.pretrained.read_tensor", read_tensor)
+    monkeypatch.setattr("tinygpt.checkpoints.load_weights.read_tensor", read_tensor)
     for action, words in (
         (lambda: GPT.from_pretrained(folder), f"the model in {folder} needs"),
         (lambda: GPT(TINY), "a model of this shape needs"),
@@ -635,7 +635,7 @@ def test_loading_gpt2_holds_its_weights_only_once(tmp_path):
 def test_a_bar_shows_where_much_is_read_or_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     for least, shown in ((1, True), (1 << 40, False)):
-        for module in ("pretrained", "safetensors", "gguf"):
+        for module in ("load_weights", "safetensors_file", "gguf_file"):
             monkeypatch.setattr(f"tinygpt.checkpoints.{module}.LONG_BYTES", least)
         GPT(TINY).save_pretrained(tmp_path / "model")
         save_gguf(GPT.from_pretrained(tmp_path / "model"), tmp_path / "x.gguf")

@@ -24,7 +24,7 @@ from tinygpt.runtime.device import renderer
 DTYPES = {
     "float32": dtypes.float32,
     "float16": dtypes.float16,
-    "bfloat16": dtypes.uint16,  # see `kernels.widen`
+    "bfloat16": dtypes.uint16,  # a float32's upper half: see `fast.widen`
     "int8": dtypes.int8,
 }
 
@@ -51,7 +51,7 @@ def _widens_half(clang: Compiler) -> bool:
     """Whether clang does so by itself: for an x86-64 without F16C it calls its library."""
     try:
         clang.compile_cached("float widen(__fp16 *x) { return *x; }")
-    except RuntimeError:  # that tinygrad does not link
+    except RuntimeError:  # clang calls a function of its library, which tinygrad does not link
         return False
     return True
 
@@ -62,10 +62,7 @@ def matrices(model: GPT) -> dict[str, Linear | Embedding]:
     if not model.config.tie_word_embeddings:
         found["lm_head"] = model.lm_head
     for i, block in enumerate(model.blocks):
-        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            found[f"blocks.{i}.attn.{part}"] = getattr(block.attn, part)
-        for part in ("c_fc", "c_proj"):
-            found[f"blocks.{i}.mlp.{part}"] = getattr(block.mlp, part)
+        found |= {f"blocks.{i}.{name}": layer for name, layer in block.linears()}
     return found
 
 
@@ -104,9 +101,6 @@ def set_weight(
 ) -> None:
     """Give a layer a weight, to be held in this dtype.
 
-    int8 is round(weight / scale) with scale = max |row| / 127 for each row, so that the largest
-    number of a row is exact. Source: Dettmers et al. 2022, "LLM.int8()", equation 1, by rows.
-
     Args:
         weight: (out_features, in_features), a float, or int8 with its scale (out_features,).
         dtype: one of DTYPES.
@@ -118,26 +112,45 @@ def set_weight(
         largest = np.maximum(weight.max(1), -weight.min(1).astype(np.float32))
         with np.errstate(over="ignore"):
             _need_finite(name, largest * scale, dtype)
-    if scale is not None and dtype != "int8":
-        weight, scale = weight * scale[:, None], None
+        if dtype != "int8":
+            weight, scale = weight * scale[:, None], None
     if dtype == "int8" and scale is None:
-        largest = np.abs(weight).max(1).astype(np.float32)
-        _need_finite(name, largest, dtype)
-        scale = np.maximum(largest / 127, np.finfo(np.float32).tiny)
-        weight = np.rint(weight / scale[:, None]).astype(np.int8)
-    elif dtype == "float16" and weight.dtype != np.float16:
-        with np.errstate(over="ignore"):
-            weight = weight.astype(np.float16)
-        _need_finite(name, weight, dtype)
-    elif dtype == "bfloat16":
-        weight = to_bfloat16(weight)
-        if (weight & 0x7F80 == 0x7F80).any():
-            _need_finite(name, np.array(np.inf), dtype)
-    elif dtype == "float32":
-        weight = weight.astype(np.float32, copy=False)
+        _need_finite(name, np.abs(weight).max(1).astype(np.float32), dtype)
+        weight, scale = round_to_int8(weight)
+    elif dtype != "int8":
+        weight = _round_to_float(name, weight, dtype)
     device = layer.weight.device
     layer.weight = tensor(weight, device)
     layer.scale = None if scale is None else tensor(scale, device)
+
+
+def round_to_int8(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """round(weight / scale), with scale = max |row| / 127: a row's largest number is exact.
+
+    Args:
+        weight: float (out_features, in_features), finite.
+    Returns:
+        int8 of the same shape, and the scales, float32 (out_features,).
+    Source: Dettmers et al. 2022, "LLM.int8()", equation 1, by rows.
+    """
+    largest = np.abs(weight).max(1).astype(np.float32)
+    scale = np.maximum(largest / 127, np.finfo(np.float32).tiny)
+    return np.rint(weight / scale[:, None]).astype(np.int8), scale
+
+
+def _round_to_float(name: str, weight: np.ndarray, dtype: str) -> np.ndarray:
+    """The weight in float32, float16, or bfloat16 as uint16, to nearest; refused if too large."""
+    if dtype == "bfloat16":
+        halves = to_bfloat16(weight)
+        if (halves & 0x7F80 == 0x7F80).any():  # the exponent of what is infinite or no number
+            _need_finite(name, np.array(np.inf), dtype)
+        return halves
+    if dtype == "float32" or weight.dtype == np.float16:
+        return weight.astype(dtype, copy=False)
+    with np.errstate(over="ignore"):
+        halves = weight.astype(np.float16)
+    _need_finite(name, halves, dtype)
+    return halves
 
 
 def _need_finite(name: str, values: np.ndarray, dtype: str) -> None:
