@@ -1,4 +1,6 @@
-"""One side of one work of compare.py: a process that loads a checkout's model and times turns.
+"""One side of one work of compare.py: a process that times turns of a checkout's package.
+
+It is started in the checkout, with the checkout first on Python's path.
 
 A class below is made once; `turn(number)` then gives the seconds of one unit of the work and what
 came out. Both sides get the same numbers, and so the same prompts and batches.
@@ -20,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+HERE = Path.cwd()
 PROMPT = "To be, or not to be"
 VOCABULARY = 65  # of the characters in Shakespeare's plays, as in training.py
 LARGE = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 8}
@@ -66,10 +69,10 @@ class Train:
     def __init__(self, large: bool, dropout: float, torch: bool = False) -> None:
         from tinygpt import GPT
 
-        try:
+        if Path("tinygpt", "training").is_dir():
             from tinygpt.training.settings import RECIPES, TrainConfig
             from tinygpt.training.step import Trainer
-        except ModuleNotFoundError:  # before modules had folders
+        else:  # before modules had folders
             from tinygpt.recipes import RECIPES, TrainConfig
             from tinygpt.trainer import Trainer
         config = TrainConfig.of(RECIPES["shakespeare-cpu"], {"dropout": dropout})
@@ -133,8 +136,19 @@ def serve(program: str, arguments: str) -> None:
     worker = PROGRAMS[program](**json.loads(arguments))
     for line in sys.stdin:
         seconds, made = worker.turn(int(line))
+        check_origin()
         reply = {"s": seconds, "made": made, "peak_bytes": peak_bytes(program == "start")}
         print(json.dumps(reply), file=replies, flush=True)
+
+
+def check_origin() -> None:
+    """See that all of the package came from the checkout, which is the working folder.
+
+    An editable install of another checkout would give whatever modules this one lacks.
+    """
+    for name, module in sys.modules.items():
+        if name.partition(".")[0] == "tinygpt" and not Path(module.__file__).is_relative_to(HERE):
+            raise RuntimeError(f"{name} comes from {module.__file__}, not from {HERE}")
 
 
 def peak_bytes(children: bool) -> int | None:
