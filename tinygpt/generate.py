@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 from tinygrad import Tensor, UOp, Variable
+from tinygrad.nn.state import get_state_dict
 
 from tinygpt.errors import InputError
 from tinygpt.model import GPT
+from tinygpt.ops.fast import meeting_place
 from tinygpt.runtime import buffers
-from tinygpt.runtime.capture import capture
+from tinygpt.runtime.capture import CapturedStep, capture
 from tinygpt.sampling import Sampling, choose
 
 
@@ -175,8 +177,8 @@ class _Runner:
         self.cache = model.empty_cache(batch_size, self.block_size)
         self.position = 0  # where the token to be read next stands
         self.padding: Tensor | None = None
-        self._read: dict[int, Callable[..., Tensor]] = {}  # one graph for each length of a chunk
-        self._next: dict[tuple, Callable[..., Tensor]] = {}  # one graph for each set of settings
+        self._read: dict[int, CapturedStep] = {}  # one graph for each length of a chunk
+        self._next: dict[tuple, CapturedStep] = {}  # one graph for each set of settings
         self._inputs: dict[tuple, Tensor] = {}  # by name and shape: see `_input`
         self._held: dict[str, Tensor] = {}  # those that say how to choose, in their order
 
@@ -203,7 +205,7 @@ class _Runner:
         while (length := self._length(longest - start)) < longest - start:
             chunk = self._input("tokens", tokens[:, start : start + length])
             if length not in self._read:
-                self._read[length] = _captured(partial(self._read_chunk, chunk))
+                self._read[length] = self._captured(self._read_chunk, tokens=chunk)
             self._read[length](self._place(start, length))
             start += length
         # The last chunk ends where the text does, and so may read some tokens twice. Of a text
@@ -237,7 +239,7 @@ class _Runner:
         length = tokens.shape[1]
         tokens = self._input("tokens", tokens)
         if (key := (length, *self._held)) not in self._next:
-            self._next[key] = _captured(partial(self._next_tokens, tokens=tokens, **self._held))
+            self._next[key] = self._captured(self._next_tokens, tokens=tokens, **self._held)
         chosen = self._next[key](
             self._place(start, length),
             end if length == 1 else Variable("end", 0, length - 1).bind(end),
@@ -255,7 +257,21 @@ class _Runner:
     def _place(self, start: int, length: int) -> UOp:
         return Variable("start_pos", 0, max(1, self.block_size - length)).bind(start)
 
-    def _read_chunk(self, tokens: Tensor, start_pos: UOp) -> Tensor:
+    def _captured(self, function: Callable[..., Tensor], **held: Tensor) -> CapturedStep:
+        """The function of what is held, captured at its first call, and without dropout."""
+
+        def named() -> dict[str, Tensor]:
+            found = {f"weight {name}": x for name, x in get_state_dict(self.model).items()}
+            for i, (keys, values) in enumerate(self.cache):
+                found |= {f"keys {i}": keys, f"values {i}": values}
+            if self.padding is not None:
+                found["padding"] = self.padding
+            return found | held | {"sync": meeting_place()}
+
+        step = Tensor.train(mode=False)(partial(function, **held))
+        return capture(step, named, (function.__name__, self.model.config))
+
+    def _read_chunk(self, start_pos: UOp, *, tokens: Tensor) -> Tensor:
         return self.model.read(tokens, self.cache, start_pos, self.padding)
 
     def _next_tokens(
@@ -263,8 +279,3 @@ class _Runner:
     ) -> Tensor:
         logits = self.model.read(tokens, self.cache, start_pos, self.padding, end)
         return choose(logits, bounds, seeds, step, counts)
-
-
-def _captured(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function captured at its first call, and without dropout."""
-    return capture(Tensor.train(mode=False)(function))

@@ -115,7 +115,7 @@ def test_nothing_is_compiled_after_the_second_step(monkeypatch):
     trainer, compiled = fresh(replace(TINY, dropout=0.1)), []
     for seed in range(2):
         trainer.step([batch(seed)])
-    captured = trainer._jit.captured
+    captured = trainer._jit._replay
     monkeypatch.setattr(
         type(realize.Device["CPU"].compiler),
         "compile",
@@ -124,7 +124,7 @@ def test_nothing_is_compiled_after_the_second_step(monkeypatch):
     )
     for seed in range(2, 5):
         trainer.step([batch(seed)])
-    assert trainer._jit.captured is captured
+    assert trainer._jit._replay is captured
     assert not compiled
 
 

@@ -14,6 +14,7 @@ from tinygrad.nn.state import get_state_dict
 
 from tinygpt.errors import InputError
 from tinygpt.model import GPT
+from tinygpt.ops.fast import meeting_place
 from tinygpt.ops.fused import token_losses
 from tinygpt.runtime import device, memory
 from tinygpt.runtime.capture import capture
@@ -74,12 +75,16 @@ class Trainer:
             config.grad_clip,
         )
         self.counters = Counters(loss_scale=_FIRST_SCALE if config.compute == "float16" else 1.0)
-        self._jit = capture(self._step)
+        self._jit = capture(self._step, self._named, (model.config, config))
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """What must be kept, besides the weights, to go on exactly."""
         return {**self.optimizer.state, **(self.lora.tensors if self.lora else {})}
+
+    def _named(self) -> dict[str, Tensor]:
+        """All tensors that a step touches and is not given."""
+        return {**self.weights, **self.tensors, "sync": meeting_place()}
 
     @property
     def learning_rate(self) -> float:
