@@ -90,17 +90,23 @@ class GPT:
     def empty_cache(self, batch_size: int, length: int) -> Cache:
         """Room for the keys and values of `length` positions: a zeroed (B, H, length, D) pair each.
 
-        Zeroed, because what is read past the end is masked by a factor of 0, which would not
+        It is zeroed because what is read past the end is masked by a factor of 0, which would not
         hide a NaN.
 
         Raises:
             InputError: when the machine has too little memory for it.
         """
-        shape = (batch_size, self.config.n_head, length, self.config.head_dim)
-        size_bytes = 8 * self.config.n_layer * math.prod(shape)
-        require_memory(size_bytes, f"the cache for a batch of {batch_size}")
-        zeros = np.zeros(shape, np.float32)
+        self.require_cache_memory(batch_size, length)
+        zeros = np.zeros(self._cache_shape(batch_size, length), np.float32)
         return [(tensor(zeros), tensor(zeros)) for _ in range(self.config.n_layer)]
+
+    def require_cache_memory(self, batch_size: int, length: int) -> None:
+        """Refuse a cache that would not fit into memory: see `empty_cache`."""
+        size_bytes = 8 * self.config.n_layer * math.prod(self._cache_shape(batch_size, length))
+        require_memory(size_bytes, f"the cache for a batch of {batch_size}")
+
+    def _cache_shape(self, batch_size: int, length: int) -> tuple[int, ...]:
+        return batch_size, self.config.n_head, length, self.config.head_dim
 
     def __call__(
         self,

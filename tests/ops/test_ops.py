@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -11,9 +14,11 @@ import pytest
 from conftest import needs_clang
 from tinygrad import Tensor, UOp, Variable, dtypes
 from tinygrad.dtype import DType
+from tinygrad.runtime.support.compiler_cpu import ClangJITCompiler
 
 from tinygpt.ops import fast, plain
 from tinygpt.ops.plain import Dropout
+from tinygpt.runtime import launch
 
 pytestmark = needs_clang
 Array = np.ndarray
@@ -141,22 +146,23 @@ def test_embedding_of_narrow_weights(dtype):
     hold_equal("embedding", {"ids": ids, "table": table, "scale": np.abs(draw(67))})
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize(("rate", "padded"), [(0.0, False), (0.3, False), (0.3, True)])
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1, 1), (2, 7, 3, 5), (1, 71, 2, 21), (3, 33, 1, 8), (1, 140, 2, 4)]
 )
-def test_attention(shape, rate):
+def test_attention(shape, rate, padded):
     B, T, H, D = shape
     given = {name: draw(B, T, H * D, seed=i) for i, name in enumerate("qkv")}
     dropout = key_of(rate) if rate else None
     results = []
     for form in forms():
         args = tensors(given)
+        pads = np.arange(B, dtype=np.int32) * 2 + 1
+        padding = Tensor(pads, device="CPU").realize() if padded else None
         if form is plain:
-            others = (None, 0, None, None, dropout)
-            y = plain.attention(*args.values(), H, 0.4, *others)
+            y = plain.attention(*args.values(), H, 0.4, None, 0, padding, None, dropout)
         else:
-            y = fast.attention(*args.values(), H, 0.4, dropout)
+            y = fast.attention(*args.values(), H, 0.4, padding, dropout)
         share = Tensor(draw(B, T, H * D, seed=9), device="CPU")
         gradients = (y * share).sum().gradient(*args.values())
         results.append([tensor.numpy() for tensor in (y, *gradients)])
@@ -258,6 +264,28 @@ def test_threshold(shape):
         assert np.array_equal(*found)
 
 
+def test_dropout_drops_its_share_and_no_two_places_alike():
+    x = Tensor.ones(64, 1000, device="CPU")
+    masks = {
+        (place, step): fast.dropout(x, key_of(0.3, place=place, step=step), None).numpy()
+        for place in (0, 1)
+        for step in (0, 1)
+    }
+    for mask in masks.values():
+        assert set(np.unique(mask)) == {0.0, np.float32(1 / 0.7)}
+        assert abs((mask == 0).mean() - 0.3) < 5 * (0.3 * 0.7 / mask.size) ** 0.5
+    for one, other in itertools.combinations(masks.values(), 2):
+        agree = ((one == 0) == (other == 0)).mean()
+        assert abs(agree - (0.3**2 + 0.7**2)) < 0.01
+
+
+def test_a_row_is_dropped_alike_in_whichever_batch_it_stands():
+    x = Tensor(draw(6, 50), device="CPU").realize()
+    whole = fast.dropout(x, key_of(0.5), None).numpy()
+    part = fast.dropout(x[4:].contiguous(), key_of(0.5, first_row=4), None).numpy()
+    np.testing.assert_array_equal(part, whole[4:])
+
+
 def test_a_call_is_held_against_the_c_signature():
     x, weight = Tensor(draw(2, 3), device="CPU"), Tensor(draw(4, 3), device="CPU")
     with pytest.raises(AssertionError, match="weight"):
@@ -265,3 +293,33 @@ def test_a_call_is_held_against_the_c_signature():
     with pytest.raises(AssertionError, match="bias"):
         fast.linear(x, weight, Tensor(np.zeros(4, np.int32), device="CPU"), None, None)
     assert isinstance(x.dtype, DType)
+
+
+def operations() -> list[tuple[Path, str]]:
+    """Every C function that tensors are passed to, with its file."""
+    found = []
+    for file in sorted(Path(fast.__file__).parent.glob("*.c")):
+        for match in re.finditer(r"static void (\w+)\([^)]*\bcore_id\b", file.read_text()):
+            found.append((file, match[1]))
+    return found
+
+
+@pytest.mark.parametrize(
+    "processor", ["arm64,apple-m1", "x86_64,x86-64-v2", "x86_64,icelake-server"]
+)
+def test_the_c_compiles_for_other_processors_and_calls_nothing(processor):
+    compiler = ClangJITCompiler(processor.split(","))
+    assert len(operations()) >= 16
+    for file, function in operations():
+        parameters = launch.signature(file, function)
+        pointers = tuple(p.name for p in parameters if p.pointer)
+        fixed = {p.name: 1.5 for p in parameters if p.type == "float" and not p.pointer}
+        fixed |= {p.name: 3 for p in parameters if p.name == "few"}
+        names = {p.name for p in parameters if not p.pointer} - {"core_id", *fixed}
+        macros = (("WEIGHT", "signed char"), ("ACTIVATION", "gelu_tanh"))
+        if function.endswith("_backward"):
+            macros = (("WEIGHT", "float"), *macros[1:])
+        text = launch.program_text(
+            file, function, pointers, (), tuple(sorted(names)), tuple(fixed.items()), macros
+        )
+        compiler.compile(text)  # fails at a name from outside

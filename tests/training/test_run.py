@@ -193,18 +193,16 @@ def test_a_signal_saves_and_ends(number, data, tmp_path):
 
 def test_a_loss_that_stays_nan_stops_the_run_at_the_last_good_state(data, tmp_path):
     run = train.start(tmp_path / "run", data, TINY | {"steps": 50, "eval_every": 50})
-    step, good = run._step, {}
+    step, good = run.trainer.step, {}
 
-    def poisoned(*args):
+    def poisoned(batches):
         if run.counters.step == 5:
             good.update(weights_of(run.trainer.model))
-            gradients = run.trainer.gradients
-            scaled = lambda loss, slopes: (loss * np.nan, slopes)  # noqa: E731
-            run.trainer.gradients = lambda *given: scaled(*gradients(*given))
-            run.trainer._jit.reset()
-        step(*args)
+        if run.counters.step >= 5:  # the loss of a target that is no token is no number
+            batches = [(tokens, np.full_like(targets, -1)) for tokens, targets in batches]
+        return step(batches)
 
-    run._step = poisoned
+    run.trainer.step = poisoned
     with pytest.raises(InputError, match=r"not finite in 10 steps in a row, to step 15: .*last"):
         run.go()
     saved = weights_of(GPT.from_pretrained(tmp_path / "run" / "last"))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from tinygrad import Tensor
+from tinygrad.nn.state import get_state_dict
 
 from tinygpt.data.dataset import Dataset
 from tinygpt.errors import InputError
@@ -40,7 +41,8 @@ class Scorer:
     def _run(self, function, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
         key = function.__name__, inputs.shape
         if key not in self._graphs:
-            self._graphs[key] = capture(function)
+            what = function.__name__, self.model.config
+            self._graphs[key] = capture(function, get_state_dict(self.model), what)
         return self._graphs[key](Tensor(inputs).realize(), Tensor(targets).realize()).numpy()
 
     def _score(self, inputs: Tensor, targets: Tensor) -> Tensor:

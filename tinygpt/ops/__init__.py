@@ -133,8 +133,8 @@ def attention(
     if fast.usable(q, k, v):
         if cache is not None:
             return fast.attention_cached(q, k, v, n_head, scale, cache, start_pos, padding, row)
-        if padding is None and row is None:
-            return fast.attention(q, k, v, n_head, scale, dropout)
+        if row is None:
+            return fast.attention(q, k, v, n_head, scale, padding, dropout)
     return plain.attention(q, k, v, n_head, scale, cache, start_pos, padding, row, dropout)
 
 

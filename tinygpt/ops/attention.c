@@ -52,6 +52,7 @@ static void attention(float *y,             // (B, T, C)
                       const float *k,
                       const float *v,
                       const unsigned *key,  // (3,): seed, step, first row; absent: no dropout
+                      const int *padding,   // (B,): how much of each row is none; or absent
                       int core_id, int threads, int B, int T, int H, int D, int place,
                       unsigned threshold, float scale, float dropout_scale) {
   long C = (long)H * D;
@@ -62,7 +63,10 @@ static void attention(float *y,             // (B, T, C)
       int rows = MIN(STRIP, T - t0), end = t0 + rows;
       float *weights = probs + ((long)i * T + t0) * T;
       gemm(weights, T, q + at + t0 * C, C, 0, k + at, C, 1, rows, end, D);
-      for (int r = 0; r < rows; r++) softmax(weights + (long)r * T, scale, 0, t0 + r + 1, end);
+      for (int r = 0; r < rows; r++) {
+        int t = t0 + r, first = padding ? MIN(padding[i / H], t) : 0;  // padding sees itself
+        softmax(weights + (long)r * T, scale, first, t + 1, end);
+      }
       if (key) {
         head_dropout d = dropout_of(key, i, T, place, threshold, dropout_scale, H);
         float *mine = scratch + (long)core_id * STRIP * T;

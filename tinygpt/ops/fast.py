@@ -180,7 +180,13 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, n_head: int, scale: float, dropout: Dropout | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    n_head: int,
+    scale: float,
+    padding: Tensor | None,
+    dropout: Dropout | None,
 ) -> Tensor:
     B, T, C = q.shape
     flops = 2 * B * T * T * C
@@ -201,7 +207,7 @@ def attention(
         "y": Tensor.empty(B, T, C, device=q.device),
         "probs": Tensor.empty(B, n_head, T, T, device=q.device),
         "scratch": Tensor.empty(threads, _STRIP if key is not None else 1, T, device=q.device),
-        "q": q, "k": k, "v": v, "key": key,
+        "q": q, "k": k, "v": v, "key": key, "padding": padding,
     }  # fmt: skip
     return launch.call(_file("attention.c"), "attention", tensors, numbers, threads, flops,
                        gradient=gradient)["y"]  # fmt: skip
@@ -285,10 +291,10 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | No
 
 
 def sum_of_squares(tensors: list[Tensor]) -> Tensor:
-    threads = CPU_COUNT.value
-    totals = Tensor.zeros(threads, device=tensors[0].device).contiguous()
-    for tensor in tensors:
-        n = tensor.numel()
+    sizes = [tensor.numel() for tensor in tensors]
+    most = max(count_threads(2 * n) for n in sizes)
+    totals = Tensor.zeros(most, device=tensors[0].device).contiguous()
+    for tensor, n in zip(tensors, sizes, strict=True):
         totals = launch.call(_file("adamw.c"), "sum_of_squares", {"totals": totals, "x": tensor},
                              {"n": n}, count_threads(2 * n), 2 * n)["totals"]  # fmt: skip
     return totals.sum()

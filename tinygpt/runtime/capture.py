@@ -137,6 +137,17 @@ class CapturedStep:
         """The table of calls, where there is one."""
         return self._replay.graph if isinstance(self._replay, _Replay) else None
 
+    @property
+    def kernels(self) -> list[str]:
+        """The names of what it runs in their order, after the first call."""
+        if self._replay is None:
+            return []
+        if isinstance(self._replay, _Replay):
+            return [call.name for call in self._replay.plan.calls]
+        captured = self._replay.jit.captured
+        calls = captured.linear.toposort() if captured else ()
+        return [u.src[0].arg.name for u in calls if u.op is Ops.CALL and u.src[0].op is Ops.PROGRAM]
+
     def _first(self, args: tuple, kwargs: dict) -> Any:
         assert self._function is not None
         if not _takes_graphs():

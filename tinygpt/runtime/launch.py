@@ -19,7 +19,6 @@ from tinygrad.dtype import DType
 from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo
 
-from tinygpt.errors import InputError
 from tinygpt.runtime import buffers
 
 # How C names the types of numbers in memory. A matrix of weights may have any of WEIGHTS; C calls
@@ -80,7 +79,7 @@ def source(file: Path) -> str:
     def included(match: re.Match[str]) -> str:
         return source(file.with_name(match[1]))
 
-    return re.sub(r'^#include "(.*)"$', included, file.read_text(), flags=re.M)
+    return re.sub(r'^#include "(.*)"$', included, file.readprogram_text(), flags=re.M)
 
 
 @functools.cache
@@ -135,7 +134,7 @@ def call(
         for name, number in numbers.items()
         if isinstance(number, int) and name not in fixed
     }
-    text = _text(file, function, tuple(present), tuple(variables), tuple(passed),
+    text = program_text(file, function, tuple(present), tuple(variables), tuple(passed),
                  tuple((n, v) for n, v in numbers.items() if n not in passed | variables),
                  tuple(macros.items()))  # fmt: skip
     device = next(iter(present.values())).device
@@ -201,13 +200,14 @@ def _check(
         if parameter.type == "WEIGHT":
             assert tensor.dtype in WEIGHTS, f"{function}: {parameter.name} is {tensor.dtype}"
             macros |= WEIGHTS[tensor.dtype]
-        elif tensor.dtype != _TYPES[parameter.type]:
-            raise InputError(f"{function}: {parameter.name} is {tensor.dtype}")
+        else:
+            expected = _TYPES[parameter.type]
+            assert tensor.dtype == expected, f"{function}: {parameter.name} is {tensor.dtype}"
     return macros
 
 
 @functools.cache
-def _text(
+def program_text(
     file: Path,
     function: str,
     present: tuple[str, ...],

@@ -73,12 +73,16 @@ class Trainer:
             config.grad_clip,
         )
         self.counters = Counters(loss_scale=_FIRST_SCALE if config.compute == "float16" else 1.0)
-        self._jit = capture(self._step)
+        self._captured = capture(self._step, self._named, (model.config, config))
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """What must be kept, besides the weights, to go on exactly."""
         return {**self.optimizer.state, **(self.lora.tensors if self.lora else {})}
+
+    def _named(self) -> dict[str, Tensor]:
+        """All tensors that a step touches and is not given."""
+        return {**self.weights, **self.tensors}
 
     @property
     def learning_rate(self) -> float:
@@ -112,7 +116,7 @@ class Trainer:
         given = zip(batches, keys, strict=True)
         arrays = [array for (tokens, targets), key in given for array in (tokens, targets, key)]
         tensors = [Tensor(array).realize() for array in arrays]
-        loss, norm, good = self._jit(tensors, Tensor(inputs.array()).realize()).tolist()
+        loss, norm, good = self._captured(tensors, Tensor(inputs.array()).realize()).tolist()
         self._count(good > 0)
         return Outcome(loss, norm, good > 0)
 
