@@ -173,9 +173,9 @@ def test_bad_input_is_one_line(saved, data, tmp_path):
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert "stride is 17: it must be from 1 to the window, 16" in error(
-        saved[0], data.folder, "--stride", "17"
-    )
+    stride = (saved[0], data.folder, "--stride")
+    assert error(*stride, "17") == "--stride is 17: it must be from 1 to the window, 16"
+    assert error(*stride, "0") == "--stride is 0: it must be a whole number, 1 or more"
     assert "FILE goes with" in error(saved[0], "hellaswag")
     assert "FILE goes with" in error(saved[0], data.folder, "x")
     file = tmp_path / "file.jsonl"

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 from tinygpt.checkpoints.open_checkpoint import open_checkpoint
-from tinygpt.commands.flags import add_flag, add_shared, spelled
+from tinygpt.commands.flags import add_flag, add_shared
 from tinygpt.data.dataset import SPLITS, Dataset
-from tinygpt.errors import InputError, check_int
+from tinygpt.errors import InputError
 from tinygpt.evaluation.losses import Scorer, evaluate_data
 from tinygpt.evaluation.tasks import hellaswag, lambada
 from tinygpt.options import Kind
@@ -40,9 +40,11 @@ def run(args: argparse.Namespace) -> int:
     data = None if args.file else Dataset.open(args.data)  # before the model's seconds
     model = found.load()
     if data:
-        if args.stride is not None:  # the window is known only now
-            name, window = spelled(args)("stride"), model.config.block_size
-            check_int(name, args.stride, low=1, below=window + 1)
+        window = model.config.block_size
+        if args.stride is not None and args.stride > window:
+            raise InputError(
+                f"--stride is {args.stride}: it must be from 1 to the window, {window}"
+            )
         result = evaluate_data(model, data, args.split, args.stride)
     else:
         tokenizer = found.tokenizer(args.tokenizer)
