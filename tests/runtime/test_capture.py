@@ -132,6 +132,7 @@ def test_an_input_may_be_what_the_step_holds():
     np.testing.assert_array_equal(got, [6, 12, 18, 36])
 
 
+@needs_runner
 def test_what_does_not_fit_is_refused():
     step = capture(lambda x, n: (x * n).realize())
     step(tensor([1, 2]), 3)
