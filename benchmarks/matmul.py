@@ -17,7 +17,7 @@ import numpy as np
 from tinygrad import Device, Tensor, TinyJit
 from tinygrad.helpers import CPU_COUNT
 
-from tinygpt.ops.fast import matmul
+from tinygpt.ops import matmul
 
 GFLOP = (
     4  # so much in a row, as a step of training has many times that: a call of TinyJit takes 0.5 ms

@@ -34,11 +34,15 @@ class Block(nn.Module):
         B, T, C = x.shape
         q, k, v = self.qkv(x).split(C, dim=2)
         q, k, v = (part.view(B, T, self.config.n_head, -1).transpose(1, 2) for part in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out_proj(y.transpose(1, 2).reshape(B, T, C))
+        dropout = self.config.attn_pdrop if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        return self.dropped(self.out_proj(y.transpose(1, 2).reshape(B, T, C)))
 
     def feed_forward(self, x):
-        return self.c_proj(ACTIVATIONS[self.config.activation](self.c_fc(x)))
+        return self.dropped(self.c_proj(ACTIVATIONS[self.config.activation](self.c_fc(x))))
+
+    def dropped(self, x):
+        return F.dropout(x, self.config.resid_pdrop, self.training)
 
     def forward(self, x):
         if self.config.norm == "pre":
@@ -64,6 +68,7 @@ class TorchGPT(nn.Module):
     def forward(self, tokens, targets):
         """The mean cross entropy of int64 (B, T) twice."""
         x = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]
+        x = F.dropout(x, self.config.embd_pdrop, self.training)
         for block in self.blocks:
             x = block(x)
         x = self.ln_f(x) if self.config.norm == "pre" else x

@@ -15,7 +15,13 @@ from tinygrad.helpers import NOOPT
 from tinygrad.nn.state import get_state_dict
 
 from tinygpt import GPT, Generator, GPTConfig
-from tinygpt.checkpoints.precision import DTYPES, supported
+from tinygpt.checkpoints.quantization import DTYPES, supported
+from tinygpt.commands.main import main
+from tinygpt.runtime import device
+from tinygpt.tokenizer.encoding import char_tokenizer, save_tokenizer
+
+device.forgive_cache()  # as the command line does when it starts
+device.select()
 
 SHARED = Path(__file__).parents[2] / "shared"
 if (SHARED / "tiktoken_cache").is_dir():
@@ -78,3 +84,25 @@ def model() -> GPT:
 @pytest.fixture(scope="session")
 def generator(model: GPT) -> Generator:
     return Generator(model, chunk_size=4)
+
+
+@pytest.fixture
+def cli(capsys):
+    """Runs the program in this process: arguments -> (exit status, stdout, stderr)."""
+    return lambda *argv: (main([str(word) for word in argv]), *capsys.readouterr())
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """Nowhere to fetch a model from, and no cache that might have it."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    for name in ("TINYGPT_CACHE", "HF_HUB_CACHE"):
+        monkeypatch.setenv(name, str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def endless(tmp_path) -> list[str]:
+    """Arguments of a run that goes on: characters have no end token to be drawn."""
+    save_tokenizer(char_tokenizer("Hi!"), tmp_path)
+    shape = ["--layers", "1", "--heads", "1", "--dim", "16", "--context", "16"]
+    return ["Hi", *shape, "--tokenizer", str(tmp_path), "--max-new-tokens", "1000000"]

@@ -165,18 +165,18 @@ def attempt(path: Path) -> str:
     import numpy as np
     from tinygrad.nn.state import get_state_dict
 
-    from tinygpt import GPT
-    from tinygpt.storage import CheckpointError
-    from tinygpt.tokenizer.encoding import load_tokenizer
-    from tinygpt.tokenizer.vocabulary import from_gguf
+    from tinygpt import load_tokenizer
+    from tinygpt.checkpoints.gguf_vocabulary import tokenizer_from_metadata
+    from tinygpt.checkpoints.open_checkpoint import open_checkpoint
+    from tinygpt.errors import CheckpointError
 
     try:
         if path.name == "vocab.json":
             load_tokenizer(path)
             return "loads"
-        model = GPT.from_pretrained(path)
-        if path.suffix == ".gguf":
-            from_gguf(path)
+        found = open_checkpoint(path)
+        model = found.load()
+        tokenizer_from_metadata(found.metadata, path)
     except CheckpointError as error:
         if "\n" in str(error):
             raise AssertionError(f"more than one line: {error}") from error

@@ -15,7 +15,7 @@ from conftest import SMALL, randomize
 from tinygrad import Tensor
 
 from tinygpt import GPT, Generator
-from tinygpt.checkpoints.hf_config import read_config
+from tinygpt.checkpoints.config_json import read_config
 from tinygpt.tokenizer.encoding import save_tokenizer
 from tinygpt.tokenizer.vocabulary import from_merges, spell
 

@@ -80,9 +80,22 @@ def test_the_python_code_works_as_written(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "my-model" / "model.safetensors").is_file()
 
 
-def test_every_module_is_on_the_map():
-    for path in (ROOT / "tinygpt").rglob("*.py"):
-        assert path.stem.startswith("__") or f"`{path.name}`" in README
+def test_the_map_has_every_file_and_no_other():
+    """A line is indented by its depth; two spaces divide its names from what is said of them."""
+    (tree,) = re.findall(r"```text\n(.*?)```", README, re.DOTALL)
+    mapped, folder = set(), ""
+    for line in tree.partition("\ntinygpt/\n")[2].splitlines():
+        names = re.split(r"\s{2,}", line.strip())[0].split()
+        if not line.startswith("    "):
+            folder = names[0] if names[0].endswith("/") else ""
+        mapped |= {folder + name for name in names if not name.endswith("/")}
+    package = ROOT / "tinygpt"
+    assert mapped == {
+        path.relative_to(package).as_posix()
+        for pattern in ("*.py", "*.c", "*.h", "*.md")
+        for path in package.rglob(pattern)
+        if not path.stem.startswith("__")
+    }
 
 
 def test_ci_runs_the_documented_commands():

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
+
 import numpy as np
 import pytest
 from tinygrad import Tensor, Variable, dtypes
 
-from tinygpt import sampling
-from tinygpt.sampling import Sampling, choose
+from tinygpt import InputError, sampling
+from tinygpt.commands import flags
+from tinygpt.options import option
+from tinygpt.sampling import Sampling, Step, choose
 
 LOGITS = np.random.default_rng(0).normal(0, 2, (2, 67)).astype(np.float32)
 LOGITS[1, 10] = LOGITS[1, 20] = LOGITS[1].max() + 1  # a tie at the top
@@ -59,11 +63,11 @@ def test_penalties():
     expected = LOGITS.copy()
     for row, column in np.argwhere(COUNTS[0] > 0):
         expected[row, column] *= 1 / 1.5 if expected[row, column] > 0 else 1.5
-    out = sampling.repetition_penalty(logits, counts, Tensor([1.5])).numpy()
+    out = sampling.repetition_penalty(logits, Tensor([1.5]), counts).numpy()
     np.testing.assert_allclose(out, expected, rtol=1e-6)
-    out = sampling.frequency_penalty(logits, counts, Tensor([0.3])).numpy()
+    out = sampling.frequency_penalty(logits, Tensor([0.3]), counts).numpy()
     np.testing.assert_allclose(out, LOGITS - 0.3 * COUNTS[1], rtol=1e-5, atol=1e-6)
-    out = sampling.presence_penalty(logits, counts, Tensor([0.3])).numpy()
+    out = sampling.presence_penalty(logits, Tensor([0.3]), counts).numpy()
     np.testing.assert_allclose(out, LOGITS - 0.3 * (COUNTS[1] > 0), rtol=1e-5, atol=1e-6)
 
 
@@ -87,39 +91,39 @@ def test_warpers_equal_transformers(seed):
         transformers.MinPLogitsWarper(0.02),
     ):
         theirs = warper(torch.tensor(seen), theirs)
-    settings = Sampling(0.7, top_k=200, top_p=0.8, min_p=0.02, repetition_penalty=1.3)
-    ours = Tensor(logits)
-    for name, bound in bounds(settings).items():
-        if name in sampling.PENALTIES:
-            ours = sampling.PENALTIES[name](ours, Tensor(counts), bound)
-        else:
-            ours = sampling.FILTERS[name](ours, bound)
+    settings = {"temperature": 0.7, "top_k": 200, "top_p": 0.8, "min_p": 0.02}
+    ours = apply(Tensor(logits), Sampling(repetition_penalty=1.3, **settings), Tensor(counts))
     np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-5)
 
 
-def bounds(settings: Sampling) -> dict[str, Tensor]:
-    return {name: Tensor(bound) for name, bound in settings.bounds().items()}
+def steps_of(settings: Sampling) -> list[Step]:
+    return [step._replace(bound=Tensor(step.bound)) for step in settings.steps()]
+
+
+def apply(logits: Tensor, settings: Sampling, counts: Tensor | None = None) -> Tensor:
+    for step in steps_of(settings):
+        logits = step.function(logits, step.bound, *([counts] if step.counted else []))
+    return logits
 
 
 def draws(settings: Sampling, count: int) -> np.ndarray:
     """How often each token is drawn, at one step each from `count` seeds."""
     seeds = Tensor(np.arange(count, dtype=np.uint64))
     logits = Tensor(LOGITS[:1]).expand(count, -1).contiguous()
-    tokens = choose(logits, bounds(settings), seeds).numpy()
+    tokens = choose(logits, steps_of(settings), seeds).numpy()
     return np.bincount(tokens, minlength=LOGITS.shape[1])
 
 
 @pytest.mark.backend
 @pytest.mark.parametrize(
     "settings",
-    [Sampling(), Sampling(0.5), Sampling(2.0, top_k=10), Sampling(top_p=0.8), Sampling(min_p=0.05)],
+    [{}, {"temperature": 0.5}, {"temperature": 2.0, "top_k": 10}, {"top_p": 0.8}, {"min_p": 0.05}],
     ids=["plain", "cold", "hot top-k", "top-p", "min-p"],
 )
 def test_draws_follow_the_distribution(settings):
     """20,000 draws against exact probabilities, by a chi-squared test at 6 sigma."""
-    logits = Tensor(LOGITS[:1])
-    for name, bound in bounds(settings).items():
-        logits = sampling.FILTERS[name](logits, bound)
+    settings = Sampling(**settings)
+    logits = apply(Tensor(LOGITS[:1]), settings)
     expected = softmax(logits.numpy().astype(np.float64))[0] * 20_000
     seen = draws(settings, 20_000)
     assert seen.sum() == 20_000
@@ -138,7 +142,7 @@ def test_steps_of_one_stream_follow_the_distribution_too():
     """As above along the other axis, and neighbouring steps are independent."""
     logits, seeds = Tensor(LOGITS[:1]), Tensor([5], dtype=dtypes.uint64)
     step = Variable("step", 0, 1000)  # one kernel for all
-    tokens = np.array([choose(logits, {}, seeds, step.bind(i)).item() for i in range(300)])
+    tokens = np.array([choose(logits, [], seeds, step.bind(i)).item() for i in range(300)])
     expected = softmax(LOGITS[0].astype(np.float64))
     top = int(expected.argmax())
     share = (tokens == top).mean()
@@ -149,12 +153,57 @@ def test_steps_of_one_stream_follow_the_distribution_too():
 
 
 def test_greedy_takes_the_likeliest_and_of_a_tie_the_first():
-    settings = Sampling(0, top_k=3)
+    settings = Sampling(temperature=0, top_k=3)
     assert settings.greedy
-    assert settings.bounds() == {}
-    assert choose(Tensor(LOGITS), {}).tolist() == LOGITS.argmax(-1).tolist()
+    assert settings.steps() == []
+    assert choose(Tensor(LOGITS), []).tolist() == LOGITS.argmax(-1).tolist()
 
 
 def test_neutral_settings_cost_nothing():
-    assert Sampling(top_p=1.0).active == ()
-    assert Sampling(temperature=0.5, top_k=3).active == ("temperature", "top_k")
+    assert Sampling(top_p=1.0).steps() == []
+    assert [step.name for step in Sampling(top_k=3, temperature=0.5).steps()] == [
+        "temperature",
+        "top_k",
+    ]
+
+
+def test_steps_apply_in_the_order_of_the_fields():
+    every = {"top_p": 0.5, "min_p": 0.1, "top_k": 3, "temperature": 0.5}
+    every |= {"presence_penalty": 0.1, "frequency_penalty": 0.1, "repetition_penalty": 1.1}
+    steps = Sampling(**every).steps()
+    assert [step.name for step in steps] == [field.name for field in fields(Sampling)]
+    assert [step.name for step in steps if step.counted] == [
+        "repetition_penalty",
+        "frequency_penalty",
+        "presence_penalty",
+    ]
+    assert [step.bound.dtype for step in steps if step.name == "top_k"] == [np.int32]
+    greedy = Sampling(**every | {"temperature": 0}).steps()
+    assert [step.name for step in greedy] == [step.name for step in steps if step.counted]
+
+
+def banned(logits: Tensor, token: Tensor) -> Tensor:
+    """A filter that a test has added."""
+    places = Tensor.arange(logits.shape[-1]).reshape(1, -1)
+    return (places == token).where(-np.inf, logits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithBanned(Sampling):
+    banned: int | None = option(
+        None, "never this token", function=banned, counted=False, limits={"low": 0}
+    )
+
+
+def test_a_filter_is_one_function_and_one_field():
+    """From which come the check, the flag with its help, and the place among the steps."""
+    likeliest = int(LOGITS[0].argmax())
+    steps = steps_of(WithBanned(banned=likeliest, temperature=0.5))
+    assert [step.name for step in steps] == ["temperature", "banned"]
+    assert choose(Tensor(LOGITS[:1]), steps).item() == int(np.argsort(LOGITS[0])[-2])
+    with pytest.raises(InputError, match="banned is -1: it must be a whole number, 0 or more"):
+        WithBanned(banned=-1)
+    parser = flags.Parser()
+    flags.add_options(parser, WithBanned)
+    assert parser.parse_args(["--banned", "7"]).banned == 7
+    assert "never this token" in parser.format_help()

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from tinygpt.errors import InputError, show, unknown
+from tinygpt.errors import InputError, unknown
+from tinygpt.options import check_options, option
 
-_CHOICES = {
-    "norm": ("pre", "post"),
-    "position": ("learned", "sinusoidal"),
-    "activation": ("gelu_tanh", "gelu", "relu"),
-}
-_DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
-_FLAGS = (
-    "bias",
-    "shortcut",
-    "tie_word_embeddings",
-    "scale_attn_weights",
-    "scale_attn_by_inverse_layer_idx",
-)
+_SIZE = {"low": 1, "below": 2**31}
+_SHARE = {"low": 0.0, "below": 1.0}
 
 
 @dataclass(frozen=True)
@@ -29,59 +20,77 @@ class GPTConfig:
     The defaults are GPT-2 124M. Names follow GPT-2's published `config.json` where it has one.
     """
 
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    block_size: int = 1024  # the window: how many tokens the model sees at once
-    vocab_size: int = 50257
-    n_inner: int | None = None  # width of the feed-forward's inner layer; None is 4 * n_embd
-    norm: Literal["pre", "post"] = "pre"
-    position: Literal["learned", "sinusoidal"] = "learned"
-    activation: Literal["gelu_tanh", "gelu", "relu"] = "gelu_tanh"
-    bias: bool = True  # in linear layers and layer norms
-    shortcut: bool = True  # the residual connections around both sublayers
-    tie_word_embeddings: bool = True  # the output projection is the token embedding
-    layer_norm_epsilon: float = 1e-5
-    scale_attn_weights: bool = True  # divide attention scores by sqrt(head_dim)
-    scale_attn_by_inverse_layer_idx: bool = False  # and by the block's number, from 1
-    embd_pdrop: float = 0.0  # dropout after the embeddings,
-    attn_pdrop: float = 0.0  # on the attention weights,
-    resid_pdrop: float = 0.0  # and on each sublayer's output
-    initializer_range: float = 0.02
+    n_layer: int = option(12, "transformer blocks", short=("--layers",), limits=_SIZE)
+    n_head: int = option(
+        12, "attention heads in each; they divide the width", short=("--heads",), limits=_SIZE
+    )
+    n_embd: int = option(768, "width of the model", short=("--dim",), limits=_SIZE)
+    block_size: int = option(
+        1024,
+        "the window: how many tokens the model sees at once",
+        short=("--context",),
+        limits=_SIZE,
+    )
+    vocab_size: int = option(
+        50257, "how many token ids there are", short=("--vocab",), limits=_SIZE
+    )
+    n_inner: int | None = option(
+        None,
+        "width of the feed-forward's inner layer; by default 4 * n_embd",
+        short=("--inner",),
+        limits=_SIZE,
+    )
+    norm: Literal["pre", "post"] = option("pre", "layer norms before or after each sublayer")
+    position: Literal["learned", "sinusoidal"] = option("learned", "positional encodings")
+    activation: Literal["gelu_tanh", "gelu", "relu"] = option("gelu_tanh", "in the feed-forward")
+    bias: bool = option(True, "whether linear layers and layer norms have bias terms")
+    shortcut: bool = option(True, "whether both sublayers have residual connections")
+    tie_word_embeddings: bool = option(
+        True, "whether the output projection is the token embedding", off=("--untied",)
+    )
+    layer_norm_epsilon: float = option(
+        1e-5, "what layer norms add to the variance", flag=False, limits=_SHARE
+    )
+    scale_attn_weights: bool = option(
+        True, "attention scores are divided by sqrt(head_dim)", flag=False
+    )
+    scale_attn_by_inverse_layer_idx: bool = option(
+        False, "and by the block's number, from 1", flag=False
+    )
+    embd_pdrop: float = option(0.0, "dropout after the embeddings", flag=False, limits=_SHARE)
+    attn_pdrop: float = option(0.0, "dropout on the attention weights", flag=False, limits=_SHARE)
+    resid_pdrop: float = option(0.0, "dropout on each sublayer's output", flag=False, limits=_SHARE)
+    initializer_range: float = option(
+        0.02,
+        "standard deviation of a new model's weights",
+        flag=False,
+        limits={"low": 0.0, "below": 1e6},
+    )
 
     def __post_init__(self) -> None:
-        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "n_inner"):
-            value = getattr(self, name)
-            if value is None and name == "n_inner":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
-                allowed = "a whole number, 1 or more, below 2**31"
-                raise InputError(f"{name} is {show(value)}: it must be {allowed}")
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise unknown(name, getattr(self, name), allowed)
-        for name in _FLAGS:
-            value = getattr(self, name)
-            if not isinstance(value, bool):
-                raise InputError(f"{name} is {show(value)}: it must be true or false")
-        for name in _DROPOUTS:
-            self._check_number(name, 0.0, 1.0)
-        self._check_number("layer_norm_epsilon", 0.0, 1.0)
-        self._check_number("initializer_range", 0.0, 1e6)
-        if self.n_embd % self.n_head:
+        self.check(vars(self))
+
+    @classmethod
+    def check(cls, values: Mapping[str, Any], spelled: Callable[[str], str] = str) -> None:
+        """Refuse values of which no model can be made.
+
+        Args:
+            values: one for each field, by its name.
+            spelled: a field's name -> what the user calls it: the flag, if it was given as one.
+        Raises:
+            InputError: in those words, with the value and what is allowed.
+        """
+        check_options(cls, values, spelled)
+        width, heads = values["n_embd"], values["n_head"]
+        if width % heads:
             raise InputError(
-                f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: "
+                f"{spelled('n_embd')} {width} is not divisible by {spelled('n_head')} {heads}: "
                 "every head needs the same whole share of the width"
             )
-        if self.position == "sinusoidal" and self.n_embd % 2:
-            raise InputError(f"n_embd is {self.n_embd}: sinusoidal positions need an even width")
-
-    def _check_number(self, name: str, low: float, below: float) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InputError(f"{name} is {show(value)}: it must be a number")
-        if not low <= value < below:
-            raise InputError(f"{name} is {show(value)}: it must be in [{low:g}, {below:g})")
+        if values["position"] == "sinusoidal" and width % 2:
+            raise InputError(
+                f"{spelled('n_embd')} is {width}: sinusoidal positions need an even width"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -101,8 +110,10 @@ class GPTConfig:
         attention = 4 * (C * C + bias * C)
         feed_forward = 2 * C * self.inner_dim + bias * (self.inner_dim + C)
         count = self.vocab_size * C * (1 if self.tie_word_embeddings else 2)
-        count += self.block_size * C * (self.position == "learned")
-        count += norm * (self.norm == "pre")
+        if self.position == "learned":
+            count += self.block_size * C
+        if self.norm == "pre":  # the one after the last block, which post-norm does not need
+            count += norm
         return count + self.n_layer * (attention + feed_forward + 2 * norm)
 
     @classmethod
@@ -134,3 +145,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "nano": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "vocab_size": 257},
     "mini": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 257},
 }
+
+# The fields that are flags of every command which makes a new model.
+SHAPE = tuple(field.name for field in fields(GPTConfig) if field.metadata["flag"])

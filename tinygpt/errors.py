@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import sys
 from contextlib import suppress
 from difflib import get_close_matches
 from reprlib import Repr
+from typing import Any
 
 _REPR = Repr()  # a value from a file may be of any length or depth
 _REPR.maxstring = _REPR.maxother = 100
@@ -22,6 +25,67 @@ def unknown(what: str, value: object, allowed: object) -> InputError:
     near = get_close_matches(str(value)[:100], names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return InputError(f"unknown {what} {show(value)}: {hint}allowed are {', '.join(names)}")
+
+
+# The limits that a number may have: how an error says them, and what holds for a value within.
+_LIMITS = {
+    "low": ("{} or more", operator.ge),
+    "above": ("above {}", operator.gt),
+    "below": ("below {}", operator.lt),
+    "most": ("at most {}", operator.le),
+}
+
+
+def check_int(name: str, value: object, low: int | None = None, below: int | None = None) -> None:
+    """Refuse what is not a whole number with low <= value < below; None sets no limit.
+
+    Args:
+        name: what the user calls it: a flag as it was typed, or a field.
+    Raises:
+        InputError: with the name, the value, and what is allowed.
+    """
+    _check_number(name, value, "a whole number", int, low=low, below=below)
+
+
+def check_float(
+    name: str,
+    value: object,
+    low: float | None = None,
+    below: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+) -> None:
+    """Refuse what is not a finite number with low <= value < below and above < value <= most.
+
+    Args:
+        name: what the user calls it: a flag as it was typed, or a field.
+    Raises:
+        InputError: with the name, the value, and what is allowed.
+    """
+    kind = "a finite number" if below is None and most is None else "a number"
+    _check_number(name, value, kind, int | float, low=low, above=above, below=below, most=most)
+
+
+def _check_number(name: str, value: object, kind: str, types: Any, **limits: float | None) -> None:
+    given = {limit: bound for limit, bound in limits.items() if bound is not None}
+    # True is an int to Python. An int may be too long for a float, but not for a comparison.
+    fits = isinstance(value, types) and not isinstance(value, bool) and -math.inf < value < math.inf
+    if not fits or not all(_LIMITS[limit][1](value, bound) for limit, bound in given.items()):
+        words = [_LIMITS[limit][0].format(_figure(bound)) for limit, bound in given.items()]
+        allowed = f"{kind}, {' and '.join(words)}" if words else kind
+        raise InputError(f"{name} is {show(value)}: it must be {allowed}")
+
+
+def _figure(bound: float) -> str:
+    """A limit as people write it: 2**31 rather than 2147483648, 1 rather than 1.0."""
+    power = int(bound).bit_length() - 1
+    return f"2**{power}" if power >= 20 and bound == 2**power else f"{bound:g}"
+
+
+def check_bool(name: str, value: object) -> None:
+    """Refuse what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise InputError(f"{name} is {show(value)}: it must be true or false")
 
 
 class CheckpointError(InputError):

@@ -2,29 +2,34 @@
 
 Shapes are written with `B` batch, `T` time (tokens given now), `S` time (tokens seen in all), `C`
 channels (n_embd), `H` heads, `D` head_dim. The parts are pure functions of their input and their
-weights; `model` stacks them.
+weights, and `model` stacks them. What they compute with is in `ops`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 
-from tinygrad import Tensor, UOp, dtypes
+from tinygrad import Tensor, UOp
 
+from tinygpt import ops
 from tinygpt.config import GPTConfig
-from tinygpt.ops.fast import linear, matmul, widen
+
+# Input and residual, each (B, T, C) -> their sum behind the sublayer, (B, T, C).
+Sublayer = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class Linear:
-    """y = x @ weight.T + bias. A weight of int8 has a scale for each row: see `precision`."""
+    """y = x @ weight.T + bias. A weight of int8 has a scale for each row: see `quantization`."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
         self.weight = Tensor.empty(out_features, in_features)
         self.bias = Tensor.empty(out_features) if bias else None
         self.scale: Tensor | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias, self.scale)
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(..., in_features) -> (..., out_features), to which the residual is added."""
+        return ops.linear(x, self.weight, self.bias, self.scale, residual)
 
 
 class Embedding:
@@ -35,8 +40,8 @@ class Embedding:
         self.scale: Tensor | None = None
 
     def __call__(self, ids: Tensor) -> Tensor:
-        rows = widen(self.weight[ids])
-        return rows if self.scale is None else rows * self.scale[ids].unsqueeze(-1)
+        """int32 (...) -> (..., width)."""
+        return ops.embedding(ids, self.weight, self.scale)
 
 
 class LayerNorm:
@@ -51,8 +56,43 @@ class LayerNorm:
         self.epsilon = epsilon
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = x.layernorm(eps=self.epsilon) * self.weight
-        return y if self.bias is None else y + self.bias
+        """(..., width) -> (..., width)."""
+        return ops.layer_norm(x, self.weight, self.bias, self.epsilon)
+
+
+class Dropout:
+    """Sets a share of its input to zero while a model is trained, which is when there is a key.
+
+    Source: Srivastava et al. 2014, "Dropout: A Simple Way to Prevent Neural Networks from
+    Overfitting".
+    """
+
+    def __init__(self, rate: float, place: int) -> None:
+        """
+        Args:
+            rate: the share.
+            place: a number of its own for each Dropout of a model.
+        """
+        self.rate, self.place = rate, place
+
+    def at(self, key: Tensor | None) -> ops.Dropout | None:
+        """What is dropped in the step of this key; None for nothing."""
+        return ops.Dropout(self.rate, self.place, key) if key is not None and self.rate else None
+
+    def __call__(self, x: Tensor, key: Tensor | None) -> Tensor:
+        """(B, ...) -> (B, ...)."""
+        dropout = self.at(key)
+        return x if dropout is None else ops.dropout(x, dropout)
+
+
+def project(
+    linear: Linear, x: Tensor, residual: Tensor | None, dropout: Dropout, key: Tensor | None
+) -> Tensor:
+    """The end of a sublayer: linear(x) with dropout, added to the residual."""
+    dropped = dropout.at(key)
+    if dropped is None:
+        return linear(x, residual)
+    return ops.dropout(linear(x), dropped, residual)
 
 
 class MultiHeadAttention:
@@ -68,82 +108,63 @@ class MultiHeadAttention:
         self.v_proj = Linear(C, C, bias)
         self.out_proj = Linear(C, C, bias)
         self.n_head = config.n_head
-        self.attn_pdrop, self.resid_pdrop = config.attn_pdrop, config.resid_pdrop
+        self.weights_dropout = Dropout(config.attn_pdrop, 3 * layer + 1)
+        self.output_dropout = Dropout(config.resid_pdrop, 3 * layer + 2)
         self.scale = 1.0
         if config.scale_attn_weights:
             self.scale /= math.sqrt(config.head_dim)
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer + 1
 
-    def split_heads(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, H, T, D)."""
-        return x.reshape(*x.shape[:2], self.n_head, -1).transpose(1, 2)
-
     def __call__(
         self,
         x: Tensor,
+        residual: Tensor | None = None,
         cache: tuple[Tensor, Tensor] | None = None,
-        start_pos: int | UOp = 0,
+        start_pos: int | UOp | Tensor = 0,
         padding: Tensor | None = None,
+        row: int | UOp | None = None,
+        key: Tensor | None = None,
     ) -> Tensor:
-        """(B, T, C) -> (B, T, C); the arguments are those of GPT, the cache this block's part."""
-        q, k, v = (self.split_heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        if cache is not None:
-            k, v = (_remember(new, old, start_pos) for new, old in zip((k, v), cache, strict=True))
-        scores = matmul(q, k, b_transposed=True) * self.scale  # (B, H, T, S)
-        mask = _causal_mask(x.shape[1], start_pos, padding)
-        if mask is not None:
-            scores = mask.where(scores, -math.inf)
-        weights = scores.softmax(-1).dropout(self.attn_pdrop)
-        y = matmul(weights, v).transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
-        return self.out_proj(y).dropout(self.resid_pdrop)
+        """(B, T, C) -> (B, T, C), to which the residual of that shape is added.
+
+        The other arguments are those of GPT.hidden_states, the cache this block's part.
+        """
+        k, v = self.k_proj(x), self.v_proj(x)
+        if row is not None:
+            x = _column(x, row)
+            residual = None if residual is None else _column(residual, row)
+        q = self.q_proj(x)
+        dropout = self.weights_dropout.at(key)
+        y = ops.attention(
+            q, k, v, self.n_head, self.scale, cache, start_pos, padding, row, dropout
+        )  # (B, T, C)
+        return project(self.out_proj, y, residual, self.output_dropout, key)
 
 
-def _remember(new: Tensor, cache: Tensor, start_pos: int | UOp) -> Tensor:
-    """`new` (B, H, T, D) written into the cache at start_pos; the cache up to there: (B, H, S, D).
-
-    The write happens when the result is computed: in place, so that a JIT sees one fixed buffer.
-    """
-    end = start_pos + new.shape[2]
-    write = cache[:, :, start_pos:end].uop.store(new.cast(cache.dtype).uop)
-    return Tensor(cache.uop.after(write))[:, :, :end]
-
-
-def _causal_mask(T: int, start_pos: int | UOp, padding: Tensor | None) -> Tensor | None:
-    """True where a query may look: at itself and before, but not at padding. (B or 1, 1, T, S)."""
-    if T == 1 and padding is None:
-        return None
-    S = start_pos + T
-    query = (Tensor.arange(T, dtype=dtypes.int32) + start_pos).reshape(1, 1, T, 1)
-    key = Tensor.arange(S, dtype=dtypes.int32).reshape(1, 1, 1, S)
-    mask = key <= query
-    if padding is not None:
-        # A padding query may see itself, since a softmax over nothing would be NaN.
-        mask = mask & (key >= padding.reshape(-1, 1, 1, 1).minimum(query))
-    return mask
+def _column(x: Tensor, row: int | UOp) -> Tensor:
+    """(B, T, C) -> (B, 1, C)."""
+    return x[:, row : row + 1].contiguous()
 
 
 class FeedForward:
     """Two linear layers with a nonlinearity between them, the same for every position.
 
-    Source: Vaswani et al. 2017, section 3.3; GELU: Hendrycks and Gimpel 2016, where "gelu_tanh",
-    which GPT-2 uses, is the approximation and "gelu" the exact form.
+    Source: Vaswani et al. 2017, section 3.3.
     """
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layer: int) -> None:
         self.c_fc = Linear(config.n_embd, config.inner_dim, config.bias)
         self.c_proj = Linear(config.inner_dim, config.n_embd, config.bias)
-        self.activation, self.resid_pdrop = config.activation, config.resid_pdrop
+        self.activation = config.activation
+        self.output_dropout = Dropout(config.resid_pdrop, 3 * layer + 3)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
-        x = self.c_fc(x)  # (B, T, inner_dim)
-        if self.activation == "relu":
-            x = x.relu()
-        else:
-            x = x.gelu("tanh" if self.activation == "gelu_tanh" else "none")
-        # contiguous: computed once, not again for each output channel
-        return self.c_proj(x.contiguous()).dropout(self.resid_pdrop)
+    def __call__(
+        self, x: Tensor, residual: Tensor | None = None, key: Tensor | None = None
+    ) -> Tensor:
+        """(B, T, C) -> (B, T, C), to which the residual of that shape is added."""
+        x = ops.activation(self.c_fc(x), self.activation)  # (B, T, inner_dim)
+        return project(self.c_proj, x, residual, self.output_dropout, key)
 
 
 class TransformerBlock:
@@ -157,21 +178,31 @@ class TransformerBlock:
         self.ln_1 = LayerNorm(config.n_embd, config.layer_norm_epsilon, config.bias)
         self.attn = MultiHeadAttention(config, layer)
         self.ln_2 = LayerNorm(config.n_embd, config.layer_norm_epsilon, config.bias)
-        self.mlp = FeedForward(config)
+        self.mlp = FeedForward(config, layer)
         self.pre_norm, self.shortcut = config.norm == "pre", config.shortcut
 
     def __call__(
         self,
         x: Tensor,
         cache: tuple[Tensor, Tensor] | None = None,
-        start_pos: int | UOp = 0,
+        start_pos: int | UOp | Tensor = 0,
         padding: Tensor | None = None,
+        row: int | UOp | None = None,
+        key: Tensor | None = None,
     ) -> Tensor:
-        """(B, T, C) -> (B, T, C); the arguments are those of MultiHeadAttention."""
-        x = self._sublayer(x, self.ln_1, lambda h: self.attn(h, cache, start_pos, padding))
-        return self._sublayer(x, self.ln_2, self.mlp)
+        """(B, T, C) -> (B, T, C), or with `row` (B, 1, C); the arguments are those of
+        GPT.hidden_states, the cache this block's part."""
+        attention = (cache, start_pos, padding, row, key)
+        x = self._sublayer(x, self.ln_1, lambda h, residual: self.attn(h, residual, *attention))
+        return self._sublayer(x, self.ln_2, lambda h, residual: self.mlp(h, residual, key))
 
-    def _sublayer(self, x, norm, sublayer) -> Tensor:
-        y = sublayer(norm(x).contiguous() if self.pre_norm else x)
-        y = x + y if self.shortcut else y
-        return (y if self.pre_norm else norm(y.contiguous())).contiguous()
+    def linears(self) -> Iterator[tuple[str, Linear]]:
+        """The block's linear layers with their names in it, in the order of their use."""
+        for name, part in (("attn", self.attn), ("mlp", self.mlp)):
+            for own_name, layer in vars(part).items():
+                if isinstance(layer, Linear):
+                    yield f"{name}.{own_name}", layer
+
+    def _sublayer(self, x: Tensor, norm: LayerNorm, sublayer: Sublayer) -> Tensor:
+        y = sublayer(norm(x) if self.pre_norm else x, x if self.shortcut else None)
+        return y if self.pre_norm else norm(y)

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 from tinygrad import Tensor, UOp, dtypes
-from tinygrad.nn.state import get_parameters, get_state_dict
+from tinygrad.nn.state import get_state_dict
 
+from tinygpt import ops
 from tinygpt.config import GPTConfig
 from tinygpt.errors import InputError
-from tinygpt.layers import Embedding, LayerNorm, Linear, TransformerBlock
-from tinygpt.ops.fast import linear
-from tinygpt.ops.reading import fast_reading, read_tokens
+from tinygpt.layers import Dropout, Embedding, LayerNorm, Linear, TransformerBlock
+from tinygpt.runtime import device
 from tinygpt.runtime.buffers import tensor, write
 from tinygpt.runtime.memory import require_memory
 
@@ -38,12 +38,14 @@ class GPT:
             seed: of the random initial weights, the same on every backend; None leaves the weights
                 without values, for a caller that gives each its own.
         """
-        if seed is not None:  # before so much as the blocks of a thousand layers are made
+        device.select()  # before the first tensor is made
+        if seed is not None:  # check first: even the empty blocks of 1,000 layers cost time
             require_memory(4 * config.parameter_count, "a model of this shape")
         self.config = config
         self.wte = Embedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
             self.wpe = Embedding(config.block_size, config.n_embd)
+        self.dropout = Dropout(config.embd_pdrop, place=0)
         self.blocks = [TransformerBlock(config, layer) for layer in range(config.n_layer)]
         if config.norm == "pre":  # post-norm has already normalised what the last block gives
             self.ln_f = LayerNorm(config.n_embd, config.layer_norm_epsilon, config.bias)
@@ -54,14 +56,15 @@ class GPT:
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, dtype: str | None = None) -> GPT:
-        """A model from a folder, a file or a name: see `weights.load_pretrained`."""
-        from tinygpt.checkpoints.pretrained import load_pretrained
+        """A model from a folder, a file or a name: see `load_pretrained`."""
+        from tinygpt.checkpoints.open_checkpoint import load_pretrained
 
+        device.select()
         return load_pretrained(name_or_path, dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model in Hugging Face form: see `weights.save_pretrained`."""
-        from tinygpt.checkpoints.pretrained import save_pretrained
+        """Write the model in Hugging Face form: see `save_pretrained`."""
+        from tinygpt.checkpoints.save_huggingface import save_pretrained
 
         save_pretrained(self, folder)
 
@@ -87,116 +90,113 @@ class GPT:
     def empty_cache(self, batch_size: int, length: int) -> Cache:
         """Room for the keys and values of `length` positions: a zeroed (B, H, length, D) pair each.
 
-        Zeroed, because what is read past the end is masked by a factor of 0, which would not
+        It is zeroed because what is read past the end is masked by a factor of 0, which would not
         hide a NaN.
 
         Raises:
             InputError: when the machine has too little memory for it.
         """
-        shape = (batch_size, self.config.n_head, length, self.config.head_dim)
-        size_bytes = 8 * self.config.n_layer * math.prod(shape)
-        require_memory(size_bytes, f"the cache for a batch of {batch_size}")
-        zeros = np.zeros(shape, np.float32)
+        self.require_cache_memory(batch_size, length)
+        zeros = np.zeros(self._cache_shape(batch_size, length), np.float32)
         return [(tensor(zeros), tensor(zeros)) for _ in range(self.config.n_layer)]
+
+    def require_cache_memory(self, batch_size: int, length: int) -> None:
+        """Refuse a cache that would not fit into memory: see `empty_cache`."""
+        size_bytes = 8 * self.config.n_layer * math.prod(self._cache_shape(batch_size, length))
+        require_memory(size_bytes, f"the cache for a batch of {batch_size}")
+
+    def _cache_shape(self, batch_size: int, length: int) -> tuple[int, ...]:
+        return batch_size, self.config.n_head, length, self.config.head_dim
 
     def __call__(
         self,
         tokens: Tensor,
         cache: Cache | None = None,
-        start_pos: int | UOp = 0,
+        start_pos: int | UOp | Tensor = 0,
         padding: Tensor | None = None,
     ) -> Tensor:
-        """Logits for the token after each position.
+        """Logits for the token after each position: (B, T) -> float32 (B, T, V).
 
-        Args:
-            tokens: int (B, T), ids in [0, vocab_size).
-            cache: from `empty_cache`; the tokens' keys and values are written into it, and those
-                before start_pos are read from it. None: the tokens stand alone.
-            start_pos: position of tokens[:, 0]; a bound tinygrad Variable compiles once for all.
-            padding: int (B,): how many tokens at the left of each row are padding, to be ignored.
-        Returns:
-            float (B, T, V).
-        Raises:
-            InputError: when the tokens reach past the window.
+        The arguments are those of `hidden_states`.
         """
-        return self.project(self.embed_and_transform(tokens, cache, start_pos, padding))
+        return self.logits(self.hidden_states(tokens, cache, start_pos, padding))
 
-    def read(
-        self,
-        tokens: Tensor,
-        cache: Cache,
-        start_pos: UOp,
-        padding: Tensor | None = None,
-        end: int | UOp | None = None,
-    ) -> Tensor:
-        """What generating asks of `__call__`: the cache filled, and one position's logits.
-
-        Args:
-            tokens: int32 (B, T).
-            start_pos: a bound Variable.
-            end: the column of tokens whose logits are wanted, or None.
-        Returns:
-            float32 (B, V); without an end something that need only be realised.
-        """
-        config = self.config
-        head = self.wte if config.tie_word_embeddings else self.lm_head
-        weights = [*get_parameters(self.blocks), *get_parameters(self.wte), *get_parameters(head)]
-        if Tensor.training or not fast_reading(weights):
-            x = self.embed_and_transform(tokens, cache, start_pos, padding)
-            if end is None:
-                return x
-            x = x[:, 0] if tokens.shape[1] == 1 else x[:, end : end + 1].squeeze(1)  # (B, C)
-            return self.project(x).float()
-        places = self._places(tokens.shape[1], start_pos, padding)
-        return read_tokens(
-            tokens, self.encode_positions(places), cache, start_pos, padding, end,
-            table=get_state_dict(self.wte),
-            layers=[get_state_dict(block) for block in self.blocks],
-            final=get_state_dict(self.ln_f) if config.norm == "pre" else {},
-            head=get_state_dict(head),
-            scales=[block.attn.scale for block in self.blocks],
-            epsilon=config.layer_norm_epsilon,
-            activation=config.activation,
-            pre_norm=config.norm == "pre",
-            shortcut=config.shortcut,
-        )  # fmt: skip
-
-    def embed_and_transform(
+    def hidden_states(
         self,
         tokens: Tensor,
         cache: Cache | None = None,
-        start_pos: int | UOp = 0,
+        start_pos: int | UOp | Tensor = 0,
         padding: Tensor | None = None,
+        row: int | UOp | None = None,
+        key: Tensor | None = None,
     ) -> Tensor:
-        """All of the forward pass but the output projection: int (B, T) -> float (B, T, C)."""
+        """All of the forward pass but the output projection.
+
+        Args:
+            tokens: int32 (B, T), ids in [0, vocab_size).
+            cache: from `empty_cache`; the tokens' keys and values are written into it, and those
+                before start_pos are read from it. None: the tokens stand alone.
+            start_pos: position of tokens[:, 0]; a bound tinygrad Variable compiles once for all.
+                int32 (B,): one for each row of the cache.
+            padding: int32 (B,): how many positions at the start of each row are padding, to be
+                ignored.
+            row: compute what comes out for this column of tokens alone; the last block skips the
+                others. None: for all.
+            key: uint32 (3,), for training: what dropout draws from, which is seed, step, and the
+                number of the batch's first row. None: nothing is dropped.
+        Returns:
+            float32 (B, T, C), or (B, 1, C) with `row`.
+        Raises:
+            InputError: when the tokens reach past the window.
+        """
         T = tokens.shape[1]
         if isinstance(start_pos, int) and start_pos + T > self.config.block_size:
             raise InputError(
                 f"tokens at positions {start_pos} to {start_pos + T - 1} reach past the window "
                 f"of {self.config.block_size}: give fewer, or slide the window"
             )
-        x = self.wte(tokens) + self.encode_positions(self._places(T, start_pos, padding))
-        x = x.dropout(self.config.embd_pdrop).contiguous()
+        x = self.wte(tokens) + self.encode_positions(_positions(T, start_pos, padding))
+        x = self.dropout(x.contiguous(), key)  # (B, T, C)
         for i, block in enumerate(self.blocks):
-            x = block(x, None if cache is None else cache[i], start_pos, padding)
+            last_row = row if i == len(self.blocks) - 1 else None
+            x = block(x, cache and cache[i], start_pos, padding, last_row, key)
         return self.ln_f(x) if self.config.norm == "pre" else x
 
-    @staticmethod
-    def _places(T: int, start_pos: int | UOp, padding: Tensor | None) -> Tensor:
-        """The positions of T tokens, counted from where each row's padding ends: (B or 1, T)."""
-        time = Tensor.arange(T, dtype=dtypes.int32).reshape(1, T) + start_pos
-        return time if padding is None else (time - padding.reshape(-1, 1)).maximum(0)
-
-    def encode_positions(self, places: Tensor) -> Tensor:
-        """int (..., T) -> (..., T, C): learned rows, or the fixed waves of Vaswani et al. 3.5."""
+    def encode_positions(self, positions: Tensor) -> Tensor:
+        """int32 (..., T) -> (..., T, C): learned rows, or the fixed waves of Vaswani et al. 3.5."""
         if self.config.position == "learned":
-            return self.wpe(places)
+            return self.wpe(positions)
         half = self.config.n_embd // 2
         rates = (Tensor.arange(half) * (-math.log(10000.0) / half)).exp()
-        angles = places.unsqueeze(-1) * rates  # (..., T, C/2)
+        angles = positions.unsqueeze(-1) * rates  # (..., T, C/2)
         return Tensor.stack(angles.sin(), angles.cos(), dim=-1).flatten(-2)
 
-    def project(self, x: Tensor) -> Tensor:
-        """The output projection: (..., C) -> logits (..., V)."""
+    def logits(self, x: Tensor) -> Tensor:
+        """The output projection, or unembedding: (..., C) -> (..., V)."""
+        weight, scale = self._unembedding
+        return ops.linear(x, weight, scale=scale)
+
+    def losses(self, tokens: Tensor, targets: Tensor, key: Tensor | None = None) -> Tensor:
+        """The cross entropy of each target, in nats, through which gradients go.
+
+        Args:
+            tokens, targets: int32 (B, T).
+            key: as in `hidden_states`.
+        Returns:
+            float32 (B, T).
+        """
+        x = self.hidden_states(tokens, key=key)
+        weight, scale = self._unembedding
+        return ops.cross_entropy(x, weight, targets, scale)
+
+    @property
+    def _unembedding(self) -> tuple[Tensor, Tensor | None]:
         head = self.wte if self.config.tie_word_embeddings else self.lm_head
-        return linear(x.contiguous(), head.weight, scale=head.scale)
+        return head.weight, head.scale
+
+
+def _positions(T: int, start_pos: int | UOp | Tensor, padding: Tensor | None) -> Tensor:
+    """The positions of T tokens, counted from where each row's padding ends: (B or 1, T)."""
+    start = start_pos.reshape(-1, 1) if isinstance(start_pos, Tensor) else start_pos
+    time = Tensor.arange(T, dtype=dtypes.int32).reshape(1, T) + start
+    return time if padding is None else (time - padding.reshape(-1, 1)).maximum(0)

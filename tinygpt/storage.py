@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -20,24 +20,25 @@ if TYPE_CHECKING:
 # Python's objects, JSON takes up to 55 times its bytes.
 MAX_TEXT_BYTES, _MAX_JSON_BYTES = 64 << 20, 12 << 20
 LONG_BYTES = 1 << 30  # of weights, to read or write: a second or more
+TEMPORARY = ".*.tmp"  # matches every name by `temporary_beside`, to find what a killed process left
 
 
 def byte_bar(title: str, total: int | None, least: int = 0) -> tqdm:
     """A progress bar that counts bytes: at a terminal, and where there are `least` of them."""
-    from tinygrad.helpers import tqdm  # here, because not all that has to do with files needs it
+    # Imported here, because most of what reads files shows no bar.
+    from tinygrad.helpers import tqdm
 
     hidden = True if total is not None and total < least else None
     return tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=hidden)
 
 
-def need(condition: bool, fact: str | Callable[[], str]) -> None:
+def need(condition: bool, fact: str) -> None:
     """Raise ValueError where a file lacks what it needs; who reads it adds the file's name.
 
-    Args:
-        fact: as a function where it is asked for so often that to word it each time takes long.
+    The fact is worded on every call: what is checked for each of many tensors raises by itself.
     """
     if not condition:
-        raise ValueError(fact if isinstance(fact, str) else fact())
+        raise ValueError(fact)
 
 
 def _read(path: str | Path, most_bytes: int) -> bytes:
@@ -102,6 +103,11 @@ def write_text(path: str | Path, text: str) -> None:
         file.write(text.encode())
 
 
+def temporary_beside(path: str | Path) -> Path:
+    """A path in the same folder that nothing else has, for what is to be renamed when complete."""
+    return Path(path).parent / f".{secrets.token_hex(8)}.tmp"
+
+
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     """A binary file that takes the place of `path` only once it is complete and on the disk.
@@ -113,7 +119,7 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
         InputError: when the file cannot be written: which, and why.
     """
     target = Path(os.path.realpath(path))  # write through a link, do not replace it
-    temporary = target.parent / f".{secrets.token_hex(8)}.tmp"
+    temporary = temporary_beside(target)
     try:
         if target.exists() and not target.is_file():
             raise OSError("it is there, but not as a file")
@@ -122,7 +128,7 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-        with suppress(OSError):  # the new name, too, survives a power cut where systems allow it
+        with suppress(OSError):  # where the system allows it, the new name survives a power cut too
             folder = os.open(target.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)
@@ -143,11 +149,11 @@ def atomic_folder(path: str | Path, advice: str = "") -> Iterator[Path]:
         InputError: when it cannot be written: which, why, and the advice.
     """
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    temporary = temporary_beside(target)
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        os.rename(temporary, target)  # which takes the place of an empty folder, of no other
+        os.rename(temporary, target)  # this replaces an empty folder, and no other
     except OSError as error:
         raise InputError(f"cannot write {path}: {reason(error)}{advice}") from error
     finally:

@@ -19,9 +19,8 @@ from urllib.request import Request
 
 import pytest
 
-from tinygpt.checkpoints import hub
-from tinygpt.checkpoints.safetensors import CheckpointError
-from tinygpt.errors import InputError
+from tinygpt.checkpoints import download, hub
+from tinygpt.errors import CheckpointError, InputError
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 SINGLE = {CONFIG: b"{}", "vocab.json": b"{}", "model.safetensors": b"weights" * 1000}
@@ -264,7 +263,7 @@ def test_an_index_must_be_what_it_says(index: bytes, server: Server, tmp_path: P
 
 
 def test_small_files_must_be_small(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "MAX_TEXT_BYTES", 1 << 20)
+    monkeypatch.setattr(download, "MAX_TEXT_BYTES", 1 << 20)
     server.files["org/tiny"] = SINGLE | {"vocab.json": b" " * (3 << 20)}
     fails("org/tiny", "vocab.json is larger than 1 MiB")
     monkeypatch.undo()
@@ -299,9 +298,9 @@ def test_no_redirect_gives_up_encryption() -> None:
     request, body = Request("https://hub.example/a"), BytesIO()
     for url in ("http://hub.example/a", "ftp://hub.example/a"):
         with pytest.raises(InputError, match="redirects from https to"):
-            hub._Redirects().redirect_request(request, body, 302, "", Message(), url)
+            download._Redirects().redirect_request(request, body, 302, "", Message(), url)
     assert body.closed
-    allowed = hub._Redirects().redirect_request(
+    allowed = download._Redirects().redirect_request(
         request, body, 302, "", Message(), "https://cdn.example/a"
     )
     assert allowed is not None

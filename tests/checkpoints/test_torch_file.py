@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tinygpt import GPT
-from tinygpt.checkpoints import torch_file as torchfile
+from tinygpt.checkpoints import torch_file
 from tinygpt.checkpoints.stored_tensor import read_tensor
 from tinygpt.errors import CheckpointError
 
@@ -51,7 +51,7 @@ def usual(pickled: bytes = GOOD, **more: bytes) -> list[tuple[str, bytes]]:
 def refuses(path: Path, data: bytes, words: str) -> None:
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=words) as caught:
-        torchfile.read_header(path)
+        torch_file.read_header(path)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < len(str(path)) + 300
 
@@ -68,7 +68,7 @@ def refuses(path: Path, data: bytes, words: str) -> None:
 )
 def test_a_view_is_read_as_its_strides_say(tmp_path, shape, strides, offset, want):
     (tmp_path / "x.pt").write_bytes(archive(usual(tensor(shape, strides, offset))))
-    tensors, rest = torchfile.read_header(tmp_path / "x.pt")
+    tensors, rest = torch_file.read_header(tmp_path / "x.pt")
     assert rest == {}
     np.testing.assert_array_equal(read_tensor(tmp_path / "x.pt", tensors["w"]), want)
 
@@ -109,12 +109,12 @@ def test_a_file_may_be_called_as_it_likes(tmp_path):
     for name in ("run 12:30.pth", "tab\tname.pt"):  # torch calls the folder in it so
         torch = pytest.importorskip("torch")
         torch.save({"w": torch.from_numpy(FLOATS)}, tmp_path / name)
-        found = torchfile.read_header(tmp_path / name)[0]["w"]
+        found = torch_file.read_header(tmp_path / name)[0]["w"]
         np.testing.assert_array_equal(read_tensor(tmp_path / name, found), FLOATS)
 
 
 def test_more_tensors_than_any_model_has_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(torchfile, "MAX_TENSORS", 0)
+    monkeypatch.setattr(torch_file, "MAX_TENSORS", 0)
     refuses(tmp_path / "x.pt", archive(usual()), "it holds 1 tensors: at most 0 are read")
 
 
@@ -183,7 +183,7 @@ def test_cut_anywhere_is_refused(tmp_path):
     for size in range(0, len(data), 3):
         (tmp_path / "x.pt").write_bytes(data[:size])
         with pytest.raises(CheckpointError):
-            torchfile.read_header(tmp_path / "x.pt")
+            torch_file.read_header(tmp_path / "x.pt")
 
 
 def test_tensors_that_share_a_storage_do_not_multiply_it(tmp_path):

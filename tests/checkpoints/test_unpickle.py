@@ -20,7 +20,7 @@ import pytest
 
 import tinygpt
 from tinygpt import GPT
-from tinygpt.checkpoints import torch_file as torchfile
+from tinygpt.checkpoints import torch_file
 from tinygpt.checkpoints.stored_tensor import read_tensor
 from tinygpt.checkpoints.unpickle import ALLOWED, MAX_BYTES, load
 from tinygpt.errors import CheckpointError
@@ -173,7 +173,7 @@ def test_a_bomb_takes_little_memory(kind, tmp_path):
     tracemalloc.start()
     try:
         with pytest.raises(CheckpointError) as caught:
-            torchfile.read_header(path)
+            torch_file.read_header(path)
         assert tracemalloc.get_traced_memory()[1] < 50e6
     finally:
         tracemalloc.stop()
@@ -183,7 +183,7 @@ def test_a_bomb_takes_little_memory(kind, tmp_path):
 def test_a_long_pickle_is_refused_before_it_is_read(tmp_path):
     path = put(tmp_path / "model.pth", b"N" * (MAX_BYTES + 1))
     with pytest.raises(CheckpointError, match=r"'archive/data.pkl' has more than 1 MiB"):
-        torchfile.read_header(path)
+        torch_file.read_header(path)
 
 
 def test_the_allowed_names_are_these():
@@ -234,7 +234,7 @@ def test_what_torch_writes_needs_nothing_more(tmp_path):
         "bool": torch.tensor([True, False]),
     }
     torch.save({"model": tensors, "step": 3}, tmp_path / "x.pt")
-    found, rest = torchfile.read_header(tmp_path / "x.pt")
+    found, rest = torch_file.read_header(tmp_path / "x.pt")
     assert rest == {"step": 3}
     assert found.keys() == tensors.keys()
     for name, info in found.items():

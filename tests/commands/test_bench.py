@@ -12,7 +12,7 @@ from conftest import randomize, reference_of, weights_of
 from tinygrad.nn.state import get_state_dict
 
 from tinygpt import GPT, GPTConfig
-from tinygpt.checkpoints.pretrained import GGUF_TYPES, save_gguf
+from tinygpt.checkpoints.save_gguf import GGUF_TYPES, save_gguf
 from tinygpt.commands import bench, peers
 from tinygpt.errors import InputError
 

@@ -426,6 +426,17 @@ def test_a_tensor_without_a_name_keeps_a_step_from_the_disk(kept):
 
 
 @needs_runner
+def test_values_that_a_function_writes_into_memory_itself_are_not_taken_for_results(kept):
+    def step(x):
+        return (x + buffers.tensor(np.array([5, 6], np.float32))).realize()
+
+    for _ in range(2):
+        captured = capture(step, {}, "key")
+        np.testing.assert_array_equal(captured(tensor([1, 2])).numpy(), [6, 8])
+        assert captured.origin == "captured"
+
+
+@needs_runner
 @pytest.mark.parametrize("cut", ["half", "bit", "other", "foreign", "type", "empty"])
 def test_a_damaged_or_foreign_entry_is_made_anew(kept, cut):
     assert run_kept() == "captured"

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import reference_of
+from program import ROOT
 from tinygrad import Tensor, helpers
 from tinygrad import device as tinygrad_device
 
@@ -20,6 +21,66 @@ def test_a_backend_works_or_does_not():
     assert device.works(os.environ.get("DEV") or "PYTHON")
     assert not device.works("FOO")
     assert not device.works("CPU:FOO")
+
+
+def python(script: str, **env: str | None) -> str:
+    """What a Python prints, in a process of its own; None takes a variable away."""
+    env = {name: value for name, value in {**os.environ, **env}.items() if value is not None}
+    command = [sys.executable, "-c", script]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_importing_changes_nothing(tmp_path):
+    script = """
+import os
+from tinygrad import device
+from tinygrad.helpers import DEV
+before = dict(os.environ), str(DEV), device.diskcache_get, device.diskcache_put
+import tinygpt
+assert before == (dict(os.environ), str(DEV), device.diskcache_get, device.diskcache_put)
+assert not device.Device._opened_devices
+"""
+    python(script, DEV=None, PATH=str(tmp_path), CC=None)
+
+
+LOADS = """
+from tinygrad import Tensor
+from tinygpt import GPT, Generator
+from tinygpt.checkpoints.hub import BUILT_IN
+{before}
+model = GPT.from_pretrained(BUILT_IN, dtype={dtype!r})
+print(len(list(Generator(model).generate([1, 2, 3], max_new_tokens=2, temperature=0))))
+"""
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_python_use_works_without_clang(dtype, tmp_path):
+    """The first model chooses another compiler, as the command line does when it starts."""
+    env = {"DEV": None, "PATH": str(tmp_path), "CC": None, "NOOPT": "0"}
+    assert python(LOADS.format(before="", dtype=dtype), **env) == "2\n"
+
+
+def test_python_use_works_without_clang_where_a_tensor_came_first(tmp_path):
+    """For it tinygrad has chosen a device, as here, which stays, and no compiler yet."""
+    env = {"DEV": None, "PATH": str(tmp_path), "CC": None, "NOOPT": "0"}
+    before = "import os; os.environ['DEV'] = 'CPU'; x = Tensor([1, 2, 3], device='CPU')"
+    assert python(LOADS.format(before=before, dtype=None), **env) == "2\n"
+
+
+def test_the_users_choice_stands(tmp_path):
+    script = """
+import os
+from tinygrad.helpers import DEV
+from tinygpt import GPT, GPTConfig
+{before}
+GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=5), seed=None)
+print(DEV, os.environ.get("DEV"))
+"""
+    assert python(script.format(before=""), DEV="PYTHON") == "PYTHON PYTHON\n"
+    env = {"DEV": None, "PATH": str(tmp_path), "CC": None}
+    assert python(script.format(before="DEV.value = 'PYTHON'"), **env) == "PYTHON None\n"
 
 
 def test_a_pc_without_a_gpu_is_told_by_its_bus(tmp_path, monkeypatch):

@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 import tiktoken
 
+from tinygpt.checkpoints.load_tokenizer import load_tokenizer
 from tinygpt.errors import InputError
-from tinygpt.tokenizer import encoding as module
+from tinygpt.tokenizer import encoding
 from tinygpt.tokenizer.encoding import (
     char_tokenizer,
     decode,
     decode_stream,
     encode,
     end_token,
-    load_tokenizer,
     save_tokenizer,
 )
 from tinygpt.tokenizer.vocabulary import spell
@@ -122,7 +122,7 @@ def gpt2_folder(gpt2: tiktoken.Encoding, tmp_path_factory: pytest.TempPathFactor
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small BPE that the tokenizers package trained and saved, in both forms."""
     tokenizers = pytest.importorskip("tokenizers")
-    texts = [Path(module.__file__).read_text(encoding="utf-8"), *random_texts(1, 400)]
+    texts = [Path(encoding.__file__).read_text(encoding="utf-8"), *random_texts(1, 400)]
     model = tokenizers.ByteLevelBPETokenizer()
     special = ["<s>", END]
     model.train_from_iterator(texts, 900, 2, show_progress=False, special_tokens=special)
@@ -151,7 +151,7 @@ def transformers():
 
 def test_import_is_light() -> None:
     """Neither tiktoken nor tinygrad comes with the module (the package's __init__ left out)."""
-    folder = str(Path(module.__file__).parent)
+    folder = str(Path(encoding.__file__).parents[1])
     code = (
         "import sys, types; package = types.ModuleType('tinygpt'); "
         f"package.__path__ = [{folder!r}]; sys.modules['tinygpt'] = package; "
@@ -434,8 +434,8 @@ def test_long_white_space(small: tiktoken.Encoding, monkeypatch: pytest.MonkeyPa
     """A run that overflows tiktoken's stack is cut where tiktoken's own pieces would end."""
     text = "a" + " " * 1_200_001 + "ab"
     assert small.decode(encode(small, text)) == text
-    shorter = module._LONG_SPACE.pattern.replace("9999", "3")
-    monkeypatch.setattr(module, "_LONG_SPACE", module.re.compile(shorter))
+    shorter = encoding._LONG_SPACE.pattern.replace("9999", "3")
+    monkeypatch.setattr(encoding, "_LONG_SPACE", encoding.re.compile(shorter))
     draw = random.Random(7)
     for _ in range(300):
         text = "".join(draw.choices("   \n\t\u3000\u0085\x1ca'1.", k=30))

@@ -10,8 +10,8 @@ import pytest
 import regex
 
 from tinygpt.errors import InputError
-from tinygpt.tokenizer import learn_bpe as bpe
-from tinygpt.tokenizer.encoding import decode, encode, end_token, load_tokenizer, save_tokenizer
+from tinygpt.tokenizer import learn_bpe
+from tinygpt.tokenizer.encoding import decode, encode, end_token, folder_tokenizer, save_tokenizer
 from tinygpt.tokenizer.learn_bpe import bpe_tokenizer, train_bpe
 from tinygpt.tokenizer.vocabulary import spell
 
@@ -54,7 +54,7 @@ def text() -> str:
     """Some Python, some letters of a small alphabet (many ties, long words) and some of each."""
     draw = random.Random(0)
     noise = "".join(draw.choices("aab \n", k=3000)) + "".join(draw.choices("xyz", k=2000))
-    return Path(bpe.__file__).read_text(encoding="utf-8") + noise + "\n".join(TEXTS) * 2
+    return Path(learn_bpe.__file__).read_text(encoding="utf-8") + noise + "\n".join(TEXTS) * 2
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -96,7 +96,7 @@ def test_transformers_reads_the_folder_and_gives_the_same_ids(text, tmp_path):
         ids = encode(ours, sample)
         assert theirs(sample)["input_ids"] == ids
         assert decode(ours, ids) == sample == theirs.decode(ids, clean_up_tokenization_spaces=False)
-    assert load_tokenizer(tmp_path).encode_ordinary(text) == encode(ours, text)
+    assert folder_tokenizer(tmp_path).encode_ordinary(text) == encode(ours, text)
 
 
 def test_what_is_learnt_shortens_text(text):

@@ -14,7 +14,7 @@ from tinygrad import Tensor
 
 from tinygpt import GPT, InputError, load_tokenizer
 from tinygpt.tokenizer.encoding import char_tokenizer
-from tinygpt.training import run_files as checkpoint
+from tinygpt.training import run_files
 
 TOKENIZER = char_tokenizer("".join(map(chr, range(32, 99))))
 
@@ -27,7 +27,7 @@ def tensors(seed: int = 0) -> dict[str, Tensor]:
 
 def save(run: Path, step: int, seed: int = 0) -> tuple[GPT, dict[str, Tensor]]:
     model, kept = randomize(GPT(SMALL), seed), tensors(seed)
-    checkpoint.save(run, model, TOKENIZER, kept, {"step": step, "best": None})
+    run_files.save(run, model, TOKENIZER, kept, {"step": step, "best": None})
     return model, kept
 
 
@@ -38,12 +38,12 @@ def names(run: Path) -> list[str]:
 def test_what_is_saved_is_loaded(tmp_path):
     model, kept = save(tmp_path / "new" / "run", 12)
     last = tmp_path / "new" / "run" / "last"
-    found, arrays, state = checkpoint.load(last)
+    found, arrays, state = run_files.load(last)
     assert found.config == model.config
     for name, value in weights_of(found).items():
         np.testing.assert_array_equal(value, weights_of(model)[name])
     fresh = tensors(1)
-    checkpoint.restore(fresh, arrays, last)
+    run_files.restore(fresh, arrays, last)
     for name, tensor in fresh.items():
         np.testing.assert_array_equal(tensor.numpy(), kept[name].numpy())
     assert state["step"] == 12
@@ -55,9 +55,9 @@ def test_the_links_lead_to_the_newest_and_the_best_and_the_rest_goes(tmp_path):
     for step in (1, 2, 3, 4, 5):
         save(tmp_path, step)
         if step == 2:
-            checkpoint.link(tmp_path, "best", tmp_path / "step-00000002")
+            run_files.link(tmp_path, "best", tmp_path / "step-00000002")
         (tmp_path / ".abc.tmp").mkdir()  # as a killed process leaves it
-        checkpoint.prune(tmp_path, keep=2)
+        run_files.prune(tmp_path, keep=2)
     kept = ["step-00000002", "step-00000004", "step-00000005"]
     assert names(tmp_path) == ["best", "last", *kept]
     assert (tmp_path / "best").resolve().name == kept[0]
@@ -67,9 +67,9 @@ def test_the_links_lead_to_the_newest_and_the_best_and_the_rest_goes(tmp_path):
 def test_a_step_can_be_saved_again(tmp_path):
     save(tmp_path, 1, seed=0)
     model, _ = save(tmp_path, 1, seed=1)
-    checkpoint.prune(tmp_path, keep=1)
+    run_files.prune(tmp_path, keep=1)
     assert names(tmp_path) == ["last", "step-00000001"]
-    found = weights_of(checkpoint.load(tmp_path / "last")[0])
+    found = weights_of(run_files.load(tmp_path / "last")[0])
     np.testing.assert_array_equal(found["wte.weight"], weights_of(model)["wte.weight"])
 
 
@@ -102,26 +102,26 @@ def test_a_full_disk_at_any_moment_leaves_the_last_checkpoint(call, tmp_path, mo
             monkeypatch.setattr(owner, call, usual)
         assert "no space left" in message
         assert "\n" not in message
-        loaded, _, state = checkpoint.load(tmp_path / "last")
+        loaded, _, state = run_files.load(tmp_path / "last")
         assert state["step"] == 1 or call in ("fsync", "symlink", "replace")
         if state["step"] == 1:
             ours, theirs = weights_of(loaded), weights_of(before)
             np.testing.assert_array_equal(ours["wte.weight"], theirs["wte.weight"])
     assert failures >= 1
-    checkpoint.prune(tmp_path, keep=1)
+    run_files.prune(tmp_path, keep=1)
     assert names(tmp_path) == ["last", "step-00000002"]
 
 
 def test_a_checkpoint_of_another_shape_is_refused_in_one_line(tmp_path):
     save(tmp_path, 1)
-    arrays = checkpoint.load(tmp_path / "last")[1]
+    arrays = run_files.load(tmp_path / "last")[1]
     wider = tensors() | {"b": Tensor.zeros(8).contiguous()}
     with pytest.raises(InputError, match=r"training.safetensors: b is float32 \(7,\), .* \(8,\)"):
-        checkpoint.restore(wider, arrays, tmp_path)
+        run_files.restore(wider, arrays, tmp_path)
     with pytest.raises(InputError, match="lacks 'c'"):
-        checkpoint.restore(tensors() | {"c": Tensor.zeros(8)}, arrays, tmp_path)
+        run_files.restore(tensors() | {"c": Tensor.zeros(8)}, arrays, tmp_path)
     with pytest.raises(InputError, match="has, but this run does not, 'b'"):
-        checkpoint.restore({"a.mean": tensors()["a.mean"]}, arrays, tmp_path)
+        run_files.restore({"a.mean": tensors()["a.mean"]}, arrays, tmp_path)
 
 
 def test_damage_and_strangers_are_refused_in_one_line(tmp_path):
@@ -129,20 +129,20 @@ def test_damage_and_strangers_are_refused_in_one_line(tmp_path):
     last = tmp_path / "last"
     (last / "training.safetensors").write_bytes(b"nothing")
     with pytest.raises(InputError, match=r"training.safetensors: .*"):
-        checkpoint.load(last)
+        run_files.load(last)
     (last / "state.json").write_text(json.dumps({"format": "other"}))
     with pytest.raises(InputError, match=r"its format is 'other', not .* pass it as --model"):
-        checkpoint.load(last)
+        run_files.load(last)
     (last / "state.json").unlink()
     with pytest.raises(InputError, match=r"state.json: no such file"):
-        checkpoint.load(last)
+        run_files.load(last)
 
 
 def test_a_model_of_any_form_survives(tmp_path):
     config = replace(SMALL, norm="post", position="sinusoidal", tie_word_embeddings=False)
     model = randomize(GPT(config))
-    checkpoint.save(tmp_path, model, TOKENIZER, {}, {"step": 0})
-    found = checkpoint.load(tmp_path / "last")[0]
+    run_files.save(tmp_path, model, TOKENIZER, {}, {"step": 0})
+    found = run_files.load(tmp_path / "last")[0]
     assert found.config == config
     for name, value in weights_of(found).items():
         np.testing.assert_array_equal(value, weights_of(model)[name])

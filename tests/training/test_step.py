@@ -66,8 +66,7 @@ def test_gradients_equal_pytorch(norm, kernels, shape, monkeypatch):
     theirs = torch_model(trainer)
     inputs, targets = batch(1)
     torch_step(theirs, theirs.adamw(0.0), inputs, targets)  # which also clips
-    with Tensor.train():
-        _, gradients = trainer.gradients([(Tensor(inputs), Tensor(targets))])
+    _, gradients = trainer.gradients([(Tensor(inputs), Tensor(targets))])
     ours = {name: gradient.numpy() for name, gradient in gradients.items()}
     length = np.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in ours.values()))
     expected = theirs.gradients()
@@ -95,8 +94,10 @@ def test_ten_steps_equal_pytorch():
 
 
 @pytest.mark.slow
-def test_accumulated_batches_equal_the_whole_batch():
-    whole, parts = fresh(), fresh(replace(TINY, batch_size=1, accumulate=4))
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_accumulated_batches_equal_the_whole_batch(dropout):
+    config = replace(TINY, dropout=dropout)
+    whole, parts = fresh(config), fresh(replace(config, batch_size=1, accumulate=4))
     for seed in range(3):
         inputs, targets = batch(seed)
         a = whole.step([(inputs, targets)])
@@ -115,7 +116,6 @@ def test_nothing_is_compiled_after_the_second_step(monkeypatch):
     trainer, compiled = fresh(replace(TINY, dropout=0.1)), []
     for seed in range(2):
         trainer.step([batch(seed)])
-    captured = trainer._jit._replay
     monkeypatch.setattr(
         type(realize.Device["CPU"].compiler),
         "compile",
@@ -124,7 +124,6 @@ def test_nothing_is_compiled_after_the_second_step(monkeypatch):
     )
     for seed in range(2, 5):
         trainer.step([batch(seed)])
-    assert trainer._jit._replay is captured
     assert not compiled
 
 

@@ -16,7 +16,7 @@ DTYPES = {"BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "F16"
 DTYPES |= {"U32": "<u4", "I32": "<i4", "F32": "<f4", "U64": "<u8", "I64": "<i8", "F64": "<f8"}
 DTYPES |= {"BF16": "<u2"}  # a float32's upper half, which NumPy has no type for
 SIZES = {name: np.dtype(spelled).itemsize for name, spelled in DTYPES.items()}
-MAX_RANK, MAX_ELEMENTS = 32, 2**48  # what every NumPy can hold, also as an empty array
+MAX_RANK, MAX_ELEMENTS = 32, 2**48  # every NumPy can hold so much, also as an empty array
 MAX_TENSORS = 20_000  # in a file: GPT-2 XL's, with its optimizer's, are 2,400
 
 
@@ -24,7 +24,7 @@ MAX_TENSORS = 20_000  # in a file: GPT-2 XL's, with its optimizer's, are 2,400
 class TensorInfo:
     """A tensor in a file: its bytes are `start` to `end`, counted from the file's beginning."""
 
-    dtype: str  # one of DTYPES, or of `gguf.BLOCKS`
+    dtype: str  # one of DTYPES, or of `gguf_file.BLOCKS`
     shape: tuple[int, ...]
     start: int
     end: int
@@ -48,7 +48,7 @@ def read_tensor(source: str | Path | BinaryIO, info: TensorInfo) -> np.ndarray:
         source: the file that `info` was read from, as a path or opened for binary reading.
     Returns:
         an array of info.shape; BF16 comes as float32, the rest as the NumPy type of that name. Of
-        a type made of blocks (see `gguf`) the bytes alone: uint8 (end - start,).
+        a type made of blocks (see `gguf_file`) the bytes alone: uint8 (end - start,).
     Raises:
         CheckpointError: when the file can no longer be read or has become shorter.
     """
@@ -71,7 +71,7 @@ def read_tensor(source: str | Path | BinaryIO, info: TensorInfo) -> np.ndarray:
     array = (raw != 0) if info.dtype == "BOOL" else raw.view(DTYPES[info.dtype])
     if info.strides is None:
         array = array.reshape(info.shape)
-    else:  # whoever made the info has checked that no element lies outside
+    else:  # whoever made the info has checked that every element lies inside
         steps = tuple(step * array.itemsize for step in info.strides)
         array = np.lib.stride_tricks.as_strided(array, info.shape, steps, writeable=False)
     if info.dtype == "BF16":

@@ -7,40 +7,60 @@ whether query, key and value are one matrix, and in which way round a matrix lie
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+from tinygrad.nn.state import get_state_dict
+
 from tinygpt.config import GPTConfig
+from tinygpt.layers import TransformerBlock
+
+# Query, key and value, where a form has them as one matrix.
+_QKV = "attn.q_proj attn.k_proj attn.v_proj"
+_OUTSIDE_BLOCKS = ("wte", "wpe", "ln_f", "lm_head")
 
 
 @dataclass(frozen=True)
 class Dialect:
     """The names and shapes of one form."""
 
+    form: str
     block: str  # what stands before the names of a block's parts; {} is its number
-    names: dict[str, str]  # our part -> theirs; "attn" is query, key and value in one
+    names: dict[str, str]  # our part, or several that are one there -> theirs
     transposed: bool = False  # a block's matrices are (in, out), where ours are (out, in)
     biased: bool = True  # biases are there also where the model has none, as zeros
     norm: tuple[str, str] = ("weight", "bias")  # what a layer norm's two vectors are called
-    ignored: str = "(?!)"  # a pattern for what is no weight: causal masks, which files carry along
+    ignored: str = "(?!)"  # matches what is no weight: the causal masks in files
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One tensor of theirs: its shape in the file, and what it is to us."""
+class ExpectedTensor:
+    """A tensor that a file must hold: its shape there, and what it is to us."""
 
     shape: tuple[int, ...]
     ours: tuple[str, ...]  # the names of ours that it holds, in order along our first axis
     transposed: bool = False
 
+    def split(self, array: np.ndarray) -> list[np.ndarray]:
+        """What it holds of ours, in the order of `ours`, from its values in the file."""
+        return np.split(array.T if self.transposed else array, len(self.ours))
+
+    def join(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """Its values in a file, from ours: what `split` takes apart."""
+        array = np.concatenate(parts)
+        return array.T if self.transposed else array
+
 
 # GPT-2 as `transformers` has it. Source: its `modeling_gpt2.py`.
-HF = Dialect(
+HUGGING_FACE = Dialect(
+    form="Hugging Face",
     block="h.{}.",
     names={
         "wte": "wte",
         "wpe": "wpe",
         "ln_1": "ln_1",
-        "attn": "attn.c_attn",
+        _QKV: "attn.c_attn",
         "attn.out_proj": "attn.c_proj",
         "ln_2": "ln_2",
         "mlp.c_fc": "mlp.c_fc",
@@ -52,15 +72,16 @@ HF = Dialect(
     ignored=r"h\.\d+\.attn\.(bias|masked_bias)",
 )
 # Source: https://github.com/karpathy/nanoGPT, `model.py`.
-NANOGPT = replace(HF, transposed=False, biased=False)
+NANOGPT = replace(HUGGING_FACE, form="nanoGPT", transposed=False, biased=False)
 # Source: GGUF's `MODEL_TENSORS` and `TENSOR_NAMES` for the architecture "gpt2".
 GGUF = Dialect(
+    form="GGUF",
     block="blk.{}.",
     names={
         "wte": "token_embd",
         "wpe": "position_embd",
         "ln_1": "attn_norm",
-        "attn": "attn_qkv",
+        _QKV: "attn_qkv",
         "attn.out_proj": "attn_output",
         "ln_2": "ffn_norm",
         "mlp.c_fc": "ffn_up",
@@ -71,6 +92,7 @@ GGUF = Dialect(
 )
 # Raschka, "Build a Large Language Model (From Scratch)". Source: its chapter 4, `GPTModel`.
 BOOK = Dialect(
+    form="book",
     block="trf_blocks.{}.",
     names={
         "wte": "tok_emb",
@@ -91,49 +113,61 @@ BOOK = Dialect(
 )
 
 
-def layout(config: GPTConfig, dialect: Dialect, int8: bool = False) -> dict[str, Entry]:
+def expected_tensors(
+    config: GPTConfig, dialect: Dialect, int8: bool = False
+) -> dict[str, ExpectedTensor]:
     """Every tensor that a file of this form holds for a model of this shape, by its name there.
 
     Args:
         int8: whether each matrix has a scale for each output beside it, under `...scale`, which is
             an addition of our own to Hugging Face's form.
     """
-    C, inner = config.n_embd, config.inner_dim
-    found: dict[str, Entry] = {}
-
-    def add(name: str, ours: tuple[str, ...], *shape: int, turned: bool = False) -> None:
-        weight, bias = dialect.norm if len(shape) == 1 else ("weight", "bias")
-        turned = turned and dialect.transposed
-        at = shape[::-1] if turned else shape
-        found[f"{name}.{weight}"] = Entry(at, tuple(f"{x}.weight" for x in ours), turned)
-        if int8 and len(shape) == 2 and ours != ("wpe",):
-            found[f"{name}.scale"] = Entry(shape[:1], tuple(f"{x}.scale" for x in ours))
-        if ours[0] not in ("wte", "wpe", "lm_head") and (config.bias or dialect.biased):
-            found[f"{name}.{bias}"] = Entry(shape[:1], tuple(f"{x}.bias" for x in ours))
-
-    names = dialect.names
-    add(names["wte"], ("wte",), config.vocab_size, C)
-    if config.position == "learned":
-        add(names["wpe"], ("wpe",), config.block_size, C)
-    for i in range(config.n_layer):
-        us, them = f"blocks.{i}.", dialect.block.format(i)
-        add(them + names["ln_1"], (f"{us}ln_1",), C)
-        if "attn" in names:
-            ours = tuple(f"{us}attn.{x}_proj" for x in "qkv")
-            add(them + names["attn"], ours, 3 * C, C, turned=True)
-        else:
-            for x in "qkv":
-                part = f"attn.{x}_proj"
-                add(them + names[part], (us + part,), C, C, turned=True)
-        add(them + names["attn.out_proj"], (f"{us}attn.out_proj",), C, C, turned=True)
-        add(them + names["ln_2"], (f"{us}ln_2",), C)
-        add(them + names["mlp.c_fc"], (f"{us}mlp.c_fc",), inner, C, turned=True)
-        add(them + names["mlp.c_proj"], (f"{us}mlp.c_proj",), C, inner, turned=True)
-    if config.norm == "pre":
-        add(names["ln_f"], ("ln_f",), C)
-    if not config.tie_word_embeddings:
-        add(names["lm_head"], ("lm_head",), config.vocab_size, C)
+    found: dict[str, ExpectedTensor] = {}
+    for theirs, ours, shape in _parts(config, dialect):
+        is_matrix, in_block = len(shape) == 2, ours[0].startswith("blocks.")
+        weight, bias = ("weight", "bias") if is_matrix else dialect.norm
+        transposed = dialect.transposed and is_matrix and in_block
+        there = shape[::-1] if transposed else shape
+        found[f"{theirs}.{weight}"] = ExpectedTensor(there, _each(ours, "weight"), transposed)
+        if int8 and is_matrix and ours != ("wpe",):
+            found[f"{theirs}.scale"] = ExpectedTensor(shape[:1], _each(ours, "scale"))
+        if (in_block or not is_matrix) and (config.bias or dialect.biased):
+            found[f"{theirs}.{bias}"] = ExpectedTensor(shape[:1], _each(ours, "bias"))
     return found
+
+
+def _parts(
+    config: GPTConfig, dialect: Dialect
+) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...]]]:
+    """The parts of a model: the name there, ours for what is in it, and its weight's shape here."""
+    names, C = dialect.names, config.n_embd
+    yield names["wte"], ("wte",), (config.vocab_size, C)
+    if config.position == "learned":
+        yield names["wpe"], ("wpe",), (config.block_size, C)
+    shapes = _block_shapes(config)
+    for i in range(config.n_layer):
+        for key, theirs in names.items():
+            if key in _OUTSIDE_BLOCKS:
+                continue
+            ours = key.split()
+            rows = sum(shapes[part][0] for part in ours)
+            shape = (rows, *shapes[ours[0]][1:])
+            yield dialect.block.format(i) + theirs, tuple(f"blocks.{i}.{x}" for x in ours), shape
+    if config.norm == "pre":
+        yield names["ln_f"], ("ln_f",), (C,)
+    if not config.tie_word_embeddings:
+        yield names["lm_head"], ("lm_head",), (config.vocab_size, C)
+
+
+def _block_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights in one block, as the block itself has them, by the part's name."""
+    parameters = get_state_dict(TransformerBlock(config, layer=0))  # without values, so no memory
+    weights = {name: x.shape for name, x in parameters.items() if name.endswith(".weight")}
+    return {name.removesuffix(".weight"): shape for name, shape in weights.items()}
+
+
+def _each(parts: tuple[str, ...], what: str) -> tuple[str, ...]:
+    return tuple(f"{part}.{what}" for part in parts)
 
 
 def weight_name(name: str) -> str:

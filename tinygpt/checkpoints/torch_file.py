@@ -22,7 +22,7 @@ from tinygpt.errors import CheckpointError, reason, show
 from tinygpt.storage import need
 
 _MAX_LIST_BYTES = 4 << 20  # of the archive's list of contents: some 40,000 entries
-_LOCAL = struct.Struct("<4s5H3I2H")  # what stands before each entry's bytes, then name and extra
+_LOCAL = struct.Struct("<4s5H3I2H")  # stands before each entry's name, extra field and bytes
 # How a file by torch before 1.6 begins, pickles one after the other. Source: `MAGIC_NUMBER`.
 OLD_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 
@@ -75,7 +75,7 @@ def _records(file: BinaryIO) -> dict[str, tuple[int, ZipInfo]]:
     try:
         with ZipFile(_Listing(file)) as archive:
             entries = archive.infolist()
-    # The second is zipfile's for an archive of a version that it does not know.
+    # zipfile raises NotImplementedError for an archive of a version that it does not know.
     except (BadZipFile, NotImplementedError, OverflowError, struct.error) as error:
         raise ValueError(f"its zip archive is damaged: {reason(error)}") from error
     records: dict[str, tuple[int, ZipInfo]] = {}
@@ -85,11 +85,12 @@ def _records(file: BinaryIO) -> dict[str, tuple[int, ZipInfo]]:
         folder, _, rest = name.partition("/")
         inside = rest or folder  # the folder may be called as any file is
         plain = inside.isprintable() and ":" not in inside and "\\" not in name
-        plain = plain and not {"", ".", ".."} & set(name.split("/"))
-        need(plain, f"the entry {show(name)} is no plain name in a folder")
+        if not plain or {"", ".", ".."} & set(name.split("/")):
+            raise ValueError(f"the entry {show(name)} is no plain name in a folder")
         need(name not in records, f"the entry {show(name)} is there twice")
         stored = entry.compress_type == ZIP_STORED and entry.file_size == entry.compress_size
-        need(stored and not entry.flag_bits & 1, f"{show(name)} is compressed or encrypted")
+        if not stored or entry.flag_bits & 1:
+            raise ValueError(f"{show(name)} is compressed or encrypted")
         start = _start(file, entry)
         records[name] = start, entry
         spans.append((entry.header_offset, start + entry.file_size, name))
@@ -145,22 +146,34 @@ def _place(
 ) -> TensorInfo:
     """Where in the file a tensor's numbers lie, all of them inside its storage."""
     label, storage = f"tensor {show(name)}:", tensor.storage
-    need(f"{folder}data/{storage.key}" in records, f"{label} no storage {show(storage.key)}")
-    begin, entry = records[f"{folder}data/{storage.key}"]
-    size = SIZES[storage.dtype]
-    fits = storage.size * size == entry.file_size
-    need(fits, f"{label} {storage.size} of {storage.dtype} are not {entry.file_size} bytes")
+    record = records.get(f"{folder}data/{storage.key}")
+    if record is None:
+        raise ValueError(f"{label} no storage {show(storage.key)}")
+    begin, entry = record
+    item_bytes = SIZES[storage.dtype]
+    if storage.size * item_bytes != entry.file_size:
+        fact = f"{storage.size} of {storage.dtype} are not {entry.file_size} bytes"
+        raise ValueError(f"{label} {fact}")
+    span = _span(label, tensor)
+    if tensor.offset + span > storage.size:
+        raise ValueError(f"{label} reaches past its storage of {storage.size}")
+    start = begin + tensor.offset * item_bytes
+    end = start + span * item_bytes
+    return TensorInfo(storage.dtype, tensor.shape, start, end, _strides(tensor))
+
+
+def _span(label: str, tensor: TorchTensor) -> int:
+    """How many numbers of its storage lie from a tensor's first to its last."""
     count = math.prod(max(n, 1) for n in tensor.shape)
-    need(count <= MAX_ELEMENTS, lambda: f"{label} shape {show(tensor.shape)} is too large")
-    steps = zip(tensor.shape, tensor.strides, strict=True)
-    span = 0 if 0 in tensor.shape else 1 + sum((n - 1) * step for n, step in steps)
-    inside = tensor.offset + span <= storage.size
-    need(inside, f"{label} reaches past its storage of {storage.size}")
-    if span < (0 if 0 in tensor.shape else count):  # elements that lie over one another
-        words = f"shape {show(tensor.shape)} with strides {show(tensor.strides)}"
-        raise ValueError(f"{label} {words}")
-    start = begin + tensor.offset * size
-    return TensorInfo(storage.dtype, tensor.shape, start, start + span * size, _strides(tensor))
+    if count > MAX_ELEMENTS:
+        raise ValueError(f"{label} shape {show(tensor.shape)} is too large")
+    if 0 in tensor.shape:
+        return 0
+    span = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.strides, strict=True))
+    if span < count:  # numbers that lie over one another
+        fact = f"shape {show(tensor.shape)} with strides {show(tensor.strides)}"
+        raise ValueError(f"{label} {fact}")
+    return span
 
 
 def _strides(tensor: TorchTensor) -> tuple[int, ...] | None:

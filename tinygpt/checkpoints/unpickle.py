@@ -65,19 +65,20 @@ def _ordered_dict(*pairs: Any) -> dict:
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> TorchTensor:
     """Source: torch/_utils.py, `_rebuild_tensor_v2`; the rest is of use in training alone."""
-    need(isinstance(storage, Storage), lambda: f"a tensor's storage is {show(storage)}")
+    if not isinstance(storage, Storage):
+        raise ValueError(f"a tensor's storage is {show(storage)}")
     for numbers in ([offset], shape, strides):
         whole = isinstance(numbers, list | tuple) and len(numbers) <= MAX_RANK
-        good = whole and all(type(n) is int and 0 <= n < MAX_ELEMENTS for n in numbers)
-        if not good:
+        if not whole or not all(type(n) is int and 0 <= n < MAX_ELEMENTS for n in numbers):
             raise ValueError(f"a tensor has {show(numbers)} where whole numbers, 0 or more, belong")
-    even = len(shape) == len(strides)
-    need(even, lambda: f"a tensor of shape {show(shape)} has strides {show(strides)}")
+    if len(shape) != len(strides):
+        raise ValueError(f"a tensor of shape {show(shape)} has strides {show(strides)}")
     return TorchTensor(storage, offset, tuple(shape), tuple(strides))
 
 
 def _rebuild_parameter(tensor: Any, *rest: Any) -> TorchTensor:
-    need(isinstance(tensor, TorchTensor), lambda: f"a parameter is {show(tensor)}, not a tensor")
+    if not isinstance(tensor, TorchTensor):
+        raise ValueError(f"a parameter is {show(tensor)}, not a tensor")
     return tensor
 
 
@@ -169,7 +170,8 @@ class _Machine:
 
     def name(self, module: Any, name: Any) -> None:
         """A name, if it is one of the allowed."""
-        need(type(module) is type(name) is str, lambda: f"its pickle has the name {show(name)}")
+        if not type(module) is type(name) is str:
+            raise ValueError(f"its pickle has the name {show(name)}")
         full = f"{module} {name}"
         if full not in ALLOWED:
             asked = show(f"{module}.{name}")
@@ -179,8 +181,9 @@ class _Machine:
     def call(self) -> None:
         """REDUCE: what an allowed name makes of its arguments."""
         name, arguments = self.last(2)
-        known = isinstance(name, Name) and name.full in _CALLS and isinstance(arguments, tuple)
-        need(known, lambda: f"its pickle calls {show(name)}, which is nothing to call")
+        known = isinstance(name, Name) and name.full in _CALLS
+        if not known or not isinstance(arguments, tuple):
+            raise ValueError(f"its pickle calls {show(name)}, which is nothing to call")
         self.calls += 1  # a parameter takes two
         need(self.calls <= 2 * MAX_TENSORS, f"its pickle has more than {MAX_TENSORS} tensors")
         self.stack.append(_CALLS[name.full](*arguments))
@@ -213,8 +216,8 @@ class _Machine:
     def build(self) -> None:
         """BUILD: the attributes of an OrderedDict, torch's `_metadata`, which nothing needs."""
         state = self.last(1)[0]
-        known = type(state) is dict and type(self.stack[-1]) is dict
-        need(known, lambda: f"its pickle sets the state of {show(self.stack[-1])}")
+        if type(state) is not dict or type(self.stack[-1]) is not dict:
+            raise ValueError(f"its pickle sets the state of {show(self.stack[-1])}")
 
     def push(self, value: Any) -> None:
         """A value on the stack."""

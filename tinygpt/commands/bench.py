@@ -1,7 +1,7 @@
 """How fast this machine generates, as a share of what it can do, and beside other programs.
 
-All read the same weights with as many threads, and take turns, so that what else the machine does
-meets them alike. Numbers are medians over the rounds.
+All programs read the same weights with the same number of threads. They take turns, so that other
+work on the machine disturbs all of them alike. Numbers are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from tinygrad.helpers import CPU_COUNT
 
 import tinygpt
 from tinygpt.checkpoints import hub
-from tinygpt.checkpoints.detect import read_config
-from tinygpt.checkpoints.precision import DTYPES, check_dtype
-from tinygpt.checkpoints.pretrained import GGUF_TYPES
+from tinygpt.checkpoints.open_checkpoint import Checkpoint, open_checkpoint
+from tinygpt.checkpoints.quantization import DTYPES, check_dtype
+from tinygpt.checkpoints.save_gguf import GGUF_TYPES
+from tinygpt.commands.bench_tables import tables
+from tinygpt.commands.flags import add_flag, add_shared
 from tinygpt.commands.peers import Contender, environment
-from tinygpt.commands.terminal import KINDS
 from tinygpt.config import GPTConfig
 from tinygpt.errors import InputError, say
 from tinygpt.model import GPT
 from tinygpt.runtime import device
-from tinygpt.tokenizer.encoding import load_tokenizer
 
 _PACKAGES = ("tinygrad", "numpy", "torch", "transformers", "llama-cpp-python")
-_STREAM_BYTES, _BLOCK_BYTES = 1 << 30, 4 << 20  # far more than a cache holds, in parts
+_STREAM_BYTES, _BLOCK_BYTES = 1 << 30, 4 << 20  # far more than any cache holds
 _MATMUL_SIZES = (1024, 1536, 2048)
 _PROMPT = "The most important thing about a machine is"
 
@@ -52,7 +52,7 @@ class Work:
     name: str
     batch_size: int
     prompt_length: int
-    count: int  # of tokens to choose
+    count: int  # how many tokens to choose
 
 
 WORKS = (
@@ -64,19 +64,19 @@ WORKS = (
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
-    add = parser.add_argument
-    add("--model", metavar="NAME|PATH", help="which to run (default: gpt2 with random weights)")
+    words = "which to run (default: gpt2 with random weights)"
+    add_flag(parser, "--model", metavar="NAME|PATH", help=words)
     types = f"{', '.join(DTYPES)} (default: {', '.join(GGUF_TYPES)})"
-    add("--dtype", metavar="T", help=f"of its weights: {types}")
-    add("--peers", help="also stock tinygrad, transformers and llama.cpp", **KINDS[True])
-    add("--rounds", default=5, help="how many turns each takes (default: 5)", **KINDS[int])
-    add("--json", help="print only the line of JSON, not the tables", **KINDS[True])
+    add_shared(parser, "--dtype", help=f"of its weights: {types}")
+    words = "also stock tinygrad, transformers and llama.cpp"
+    add_flag(parser, "--peers", kind=bool, help=words)
+    words = "how many turns each takes (default: 5)"
+    add_flag(parser, "--rounds", kind=int, default=5, help=words, low=1)
+    add_shared(parser, "--json", help="print only the line of JSON, not the tables")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print. The exit status is 1 when tinygpt itself failed at something."""
-    if args.rounds < 1:
-        raise InputError(f"--rounds is {args.rounds}: it must be 1 or more")
     device.check()
     if args.dtype:
         check_dtype(args.dtype)
@@ -94,14 +94,15 @@ def run(args: argparse.Namespace) -> int:
         result = measure(folder, families, args.rounds)
     result["conditions"]["model"] = args.model or "gpt2, random weights"
     if not args.json:
-        print(_report(result))
+        print(tables(result))
     print(json.dumps(result))
     return int(any(name.startswith("tinygpt") for name in result["failures"]))
 
 
 def measure(folder: Path, families: Sequence[tuple[str, str]], rounds: int) -> dict[str, Any]:
     """What the command prints as JSON: `families` are pairs of peers.FAMILIES and dtypes."""
-    config, conditions = read_config(folder), _conditions(rounds)
+    found, conditions = open_checkpoint(folder), _conditions(rounds)
+    config = found.config
     works = [w for w in WORKS if w.prompt_length + w.count - 1 <= config.block_size]
     failures: dict[str, str] = {}
     with ExitStack() as stack:
@@ -117,7 +118,7 @@ def measure(folder: Path, families: Sequence[tuple[str, str]], rounds: int) -> d
     return {
         "conditions": conditions,
         "machine": machine,
-        "first_token": _first_token(folder, config.vocab_size, failures),
+        "first_token": _first_token(found, failures),
         "results": results,
         "ratios": compare(results),
         "failures": failures,
@@ -131,10 +132,10 @@ def take_turns(
     vocab_size: int,
     failures: dict[str, str],
 ) -> tuple[dict[str, dict[Work, list[dict]]], dict[str, float]]:
-    """Let each do each work: once to warm up, then once a round, one after the other.
+    """Let each contender do each work in turn: once to warm up, then once a round.
 
     Args:
-        failures: who fails is put here, with the reason, and not asked again.
+        failures: a contender that fails is put here with the reason, and is not asked again.
     Returns:
         the replies, by name and work, and what the machine reached between the rounds.
     """
@@ -151,7 +152,7 @@ def take_turns(
                 try:
                     reply = contender.ask(prompts, work.count)
                     replies[contender.name][work] += [reply] if number else []
-                except Exception as error:  # whatever others' packages raise
+                except Exception as error:  # other packages may raise anything
                     reason = " ".join(str(error).split())
                     if "No module named" in reason:
                         reason += "; pip install 'tinygpt[bench]' brings it"
@@ -162,9 +163,10 @@ def take_turns(
 
 
 def machine_limits() -> dict[str, float]:
-    """What this machine reaches now in reading a large array, and in a matmul: best of a few."""
+    """What this machine reaches now in reading a large array and in a matmul: the best of a few."""
     rates, flops = [], []
-    # Times a vector, eight long rows at a time: from one place after the other memory gives less.
+    # Each block is multiplied with a vector, eight long rows at once, because reading from several
+    # places of memory in turn is faster than reading from one.
     blocks = np.ones((_STREAM_BYTES // _BLOCK_BYTES, 8, _BLOCK_BYTES // 32), np.float32)
     parts = np.array_split(blocks, CPU_COUNT.value)
     with ThreadPoolExecutor(CPU_COUNT.value) as pool:
@@ -193,7 +195,7 @@ def summarize(
     works, rates = {}, dict.fromkeys(machine, 0.0)
     weight_bytes = DTYPES[contender.dtype].itemsize
     if contender.name == "llama.cpp int8":
-        weight_bytes = 34 / 32  # Q8_0 has a float16 scale for each 32
+        weight_bytes = 34 / 32  # Q8_0 adds a float16 scale to each 32 weights
     for work, answers in replies.items():
         if work.count == 1:
             times, tokens = [reply["first_s"] for reply in answers], work.prompt_length
@@ -211,26 +213,32 @@ def summarize(
 
 
 def weights_read(config: GPTConfig) -> int:
-    """How many weights the next token takes: all, but a row of tables that are only looked up."""
-    rows = config.block_size * (config.position == "learned")
-    rows += config.vocab_size * (not config.tie_word_embeddings)
+    """How many weights are read for the next token.
+
+    That is all of them, less the tables of which only a row is looked up.
+    """
+    rows = config.block_size if config.position == "learned" else 0
+    if not config.tie_word_embeddings:
+        rows += config.vocab_size
     return config.parameter_count - rows * config.n_embd
 
 
 def prefill_flops(config: GPTConfig, length: int) -> int:
-    """Multiplications and additions from a prompt of that length to the next token's logits: of the
-    last block only keys, values, and what one token needs."""
+    """How many multiplications and additions lead from a prompt to the next token's logits.
+
+    In the last block that is the keys and values of all tokens, and the rest for the last one.
+    """
     C, last = config.n_embd, config.n_layer - 1
     keys_and_values, rest = 2 * 2 * C * C, 2 * (2 * C * C + 2 * C * config.inner_dim)
-    scores = 2 * length * C  # two products of a row with as many, of which the mask leaves half
+    scores = 2 * length * C  # two products, of which the mask leaves half
     blocks = length * (config.n_layer * keys_and_values + last * (rest + scores))
     return blocks + rest + 2 * scores + 2 * C * config.vocab_size
 
 
 def compare(results: dict[str, dict]) -> dict[str, dict[str, dict[str, float]]]:
-    """How many times as fast ours are: ours -> peer -> work -> ratio of medians.
+    """How many times as fast as each peer tinygpt is: ours -> peer -> work -> ratio of medians.
 
-    A peer is taken with the same type of weights, or in float32 where it has no such.
+    A peer is compared in the same type of weights, or in float32 where it does not have that type.
     """
     families = dict.fromkeys(name.rpartition(" ")[0] for name in results)
     ratios: dict[str, dict] = {}
@@ -245,14 +253,16 @@ def compare(results: dict[str, dict]) -> dict[str, dict[str, dict[str, float]]]:
     return ratios
 
 
-def _first_token(folder: Path, vocab_size: int, failures: dict[str, str]) -> dict[str, float]:
-    """Seconds from starting the program to its first new text: without any compiled kernel, then
-    with those of that first time, the median of three."""
-    command = [sys.executable, "-m", "tinygpt", _PROMPT, "--model", str(folder)]
+def _first_token(found: Checkpoint, failures: dict[str, str]) -> dict[str, float]:
+    """Seconds from starting the program to its first new text.
+
+    Cold is with no compiled kernels kept; warm is with those, and the median of three.
+    """
+    command = [sys.executable, "-m", "tinygpt", "generate", _PROMPT, "--model", str(found.path)]
     command += ["--max-new-tokens", "1"]
     try:
-        load_tokenizer(folder, vocab_size)
-    except InputError:  # GPT-2's, and no network to fetch it with
+        found.tokenizer()
+    except InputError:  # it is GPT-2's, and there is no network to fetch it with
         command += ["--tokenizer", "bytes"]
     times: dict[str, list[float]] = {"cold_s": [], "warm_s": []}
     with tempfile.TemporaryDirectory(prefix="tinygpt-bench-") as empty:
@@ -289,33 +299,3 @@ def _conditions(rounds: int) -> dict[str, Any]:
         "packages": packages,
         "rounds": rounds,
     }
-
-
-def _report(result: dict[str, Any]) -> str:
-    """The result as tables."""
-    c, machine, results = (result[key] for key in ("conditions", "machine", "results"))
-    works = list(next(iter(results.values()), {"works": {}})["works"])
-    limits = f"{machine['gb_per_s']:.1f} GB/s", f"{machine['gflop_per_s']:.0f} GFLOP/s"
-    speeds, shares = [["tokens/s", *works]], [["of the machine's", *limits, "peak memory"]]
-    for name, one in results.items():
-        speeds.append([name, *(f"{one['works'][work]['tokens_per_s']:.1f}" for work in works)])
-        rates = (f"{one[key]:.1f} ({one[f'{key}_share']:.0%})" for key in machine)
-        shares.append([name, *rates, f"{one['peak_memory_bytes'] / 1e9:.2f} GB"])
-    ratios = [["times as fast as", *works]]
-    for name, peers in result["ratios"].items():
-        for peer, ratio in peers.items():
-            ratios.append([f"{name} / {peer}", *(f"{ratio[work]:.2f}" for work in works)])
-    where = f"{c['threads']} threads of {c['cpu']} (load before: {c['load_before']})"
-    parts = [f"{c['model']}: {where}, tinygrad on {c['device']}"]
-    parts += [_table(rows) for rows in (speeds, shares, ratios) if len(rows) > 1]
-    if first := result["first_token"]:
-        cold, warm = first["cold_s"], first["warm_s"]
-        parts.append(f"a new process's first token: cold caches {cold:.2f} s, warm {warm:.2f} s")
-    parts += [f"failed: {name}: {reason}" for name, reason in result["failures"].items()]
-    return "\n\n".join(parts) + "\n"
-
-
-def _table(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
-    return "\n".join("  ".join(line) for line in lines)

@@ -1,6 +1,6 @@
 """Turn a checkpoint of any form into one of Hugging Face's form, or into a GGUF file.
 
-What comes out is there whole or not at all, and nothing that is there already is replaced.
+The result is written whole or not at all, and never replaces what is already there.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinygpt.checkpoints import hub
-from tinygpt.checkpoints.detect import read_config
-from tinygpt.checkpoints.precision import DTYPES, check_dtype, dtype_of
-from tinygpt.checkpoints.pretrained import check_gguf, save_gguf
+from tinygpt.checkpoints.open_checkpoint import Checkpoint, open_checkpoint
+from tinygpt.checkpoints.quantization import DTYPES, check_dtype, dtype_of
+from tinygpt.checkpoints.save_gguf import check_gguf, save_gguf
+from tinygpt.commands.flags import add_flag, add_shared
 from tinygpt.config import GPTConfig
 from tinygpt.errors import CheckpointError, InputError, say
-from tinygpt.model import GPT
+from tinygpt.options import Kind
 from tinygpt.runtime import device
 from tinygpt.storage import atomic_folder
-from tinygpt.tokenizer.encoding import load_tokenizer, save_tokenizer
+from tinygpt.tokenizer.encoding import save_tokenizer
 
 if TYPE_CHECKING:
     from tiktoken import Encoding
@@ -30,10 +30,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", metavar="IN", help="a model's folder or file, or a name to fetch, such as gpt2")
     add("out", metavar="OUT", help="the folder (hf) or file (gguf) to make")
-    add("--to", choices=("hf", "gguf"), required=True, help="the form of what comes out")
+    kind = Kind(str, choices=("hf", "gguf"))
+    add_flag(parser, "--to", kind=kind, required=True, help="the form of what comes out")
     names = ", ".join(DTYPES)
-    add("--dtype", metavar="TYPE", help=f"of the weights: {names}, in GGUF Q8_0 (default: as held)")
-    add("--tokenizer", metavar="T", help="gpt2, bytes, or a folder (default: the model's own)")
+    add_shared(parser, "--dtype", help=f"of the weights: {names}, in GGUF Q8_0 (default: as held)")
+    add_shared(parser, "--tokenizer")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,19 +45,18 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if os.path.lexists(out):
         raise InputError(f"{out} is there already: name another, or remove it first")
-    source = hub.resolve(args.source)
-    config = read_config(source)
-    tokenizer = _tokenizer(args.tokenizer, source, config.vocab_size)
+    found = open_checkpoint(args.source)
+    tokenizer = _tokenizer(found, args.tokenizer)
     save = {"hf": to_hf, "gguf": to_gguf}[args.to]
-    save(source, out, config, tokenizer, args.dtype)
+    save(found, out, tokenizer, args.dtype)
     print(out)
     return 0
 
 
-def _tokenizer(given: str | None, source: Path, vocab_size: int) -> Encoding | None:
+def _tokenizer(found: Checkpoint, given: str | None) -> Encoding | None:
     """The model's tokenizer; None, and a word about it, where it brings none."""
     try:
-        return load_tokenizer(given or source, vocab_size)
+        return found.tokenizer(given)
     except InputError as error:
         if given or isinstance(error, CheckpointError):
             raise
@@ -64,18 +64,16 @@ def _tokenizer(given: str | None, source: Path, vocab_size: int) -> Encoding | N
         return None
 
 
-def to_hf(
-    source: Path, out: Path, config: GPTConfig, tokenizer: Encoding | None, dtype: str | None
-) -> None:
+def to_hf(found: Checkpoint, out: Path, tokenizer: Encoding | None, dtype: str | None) -> None:
     """A folder that `transformers` loads as a model and a tokenizer.
 
     Raises:
         InputError: for a model that GPT-2's form cannot say, or what cannot be written.
     """
     for name in ("norm", "position", "shortcut"):
-        if (value := getattr(config, name)) != getattr(GPTConfig, name):
+        if (value := getattr(found.config, name)) != getattr(GPTConfig, name):
             raise InputError(f"{name} is {value!r}, which Hugging Face's gpt2 cannot say")
-    model = GPT.from_pretrained(source, dtype)
+    model = found.load(dtype)
     if (held := dtype_of(model.wte)) == "int8":
         raise InputError(f"dtype is {held!r}, which Hugging Face's gpt2 cannot say: give --dtype")
     with atomic_folder(out) as folder:
@@ -86,15 +84,13 @@ def to_hf(
                 say("transformers has no tokenizer of characters: it will load the model alone")
 
 
-def to_gguf(
-    source: Path, out: Path, config: GPTConfig, tokenizer: Encoding | None, dtype: str | None
-) -> None:
+def to_gguf(found: Checkpoint, out: Path, tokenizer: Encoding | None, dtype: str | None) -> None:
     """A file with which llama.cpp continues a prompt as the model does: see `save_gguf`.
 
     Raises:
         InputError: for a model or tokenizer that GGUF's form cannot say, or what cannot be written.
     """
-    check_gguf(config, dtype)
-    # Blocks are made of the weights as they are, not of what another rounding leaves of them.
-    model = GPT.from_pretrained(source, "float32" if dtype == "int8" else dtype)
+    check_gguf(found.config, dtype)
+    # Q8_0 is made from the stored weights; from int8 ones it would round a second time.
+    model = found.load("float32" if dtype == "int8" else dtype)
     save_gguf(model, out, tokenizer, dtype)

@@ -22,14 +22,15 @@ from tinygrad.nn.state import get_state_dict
 
 import tinygpt
 from tinygpt.checkpoints import hub
+from tinygpt.commands.flags import add_flag
 from tinygpt.config import GPTConfig
 from tinygpt.errors import InputError, reason
 from tinygpt.generate import Generator
 from tinygpt.model import GPT
 from tinygpt.runtime import device, memory
 
-# The small model that `--backends` runs, and the logits that the NumPy reference among the tests
-# gives for its prompt: the tests hold the two equal, so that no second model need live here.
+# The small model that `--backends` runs, and the logits of its prompt. They come from the NumPy
+# reference in the tests, and a test holds the two equal, so that no second model need live here.
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=64, vocab_size=8)
 PROMPT = [3, 1, 4, 1, 5, 2, 6, 5, 3, 5]
 LOGITS = (
@@ -41,14 +42,14 @@ TOLERANCE = 1e-4  # the largest error of a logit that counts as right, in float3
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     words = "also run a small model on each backend"
-    parser.add_argument("--backends", action="store_true", help=words)
+    add_flag(parser, "--backends", kind=bool, help=words)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the report; with --backends, also run the small model on each backend found.
 
-    A backend that computes wrong makes it 1; one that does not run is only told, as it does no
-    harm: an OpenCL without its compiler, say.
+    The exit status is 1 when a backend computes wrong numbers. One that does not run, such as an
+    OpenCL without its compiler, does no harm, and is only reported.
     """
     devices = _devices()
     for name, value in {**_versions(), **_machine(), **_caches()}.items():
@@ -99,7 +100,7 @@ def _clang() -> str:
 
 
 def _caches() -> dict[str, str]:
-    names = ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR")  # as tiktoken looks for its folder
+    names = ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR")  # in the order in which tiktoken looks
     tiktoken = next(filter(None, map(os.environ.get, names)), None)
     return {
         "models": _size(hub.cache_folder() / "models"),
@@ -120,7 +121,7 @@ def _devices() -> dict[str, str]:
     for name in ALL_DEVICES:
         try:
             states[name] = f"found, {getattr(Device[name], 'device_name', None) or 'opens'}"
-        except Exception as error:  # whatever a driver that is not there raises
+        except Exception as error:  # a driver that is not there may raise anything
             fault = shorten(str(error) or type(error).__name__, 70, placeholder=" ...")
             states[name] = f"no ({fault})"
     return states
@@ -136,7 +137,7 @@ def _advice() -> list[str]:
         advice.append(str(error))
     try:
         diskcache_get("tinygpt", "doctor")
-    except Exception as error:  # whatever SQLite or the disk says
+    except Exception as error:  # SQLite or the disk may raise anything
         fact = f"it keeps no compiled kernels ({reason(error)})"
         advice.append(f"remove {CACHEDB}, or let CACHEDB name another file: {fact}")
     free = memory.available_memory_bytes()
@@ -154,8 +155,10 @@ def _targets(devices: dict[str, str]) -> list[str]:
 
 
 def _report_probe(target: str) -> bool | None:
-    """Run `probe` in a process of its own, which a broken driver may end: is it right? None when
-    it does not run."""
+    """Whether the backend computes right; None when it does not run.
+
+    `probe` runs in a process of its own, because a broken driver may end it.
+    """
     command = [sys.executable, "-c", "from tinygpt.commands.doctor import probe; probe()"]
     environment = {**os.environ, "DEV": target, "PYTHONPATH": os.pathsep.join(sys.path)}
     result, fault = None, "it takes too long"

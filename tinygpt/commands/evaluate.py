@@ -7,13 +7,13 @@ import json
 import sys
 from pathlib import Path
 
-from tinygpt.checkpoints import hub
-from tinygpt.data.dataset import Dataset
-from tinygpt.errors import InputError
+from tinygpt.checkpoints.open_checkpoint import open_checkpoint
+from tinygpt.commands.flags import add_flag, add_shared, spelled
+from tinygpt.data.dataset import SPLITS, Dataset
+from tinygpt.errors import InputError, check_int
 from tinygpt.evaluation.losses import Scorer, evaluate_data
 from tinygpt.evaluation.tasks import hellaswag, lambada
-from tinygpt.model import GPT
-from tinygpt.tokenizer.encoding import load_tokenizer
+from tinygpt.options import Kind
 
 _TASKS = ("hellaswag", "lambada")
 
@@ -24,29 +24,34 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("model", metavar="MODEL", help="a folder, or a name to fetch, such as gpt2")
     add("data", metavar="DATA", help=f"a folder of prepared tokens, or {' or '.join(_TASKS)}")
     add("file", nargs="?", metavar="FILE", help="of hellaswag or lambada: its JSON lines")
-    add("--split", choices=("train", "val"), default="val", help="of DATA (default: val)")
-    add("--stride", type=int, metavar="N", help="move the window by N tokens (default: all of it)")
-    add("--tokenizer", metavar="T", help="gpt2, bytes, or a folder (default: the model's own)")
-    add("--json", action="store_true", help="print one JSON object")
+    kind = Kind(str, choices=SPLITS)
+    add_flag(parser, "--split", kind=kind, default="val", help="of DATA (default: val)")
+    words = "move the window by N tokens (default: all of it)"
+    add_flag(parser, "--stride", kind=int, help=words, low=1)
+    add_shared(parser, "--tokenizer")
+    add_shared(parser, "--json")
 
 
 def run(args: argparse.Namespace) -> int:
     """`tinygpt evaluate`: print the numbers, one a line."""
     if (args.data in _TASKS) != (args.file is not None):
         raise InputError(f"FILE goes with {' and '.join(_TASKS)}, and with them alone")
-    folder = hub.resolve(args.model)
+    found = open_checkpoint(args.model)
     data = None if args.file else Dataset.open(args.data)  # before the model's seconds
-    model = GPT.from_pretrained(folder)
+    model = found.load()
     if data:
-        found = evaluate_data(model, data, args.split, args.stride)
+        if args.stride is not None:  # the window is known only now
+            name, window = spelled(args)("stride"), model.config.block_size
+            check_int(name, args.stride, low=1, below=window + 1)
+        result = evaluate_data(model, data, args.split, args.stride)
     else:
-        tokenizer = load_tokenizer(args.tokenizer or folder, model.config.vocab_size)
+        tokenizer = found.tokenizer(args.tokenizer)
         task = hellaswag if args.data == "hellaswag" else lambada
-        found = task(Scorer(model), tokenizer, Path(args.file))
+        result = task(Scorer(model), tokenizer, Path(args.file))
     if args.json:
-        print(json.dumps(found))
+        print(json.dumps(result))
     else:
-        for name, value in found.items():
+        for name, value in result.items():
             shown = f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
             print(f"{name.replace('_', ' '):>20}  {shown}", file=sys.stdout)
     return 0

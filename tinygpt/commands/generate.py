@@ -5,171 +5,129 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import signal
 import stat
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import fields, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
 
 from tinygpt.checkpoints import hub
-from tinygpt.checkpoints.detect import read_config
-from tinygpt.checkpoints.precision import DTYPES, check_dtype, convert
-from tinygpt.commands.terminal import KINDS
-from tinygpt.config import PRESETS, GPTConfig
+from tinygpt.commands.flags import add_flag, add_options, add_shared, given, spelled
+from tinygpt.config import PRESETS, SHAPE, GPTConfig
 from tinygpt.errors import InputError, say
-from tinygpt.generate import Generator
-from tinygpt.model import GPT
+from tinygpt.options import defaults
 from tinygpt.runtime import device
 from tinygpt.sampling import Sampling
-from tinygpt.tokenizer.encoding import decode, decode_stream, encode, end_token, load_tokenizer
-
-if TYPE_CHECKING:
-    from tiktoken import Encoding
+from tinygpt.session import Session
 
 _DEFAULT_PRESET = "nano"
-# The built-in model starts from a new line where there is no prompt; its tokens are short; and it
-# has learned too little to be followed into its every fancy.
-_BUILT_IN_START, _BUILT_IN_TOKENS, _BUILT_IN_TEMPERATURE = "\n", 300, 0.8
-# flag -> (kind: one of KINDS, or how the help writes a text; what it is; field of GPTConfig).
-_SHAPE = {
-    "--layers": (int, "transformer blocks", "n_layer"),
-    "--heads": (int, "attention heads in each; they divide the width", "n_head"),
-    "--dim": (int, "width of the model", "n_embd"),
-    "--inner": (int, "width inside the feed-forward (default: 4 * dim)", "n_inner"),
-    "--context": (int, "the window: how many tokens it sees at once", "block_size"),
-    "--vocab": (int, "how many token ids there are", "vocab_size"),
-    "--norm": ("pre|post", "layer norms before or after each sublayer", "norm"),
-    "--position": ("learned|sinusoidal", "positional encodings", "position"),
-    "--activation": ("gelu_tanh|gelu|relu", "in the feed-forward", "activation"),
-    "--no-bias": (False, "no bias terms", "bias"),
-    "--no-shortcut": (False, "no residual connections", "shortcut"),
-    "--untied": (False, "an output projection of its own", "tie_word_embeddings"),
-}
-_TEXT = {
-    "--tokenizer": ("T", "gpt2, bytes, or a folder (default: the model's own)"),
-    "--special-tokens": (True, "let the prompt's <|endoftext|> be that token, not plain text"),
-    "--max-new-tokens": (int, "how many at most (default: 128; of the built-in's bytes 300)"),
-    "--stop": (list, "end just before this text; may be given more than once"),
-    "--num-samples": (int, "how many texts, each with the next seed (default: 1)"),
-    "--seed": (int, "gives the same text again (default: another each time)"),
-}
-_SAMPLING = {
-    "--temperature": (float, "0 takes the likeliest (default: 0.8; with --model 0; untrained 1)"),
-    "--top-k": (int, "only the N likeliest tokens"),
-    "--top-p": (float, "only the likeliest that together reach X"),
-    "--min-p": (float, "only those at least X times as likely as the likeliest"),
-    "--repetition-penalty": (float, "above 1 against what is in prompt or text (default: 1)"),
-    "--frequency-penalty": (float, "against a token each time it is in the text (default: 0)"),
-    "--presence-penalty": (float, "against a token that is in the text at all (default: 0)"),
-}
+# The built-in model's tokens are short, so it writes more of them. It has learned too little to
+# be sampled at temperature 1, which gives too many words that are none.
+_BUILT_IN_TOKENS, _BUILT_IN_TEMPERATURE = 300, 0.8
+_CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """What the command takes."""
-    add = parser.add_argument
-    add("prompt", nargs="?", metavar="PROMPT", help="text to continue; - or a pipe reads stdin")
-    models = "a folder, or a name to fetch, such as gpt2 (default: the built-in shakespeare)"
-    add("--model", metavar="NAME|PATH", help=models)
+    """The arguments of `tinygpt generate`, which are those of `tinygpt` alone."""
+    words = "text to continue; - or a pipe reads stdin"
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help=words)
+    models = "a folder, file, or name to fetch, such as gpt2 (default: the built-in shakespeare)"
+    add_flag(parser, "--model", metavar="NAME|PATH", help=models)
     words = "a new model of random weights; so does --tokenizer, or any flag of its shape"
-    add("--untrained", action="store_true", default=None, help=words)
-    bits = f"hold weights in {', '.join(DTYPES)} (default: as stored)"
-    add("--dtype", metavar="TYPE", help=bits)
-    add("--json", action="store_true", help="print one JSON object instead of text")
+    add_flag(parser, "--untrained", kind=bool, help=words)
+    add_shared(parser, "--dtype")
+    add_shared(parser, "--json", help="print one JSON object instead of text")
+    group = parser.add_argument_group("the shape of a new model")
     presets = f"where to start: {', '.join(PRESETS)} (default: {_DEFAULT_PRESET})"
-    shape = {"--preset": ("P", presets), **_SHAPE}
-    groups = {"the shape of a new model": shape, "text": _TEXT, "sampling": _SAMPLING}
-    for title, flags in groups.items():
-        group = parser.add_argument_group(title)
-        for flag, (kind, words, *field) in flags.items():
-            dest = field[0] if field else flag[2:].replace("-", "_")
-            options = KINDS.get(kind, {"metavar": kind})
-            group.add_argument(flag, dest=dest, help=words, **options)
-    parser.set_defaults(num_samples=1, stop=[], repetition_penalty=1.0)
-    parser.set_defaults(frequency_penalty=0.0, presence_penalty=0.0)
+    add_flag(group, "--preset", metavar="P", help=presets)
+    add_options(group, GPTConfig, defaults=dict.fromkeys(PRESETS[_DEFAULT_PRESET], ""))
+    group = parser.add_argument_group("text")
+    add_shared(group, "--tokenizer")
+    words = "let the prompt's <|endoftext|> be that token, not plain text"
+    add_flag(group, "--special-tokens", kind=bool, help=words)
+    words = f"how many at most (default: 128; of the built-in's bytes {_BUILT_IN_TOKENS})"
+    add_flag(group, "--max-new-tokens", kind=int, help=words, low=0)
+    words = "end just before this text; may be given more than once"
+    add_flag(group, "--stop", help=words, default=[], many=True)
+    words = "how many texts, each with the next seed (default: 1)"
+    add_flag(group, "--num-samples", kind=int, help=words, default=1, low=1)
+    words = "gives the same text again (default: another each time)"
+    add_flag(group, "--seed", kind=int, help=words, low=0, below=2**63)
+    group = parser.add_argument_group("sampling")
+    temperatures = f"{_BUILT_IN_TEMPERATURE}; with --model 0; untrained 1"
+    add_options(group, Sampling, defaults={"temperature": temperatures})
 
 
-def run(args: argparse.Namespace) -> int:
-    """Write the text, and say on stderr what wrote it and how fast; the exit status."""
-    seed, sampling = _complete(args)
-    run = _Run(args, _read_prompt(args.prompt))
-    usual = signal.getsignal(signal.SIGINT)
-    if usual is signal.default_int_handler:  # not where it is ignored, as in a background job
-        signal.signal(signal.SIGINT, run.interrupt)
-    try:
-        device.check(kernel=False)  # the model itself runs as soon as one would
-        check_dtype(args.dtype or "float32")
-        folder, config, tokenizer = _plan(args)
-        end = end_token(tokenizer)  # what stands before a text in training, and after it
-        text = run.prompt or (_BUILT_IN_START if args.model == hub.BUILT_IN else "")
-        ids = encode(tokenizer, text, args.special_tokens) if text else [end or 0]
-        run.tokenizer, run.prompt_ids = tokenizer, ids
-        if folder:
-            model = GPT.from_pretrained(folder, args.dtype)
-        else:
-            model = convert(GPT(config, seed), args.dtype or "float32")
-        prompts, seeds = [ids] * args.num_samples, [seed + i for i in range(args.num_samples)]
-        ends, count = [] if end is None else [end], args.max_new_tokens
-        steps = Generator(model).generate_batch(prompts, count, seeds, ends, **sampling)
-        if device.note:
-            say(device.note)
-        name = args.model or args.preset or _DEFAULT_PRESET
-        say(f"{name}, {config.parameter_count:,} parameters on {device.describe()}")
-        if folder is None:
-            say(f"untrained: its weights are random (seed {seed}), so the text is noise")
-        if len(ids) > (window := config.block_size):
-            many = f"the prompt has {len(ids)} tokens, the model's window {window}"
-            say(f"{many}: only its last {max(1, window // 2)} are read")
-        run.follow(steps)
-    except KeyboardInterrupt:
-        run.interrupted = True
-    except (InputError, OSError, MemoryError):
-        raise
-    except Exception:
-        device.check()  # is it the backend's fault, that says so
-        raise
-    finally:
-        if usual is signal.default_int_handler:
-            signal.signal(signal.SIGINT, usual)
-    if run.prompt_ids:  # else Ctrl-C came before anything
-        run.finish({"model": args.model, "seed": seed, "device": device.describe()})
-    return 130 if run.interrupted else 0
+@dataclass(frozen=True)
+class Request:
+    """What one call of the program is to do, with all that was not given filled in."""
+
+    prompt: str
+    model: str | None  # None is a new one, of this shape
+    shape: GPTConfig
+    preset: str  # where the shape began
+    fit_vocabulary: bool  # whether the shape has no number of ids of its own
+    tokenizer: str | None
+    dtype: str | None
+    special_tokens: bool
+    max_new_tokens: int
+    stop: list[str]
+    seeds: list[int]  # one for each sample
+    sampling: dict[str, Any]
+    json: bool
 
 
-def _complete(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
-    """Fill in what was not given, and refuse what cannot work before anything is read or built.
+def parse(args: argparse.Namespace) -> Request:
+    """The request, from the flags.
 
-    Returns:
-        the seed, and the fields of Sampling.
+    Raises:
+        InputError: for what cannot work, before anything is built or fetched.
     """
-    seed = int.from_bytes(os.urandom(4), "big") if args.seed is None else args.seed
-    if not 0 <= seed < 2**63:
-        raise InputError(f"--seed is {seed}: it must be a whole number from 0 to 2**63-1")
-    if args.num_samples < 1:
-        raise InputError(f"--num-samples is {args.num_samples}: it must be 1 or more")
     if "" in args.stop:
         raise InputError("--stop is empty: give at least one character")
-    tokens, temperature = 128, 0.0 if args.model else 1.0
-    if not args.model and _new_shape(args) is None:
-        args.model, tokens, temperature = hub.BUILT_IN, _BUILT_IN_TOKENS, _BUILT_IN_TEMPERATURE
-    args.max_new_tokens = tokens if args.max_new_tokens is None else args.max_new_tokens
-    args.temperature = temperature if args.temperature is None else args.temperature
-    if args.max_new_tokens < 0:
-        raise InputError(f"--max-new-tokens is {args.max_new_tokens}: it must be 0 or more")
-    sampling = {field.name: getattr(args, field.name) for field in fields(Sampling)}
-    Sampling(**sampling)
-    return seed, sampling
+    model, tokens, temperature = args.model, 128, 0.0 if args.model else 1.0
+    new = _first_of_a_new_model(args)
+    if model and new not in (None, "--tokenizer"):
+        raise InputError(f"{new} describes a new model, but --model brings its own shape")
+    if not model and not new:
+        model, tokens, temperature = hub.BUILT_IN, _BUILT_IN_TOKENS, _BUILT_IN_TEMPERATURE
+    preset = args.preset or _DEFAULT_PRESET
+    shape = given(args, SHAPE)
+    if preset in PRESETS:
+        GPTConfig.check({**defaults(GPTConfig), **PRESETS[preset], **shape}, spelled(args))
+    seed = int.from_bytes(os.urandom(4), "big") if args.seed is None else args.seed
+    return Request(
+        prompt=_read_prompt(args.prompt),
+        model=model,
+        shape=GPTConfig.preset(preset, **shape),
+        preset=preset,
+        fit_vocabulary=bool(args.tokenizer) and args.vocab_size is None,
+        tokenizer=args.tokenizer,
+        dtype=args.dtype,
+        special_tokens=bool(args.special_tokens),
+        max_new_tokens=tokens if args.max_new_tokens is None else args.max_new_tokens,
+        stop=args.stop,
+        seeds=[seed + number for number in range(args.num_samples)],
+        sampling={"temperature": temperature, **given(args, defaults(Sampling))},
+        json=bool(args.json),
+    )
+
+
+def _first_of_a_new_model(args: argparse.Namespace) -> str | None:
+    """The first flag given that is about a new model, as it was typed, if there is one."""
+    names = ("untrained", "preset", *SHAPE, "tokenizer")
+    return next((spelled(args)(name) for name in names if getattr(args, name) is not None), None)
 
 
 def _read_prompt(given: str | None) -> str:
     """The prompt as text; "" when there is none, so that the text starts from nothing."""
     text, piped = given or "", False
     if given is None:
-        with suppress(OSError, ValueError):  # from a terminal it would only wait
+        with suppress(OSError, ValueError):  # reading from a terminal would only wait
             mode = os.fstat(sys.stdin.fileno()).st_mode
             piped = stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
     if piped or given == "-":
@@ -182,115 +140,173 @@ def _read_prompt(given: str | None) -> str:
     return text
 
 
-def _new_shape(args: argparse.Namespace) -> str | None:
-    """The first flag given that is about a new model, if there is one."""
-    fields = {"--untrained": "untrained", "--preset": "preset"}
-    fields |= {flag: field for flag, (*_, field) in _SHAPE.items()} | {"--tokenizer": "tokenizer"}
-    given = (flag for flag, field in fields.items() if getattr(args, field) is not None)
-    return next(given, None)
+def open_session(request: Request) -> Session:
+    """The model and the tokenizer that a request names, loaded or made."""
+    if request.model:
+        return Session.open(request.model, request.dtype, request.tokenizer)
+    seed, fit = request.seeds[0], request.fit_vocabulary
+    return Session.new(request.shape, seed, request.dtype, request.tokenizer, fit)
 
 
-def _plan(args: argparse.Namespace) -> tuple[Path | None, GPTConfig, Encoding]:
-    """The model's folder (None for a new one), its configuration and its tokenizer."""
-    if args.model:
-        if (flag := _new_shape(args)) not in (None, "--tokenizer"):
-            raise InputError(f"{flag} describes a new model, but --model brings its own shape")
-        folder = hub.resolve(args.model)
-        config = read_config(folder)
-        return folder, config, load_tokenizer(args.tokenizer or folder, config.vocab_size)
-    shape = {field: getattr(args, field) for *_, field in _SHAPE.values()}
-    shape = {field: value for field, value in shape.items() if value is not None}
+def run(args: argparse.Namespace) -> int:
+    """Write the text, and say on stderr what wrote it and how fast; the exit status."""
+    request, output = parse(args), None
+    with _Interrupts() as interrupts, _backend_is_asked_first():
+        session = open_session(request)
+        ids = session.encode(request.prompt, request.special_tokens)
+        seeds, count = request.seeds, request.max_new_tokens
+        steps = session.stream(ids, count, seeds, **request.sampling)
+        introduce(request, session, ids)
+        output = _Output(request, session, ids, interrupts)
+        output.follow(steps)
+    if output:  # else Ctrl-C came before anything
+        output.finish()
+    return 130 if interrupts.came else 0
+
+
+@contextmanager
+def _backend_is_asked_first() -> Iterator[None]:
+    """Where something fails that no user's mistake explains, see whether the backend works.
+
+    If it does not, `device.check` raises and says so, in place of a traceback from inside it.
+    """
     try:
-        config = GPTConfig.preset(args.preset or _DEFAULT_PRESET, **shape)
-    except InputError as error:  # in the words that the user typed
-        flags = {field: flag for flag, (*_, field) in _SHAPE.items()}
-        message = re.sub(r"\w+", lambda word: flags.get(word[0], word[0]), str(error))
-        raise InputError(message) from error
-    name = args.tokenizer or ("gpt2" if config.vocab_size == 50257 else "bytes")
-    if args.tokenizer and args.vocab_size is None:
-        config = replace(config, vocab_size=load_tokenizer(name).n_vocab)
-    return None, config, load_tokenizer(name, config.vocab_size)
+        yield
+    except (InputError, OSError, MemoryError):
+        raise
+    except Exception:
+        device.check()
+        raise
 
 
-class _Run:
-    """One call of the program: shows text as it comes, then says how long it took."""
+def introduce(request: Request, session: Session, ids: list[int]) -> None:
+    """Say what is about to write, and what of the prompt it will not see."""
+    config = session.model.config
+    if device.note:
+        say(device.note)
+    name = request.model or request.preset
+    say(f"{name}, {config.parameter_count:,} parameters on {device.describe()}")
+    if not request.model:
+        say(f"untrained: its weights are random (seed {request.seeds[0]}), so the text is noise")
+    if len(ids) > (window := config.block_size):
+        many = f"the prompt has {len(ids)} tokens, the model's window {window}"
+        say(f"{many}: only its last {max(1, window // 2)} are read")
 
-    tokenizer: Encoding  # this and prompt_ids are set before `follow`
 
-    def __init__(self, args: argparse.Namespace, prompt: str) -> None:
-        self.args, self.prompt, self.prompt_ids = args, prompt, []
-        self.samples: list[list[int]] = [[] for _ in range(args.num_samples)]
+class _Interrupts:
+    """Ctrl-C while this is entered: once there is text, it only asks for an end at the next token.
+
+    Before, and if it comes again, it ends what is going on at once; the code behind the `with`
+    goes on. An exception inside tinygrad may be lost in a destructor, or leave it waiting for 30 s.
+    """
+
+    def __init__(self) -> None:
+        self.came = False
+        self.has_text = False  # to be set by whoever has shown the first token
+        self.usual = signal.getsignal(signal.SIGINT)
+
+    def __enter__(self) -> _Interrupts:
+        # A shell starts a job in the background with Ctrl-C ignored, and so it stays.
+        if self.usual is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def _interrupt(self, *_: object) -> None:
+        again, self.came = self.came, True
+        if again or not self.has_text:
+            # Destructors complain about the objects that were only half made.
+            sys.unraisablehook = lambda _: None
+            raise KeyboardInterrupt
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
+    ) -> bool:
+        if self.usual is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self.usual)
+        if kind is KeyboardInterrupt:
+            self.came = True
+        return kind is KeyboardInterrupt
+
+
+class _Output:
+    """What one call shows: its text as it comes, or all its samples at the end, or JSON."""
+
+    def __init__(
+        self, request: Request, session: Session, prompt_ids: list[int], interrupts: _Interrupts
+    ) -> None:
+        self.request, self.session, self.prompt_ids = request, session, prompt_ids
+        self.interrupts = interrupts
+        self.samples: list[list[int]] = [[] for _ in request.seeds]
         self.times: list[float] = []  # seconds after the start, for each token
-        self.interrupted = False
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")
-        # Bytes from a model are not to move a terminal's cursor or set its title.
-        control = {i: "\ufffd" for i in (*range(32), *range(127, 160)) if i not in (9, 10)}
-        self.hidden = control if sys.stdout.isatty() else {}
-
-    def interrupt(self, *_: object) -> None:
-        """Ctrl-C: once there is text, stop at the next token; if asked again, at once."""
-        # An exception inside tinygrad may be lost in a destructor, or leave it waiting for 30 s.
-        again, self.interrupted = self.interrupted, True
-        if again or not self.times:
-            sys.unraisablehook = lambda _: None  # what destructors say of half-made objects
-            raise KeyboardInterrupt
+        # What a model writes must not move a terminal's cursor or set its title.
+        self.hidden = _CONTROL if sys.stdout.isatty() else {}
 
     def follow(self, steps: Iterator[list[int | None]]) -> None:
         """Take all steps, showing the text at once where there is one sample to show."""
-        self.start = time.perf_counter()
-        if self.args.json or len(self.samples) > 1:
-            for _ in self._collect(steps):
-                if all(map(self._stopped, self.samples)):
+        start, stop = time.perf_counter(), self.request.stop
+        if self.request.json or len(self.samples) > 1:
+            for _ in self._collect(steps, start):
+                if all(self.session.has_stopped(ids, stop) for ids in self.samples):
                     return
             return
-        self._show(self.prompt)
-        ids = (row[0] for row in self._collect(steps))
+        self._show(self.request.prompt)
+        ids = (row[0] for row in self._collect(steps, start))
         try:
-            for piece in decode_stream(self.tokenizer, ids, self.args.stop):
+            for piece in self.session.text(ids, stop):
                 self._show(piece)
-        except Exception:  # which is said on a line of its own
+        except Exception:  # its message is to have a line of its own
             self._show("\n")
             raise
 
-    def _collect(self, steps: Iterator[list[int | None]]) -> Iterator[list[int | None]]:
+    def _collect(
+        self, steps: Iterator[list[int | None]], start: float
+    ) -> Iterator[list[int | None]]:
         for row in steps:
-            now = time.perf_counter() - self.start
+            now = time.perf_counter() - start
             for sample, token in zip(self.samples, row, strict=True):
                 if token is not None:
                     sample.append(token)
                     self.times.append(now)
+                    self.interrupts.has_text = True
             yield row
-            if self.interrupted:
+            if self.interrupts.came:
                 return
-
-    def _stopped(self, ids: list[int]) -> bool:
-        return any(stop in decode(self.tokenizer, ids) for stop in self.args.stop)
 
     def _show(self, text: str) -> None:
         sys.stdout.write(text.translate(self.hidden))
         sys.stdout.flush()
 
-    def finish(self, facts: dict[str, Any]) -> None:
+    def finish(self) -> None:
         """Show what `follow` has not shown, and say how long it took."""
+        request = self.request
         samples = [self._sample(ids) for ids in self.samples]
-        first, last = (self.times[0], self.times[-1]) if self.times else (None, None)
-        later = sum(moment > first for moment in self.times)
-        rate = later / (last - first) if later else None
-        if self.args.json:
-            timings = {"first_token_s": first, "total_s": last, "tokens_per_s": rate}
-            facts |= {"prompt": self.prompt, "prompt_tokens": self.prompt_ids}
-            facts |= {"samples": samples, "timings": timings}
+        first = last = rate = None
+        if self.times:
+            first, last = self.times[0], self.times[-1]
+            if later := sum(moment > first for moment in self.times):
+                rate = later / (last - first)
+        if request.json:
+            facts = {
+                "model": request.model,
+                "seed": request.seeds[0],
+                "device": device.describe(),
+                "prompt": request.prompt,
+                "prompt_tokens": self.prompt_ids,
+                "samples": samples,
+                "timings": {"first_token_s": first, "total_s": last, "tokens_per_s": rate},
+            }
             self._show(json.dumps(facts, ensure_ascii=False))
         elif len(samples) > 1:
-            self._show("\n---\n".join(self.prompt + sample["text"] for sample in samples))
+            self._show("\n---\n".join(request.prompt + sample["text"] for sample in samples))
         self._show("\n")
-        if self.times:
+        if first is not None:
             speed = f", then {rate:.1f} tokens/s" if rate else ""
             say(f"{len(self.times)} tokens, the first after {first:.2f} s{speed}")
 
     def _sample(self, ids: list[int]) -> dict[str, Any]:
         """A sample's text, and its tokens up to where a stop text ended it."""
         unread = iter(ids)
-        text = "".join(decode_stream(self.tokenizer, unread, self.args.stop))
+        text = "".join(self.session.text(unread, self.request.stop))
         return {"tokens": ids[: len(ids) - len(list(unread))], "text": text}

@@ -4,34 +4,44 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
-from types import ModuleType
+from itertools import takewhile
 
 from tinygpt import __version__
-from tinygpt.commands import generate as sample
-from tinygpt.commands.terminal import Parser
-from tinygpt.errors import InputError, reason, say
+from tinygpt.commands.flags import Parser
+from tinygpt.errors import InputError, reason, say, unknown
+from tinygpt.runtime import device
 
-# Each a module with `add_flags(parser)`, `run(args)`, which gives the exit status, and a docstring
-# to show; imported when asked for, as all of them take 0.1 s.
-_COMMANDS = ("bench", "convert", "doctor", "evaluate", "plot", "prepare", "train")
+# Each is a module of this folder with `add_flags(parser)` and `run(args)`, which gives the exit
+# status. It is imported when it is asked for, because all of them together take 0.1 s.
+VERBS = {
+    "generate": "continue a prompt; a prompt without a command does the same",
+    "train": "train a model on a text, or go on with a run",
+    "prepare": "turn a text into token files, to train on and to evaluate with",
+    "evaluate": "measure how well a model predicts a text, or does at a published test",
+    "convert": "turn a checkpoint of any form into Hugging Face's, or into a GGUF file",
+    "plot": "draw the curves of training runs",
+    "bench": "measure how fast this machine generates, beside other programs if you like",
+    "doctor": "show what this machine has, what would help it, and whether it computes right",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program on the arguments (by default the process's) and return its exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by whoever started the program
+        if getattr(sys, name) is None:  # whoever started the program has closed it
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     try:
         try:
-            if not argv or argv[0] not in _COMMANDS:
-                return sample.run(_sample_parser().parse_args(argv))
-            command = import_module(f"tinygpt.commands.{argv[0]}")
-            return command.run(_command_parser(argv[0], command).parse_args(argv[1:]))
+            device.forgive_cache()
+            device.select()
+            return _run(argv)
         finally:
             sys.stdout.flush()
     except InputError as error:
@@ -41,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError:
         message = "out of memory: choose a smaller model or fewer samples"
     except OSError as error:
-        with suppress(OSError):  # what stdout still holds, Python would try to write at exit
+        with suppress(OSError):  # at exit, Python would try again to write what stdout still holds
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # the reader has seen enough
             return 0
@@ -50,23 +60,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
-def _sample_parser() -> Parser:
+def _run(argv: Sequence[str]) -> int:
+    verb, rest = "generate", argv
+    if argv and argv[0] in VERBS:
+        verb, rest = argv[0], argv[1:]
+        about = f"{VERBS[verb][0].upper()}{VERBS[verb][1:]}."
+        parser = Parser(prog=f"tinygpt {verb}", description=about, allow_abbrev=False)
+    else:
+        _refuse_unknown_verb(argv)
+        parser = _program()
+    command = import_module(f"tinygpt.commands.{verb}")
+    command.add_flags(parser)
+    return command.run(parser.parse_args(rest))
+
+
+def _refuse_unknown_verb(argv: Sequence[str]) -> None:
+    """Refuse a first word that is written as commands are: it is more likely a slip than a prompt.
+
+    A prompt of several words, or with a capital letter or punctuation, is none.
+    """
+    if argv and re.fullmatch(r"[a-z][a-z0-9_-]+", argv[0]):
+        prompt = " ".join(takewhile(lambda word: not word.startswith("-"), argv))
+        raise InputError(
+            f"{unknown('command', argv[0], VERBS)}; to continue it as a prompt: "
+            f"`tinygpt generate {shlex.quote(prompt)}`"
+        )
+
+
+def _program() -> Parser:
+    """The parser of the program without a command, whose help shows the commands too."""
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb:<{width}}  {words}" for verb, words in VERBS.items())
     parser = Parser(
         prog="tinygpt",
-        usage="\n       ".join(
-            ["%(prog)s [PROMPT] [options]", *(f"%(prog)s {name} [options]" for name in _COMMANDS)]
+        usage="%(prog)s [PROMPT] [options]\n       %(prog)s COMMAND [options]",
+        description="Continue a prompt with a GPT-2: the one that --model names, or else the\n"
+        "built-in one, which writes as Shakespeare's plays do.\n\n"
+        f"commands, each with its own --help:\n{verbs}",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=28
         ),
-        description="Continue a prompt with a GPT-2: --model, or a new one of random weights.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28),
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"tinygpt {__version__}")
-    sample.add_flags(parser)
-    return parser
-
-
-def _command_parser(name: str, command: ModuleType) -> Parser:
-    about = (command.__doc__ or "").splitlines()[0]
-    parser = Parser(prog=f"tinygpt {name}", description=about, allow_abbrev=False)
-    command.add_flags(parser)
     return parser

@@ -1,7 +1,7 @@
-"""Those that `bench` compares, each in a process of its own that answers how fast it was.
+"""The programs that `bench` compares, each in a process of its own that reports how fast it was.
 
-Both ends are here: `Contender` asks, `serve` answers, each with a line of JSON. So are the other
-implementations.
+Both ends of the conversation are here, `Contender`, which asks, and `serve`, which answers, each
+with a line of JSON; and so are the drivers of the other implementations.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from typing import Any
 
 import numpy as np
 
-from tinygpt.checkpoints.pretrained import save_gguf
+from tinygpt.checkpoints.save_gguf import save_gguf
 from tinygpt.generate import Generator
 from tinygpt.model import GPT
+from tinygpt.runtime import device
 
 
 class Ours:
     """tinygpt itself; with TINYGPT_KERNELS=0 in the environment, stock tinygrad."""
 
     def __init__(self, folder: str, dtype: str, threads: int) -> None:
-        # CPU_COUNT, in the environment, has told tinygrad the number of threads.
+        # tinygrad takes the number of threads from CPU_COUNT in the environment.
         self.generator = Generator(GPT.from_pretrained(folder, dtype=dtype))
 
     def generate(self, prompts: list[list[int]], count: int) -> Iterator[list[int]]:
@@ -52,7 +53,7 @@ class Transformers:
         """As `Ours.generate`."""
         tokens, past = self.torch.tensor(prompts), None
         for _ in range(count):
-            with self.torch.inference_mode():  # not around the yield, which leaves this function
+            with self.torch.inference_mode():  # must not be entered while this yields
                 out = self.model(tokens, past_key_values=past, use_cache=True, logits_to_keep=1)
                 past, tokens = out.past_key_values, out.logits[:, -1:].argmax(-1)  # (B, 1)
             yield tokens[:, 0].tolist()
@@ -170,7 +171,7 @@ class Contender:
             path = self.place / "gguf"
             model = GPT.from_pretrained(self.folder, dtype="float32")
             save_gguf(model, path, dtype=self.dtype)
-        # tinygrad's number of threads, and that of libraries which want to know it beforehand
+        # tinygrad and some other libraries read their number of threads when they are imported.
         changes = {"CPU_COUNT": str(self.threads), "OMP_NUM_THREADS": str(self.threads)}
         if self.family == "stock tinygrad":
             changes["TINYGPT_KERNELS"] = "0"
@@ -188,7 +189,7 @@ class Contender:
         """End the process, whatever it is doing, and remove its files."""
         if self.process:
             self.process.kill()
-            with suppress(BrokenPipeError):  # a request that it did not read
+            with suppress(BrokenPipeError):  # it may not have read the last request
                 self.process.communicate()
         if self.temporary:
             self.temporary.cleanup()
@@ -201,8 +202,9 @@ def environment() -> dict[str, str]:
 
 def serve(family: str, path: str, dtype: str, threads: str) -> None:
     """Load a model, then do and time what each line on stdin asks for: see `Contender.ask`."""
+    device.forgive_cache()
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints is no reply
+    os.dup2(2, 1)  # keep what libraries print apart from the replies
     contender = FAMILIES[family](path, dtype, int(threads))
     for line in sys.stdin:
         print(json.dumps(_timed(contender, **json.loads(line))), file=replies, flush=True)
@@ -222,7 +224,7 @@ def _timed(contender: Any, prompts: list[list[int]], count: int) -> dict[str, An
 def _peak_memory_bytes() -> int | None:
     """The most memory this process has had at once; None if the system does not say."""
     with suppress(OSError, StopIteration):
-        # Before getrusage, whose number on Linux counts in the process that started this one.
+        # On Linux, getrusage would also count the process that started this one.
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(x for x in lines if x.startswith("VmHWM:")).split()[1]) * 1024
     with suppress(ImportError):

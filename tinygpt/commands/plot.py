@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tinygpt.commands.flags import add_flag
 from tinygpt.errors import CheckpointError, InputError, reason
 from tinygpt.storage import read_text
 
@@ -21,7 +22,7 @@ def read_log(run: Path) -> dict[str, list[tuple[int, float]]]:
     for line in read_text(run / "log.jsonl").splitlines():
         try:
             entry = json.loads(line)
-        except ValueError:  # the last line of a run that was killed
+        except ValueError:  # a run that was killed may leave half a line
             continue
         step = entry.pop("step", None) if isinstance(entry, dict) else None
         if not isinstance(step, int):
@@ -38,7 +39,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """The arguments of `tinygpt plot`."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that `train` made")
     words = "the image, by its ending .png, .svg or .pdf (default: curves.png)"
-    parser.add_argument("-o", "--out", metavar="FILE", default="curves.png", help=words)
+    add_flag(parser, "-o", "--out", metavar="FILE", default="curves.png", help=words)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     losses.legend()
     try:
         figure.savefig(args.out)
-    except (OSError, ValueError) as error:  # ValueError: an ending that it does not know
+    except (OSError, ValueError) as error:  # a ValueError is for an ending that it does not know
         raise InputError(f"cannot write {args.out}: {reason(error)}") from error
     return 0
 

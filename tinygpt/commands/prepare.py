@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from tinygpt.commands.flags import add_flag, add_shared
 from tinygpt.data.dataset import SPLITS
 from tinygpt.data.prepare import prepare
 from tinygpt.errors import say
@@ -12,13 +13,16 @@ from tinygpt.errors import say
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add what `tinygpt prepare` takes."""
-    add = parser.add_argument
-    add("source", metavar="FILE|FOLDER", help="UTF-8 text, or shakespeare to fetch char-rnn's file")
+    words = "UTF-8 text, or shakespeare to fetch char-rnn's file"
+    parser.add_argument("source", metavar="FILE|FOLDER", help=words)
     kinds = "char, bytes, gpt2, or bpe:N to learn N ids from the text (default: char)"
-    add("--tokenizer", metavar="T", default="char", help=kinds)
-    add("--val", metavar="X", type=float, default=0.1, help="for validation (default: 0.1)")
-    add("--field", metavar="KEY", help="the source is JSONL, with the text under this key")
-    add("-o", "--out", metavar="DIR", help="the folder to make (default: named after the source)")
+    add_shared(parser, "--tokenizer", default="char", help=kinds)
+    words = "the share for validation (default: 0.1)"
+    add_flag(parser, "--val", kind=float, default=0.1, help=words, low=0, below=1)
+    words = "the source is JSONL, with the text under this key"
+    add_flag(parser, "--field", metavar="KEY", help=words)
+    words = "the folder to make (default: named after the source)"
+    add_flag(parser, "-o", "--out", metavar="DIR", help=words)
 
 
 def run(args: argparse.Namespace) -> int:

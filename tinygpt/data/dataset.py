@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ import numpy as np
 
 from tinygpt.errors import CheckpointError, InputError, reason, show, unknown
 from tinygpt.storage import read_json, write_text
-from tinygpt.tokenizer.encoding import load_tokenizer
+from tinygpt.tokenizer.encoding import folder_tokenizer, same_tokenizer
 
 if TYPE_CHECKING:
     from tiktoken import Encoding
@@ -136,32 +135,13 @@ class Dataset:
             arrays.append(np.asarray(ids))
         return cls(folder, header, *arrays)
 
-    def verify(self) -> None:
-        """Compare each token file with its SHA-256: reads all of it, about a second per GB.
-
-        Raises:
-            CheckpointError: when one differs or cannot be read: which.
-        """
-        for name in SPLITS:
-            path = self.folder / f"{name}.bin"
-            try:
-                with open(path, "rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as error:
-                raise CheckpointError(f"{path}: {reason(error)}") from error
-            if digest != self.header.splits[name].sha256:
-                raise CheckpointError(
-                    f"{path}: its SHA-256 is {digest}, not the one in {_FILE}: it is damaged, "
-                    "prepare the text again"
-                )
-
     def tokenizer(self) -> Encoding:
         """The tokenizer that made the ids.
 
         Raises:
             InputError: when its files are damaged or of another vocabulary than the header.
         """
-        tokenizer = load_tokenizer(self.folder)
+        tokenizer = folder_tokenizer(self.folder)
         if tokenizer.n_vocab != self.header.vocab_size:
             raise CheckpointError(
                 f"{self.folder}: its tokenizer has {tokenizer.n_vocab} ids, {_FILE} says "
@@ -184,13 +164,11 @@ class Dataset:
                 f"{here}, a vocabulary of {self.header.vocab_size}, but the model has "
                 f"{vocab_size}: prepare the text with the model's tokenizer, or train a new model"
             )
-        if tokenizer is not None:
-            ours, parts = self.tokenizer(), ("_pat_str", "_mergeable_ranks", "_special_tokens")
-            if any(getattr(ours, part) != getattr(tokenizer, part) for part in parts):
-                raise InputError(
-                    f"{here}, but the model's tokenizer {tokenizer.name!r} gives other ids: "
-                    "prepare the text with the model's tokenizer, or train a new model"
-                )
+        if tokenizer is not None and not same_tokenizer(self.tokenizer(), tokenizer):
+            raise InputError(
+                f"{here}, but the model's tokenizer {tokenizer.name!r} gives other ids: "
+                "prepare the text with the model's tokenizer, or train a new model"
+            )
 
 
 class Batches:

@@ -15,16 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinygpt.checkpoints.hub import cache_folder, fetch
+from tinygpt.checkpoints.download import fetch
+from tinygpt.checkpoints.hub import cache_folder
 from tinygpt.data.corpus import PIECE_BYTES, Piece, Source
 from tinygpt.data.dataset import SPLITS, Dataset, Header, Split, ids_dtype
-from tinygpt.errors import InputError, reason, show, unknown
+from tinygpt.errors import InputError, check_float, reason, show, unknown
 from tinygpt.storage import atomic_folder
 from tinygpt.tokenizer.encoding import (
     char_tokenizer,
     encode,
     end_token,
-    load_tokenizer,
+    named_tokenizer,
     save_tokenizer,
 )
 from tinygpt.tokenizer.learn_bpe import bpe_tokenizer, train_bpe
@@ -69,8 +70,7 @@ def prepare(
         InputError: for an argument or text that cannot work, or when `out` cannot be written; then
             nothing is left behind.
     """
-    if isinstance(val, bool) or not isinstance(val, int | float) or not 0 <= val < 1:
-        raise InputError(f"--val is {show(val)}: it must be a fraction, 0 or more and below 1")
+    check_float("val", val, low=0, below=1)
     size = re.fullmatch(r"bpe:([0-9]{1,9})", tokenizer)
     if not size and tokenizer not in _KINDS[:-1]:
         raise unknown("tokenizer", tokenizer, _KINDS)
@@ -120,7 +120,7 @@ def _tokenizer(kind: str, size: int, text: Source) -> Encoding:
         learnt = (piece for is_val, piece, _ in text.pieces("words") if not is_val)
         every = max(1, -(-text.cut // _LEARN_BYTES))
         return bpe_tokenizer(train_bpe(islice(learnt, 0, None, every), size))
-    return load_tokenizer(kind)
+    return named_tokenizer(kind)
 
 
 def _codes(text: str) -> np.ndarray:

@@ -13,8 +13,6 @@ from tinygrad.nn.state import get_state_dict
 from tinygpt.data.dataset import Dataset
 from tinygpt.errors import InputError
 from tinygpt.model import GPT
-from tinygpt.ops.fast import meeting_place
-from tinygpt.ops.fused import cross_entropy, token_losses
 from tinygpt.runtime.capture import CapturedStep, capture
 
 if TYPE_CHECKING:
@@ -43,18 +41,18 @@ class Scorer:
     def _run(self, function, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
         key = function.__name__, inputs.shape
         if key not in self._graphs:
-            named = {**get_state_dict(self.model), "sync": meeting_place()}
-            step = Tensor.train(mode=False)(function)
-            self._graphs[key] = capture(step, named, (function.__name__, self.model.config))
+            what = function.__name__, self.model.config
+            self._graphs[key] = capture(function, get_state_dict(self.model), what)
         return self._graphs[key](Tensor(inputs).realize(), Tensor(targets).realize()).numpy()
 
     def _score(self, inputs: Tensor, targets: Tensor) -> Tensor:
         logits = self.model(inputs).contiguous()
+        losses = logits.sparse_categorical_crossentropy(targets, reduction="none")
         hits = logits.argmax(-1) == targets
-        return Tensor.stack(cross_entropy(logits, targets), hits.float()).realize()
+        return Tensor.stack(losses, hits.float()).realize()
 
     def _losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return token_losses(self.model, inputs, targets).realize()
+        return self.model.losses(inputs, targets).realize()
 
 
 class Window(NamedTuple):

@@ -1,240 +1,331 @@
-"""Fast CPU forms of the operations that take the time, each beside its plain tensor form.
+"""The operations in C, for the CPU where clang compiles for it: each as in `plain`, with gradients.
 
-tinygrad compiles a graph of small kernels, and on a CPU starting one costs as much as a small one
-computes. So the forms here are C, in kernels.c, that tinygrad's own clang compiles and its own
-runtime starts, each doing as much as it can between two starts. They hold where the CPU is the
-device and clang its compiler; everywhere else, or with TINYGPT_KERNELS=0, the plain forms do.
+README.md beside this file says which C function is which operation, and which test holds the two
+equal. Arguments are those of the functions in `ops`, which choose between the two forms.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import math
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 from tinygrad import Tensor, UOp, dtypes
-from tinygrad.helpers import CPU_COUNT, Context
-from tinygrad.renderer import Estimates
-from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo
+from tinygrad.helpers import CPU_COUNT
 
-from tinygpt.runtime.device import renderer
+from tinygpt.ops.plain import Dropout
+from tinygpt.runtime import device, launch
 
-# tinygrad vectorises and threads a kernel along an axis whose length its factors divide. GPT-2's
-# 50257 rows are 29 * 1733: as they stand, that product runs several times slower.
-_EVEN = 64
+# A thread is worth its while for so many floating-point operations: meeting it costs about a
+# microsecond.
+_THREAD_FLOPS = 50_000
+# Up to so many rows a product with weights takes the time of reading them: see gemv.h.
+_FEW_ROWS = 8
+# Of attention: see attention.c.
+_STRIP, _BAND = 66, 96
 
-# Up to so many rows a product with weights is bound by reading them: see `few` in kernels.c.
-_FEW = 8
+Tensors = Mapping[str, Tensor]
 
-_INTEGER_TYPES = {dtypes.int32: "int", dtypes.uint32: "unsigned"}
-# Buffers of int32, where they are absent.
-_INTEGERS = ("tokens", "padding", "end")
-# How C names what weights may be held in.
-WEIGHTS = {
-    dtypes.float32: {"WEIGHT": "float"},
-    dtypes.float16: {"WEIGHT": "__fp16"},
-    dtypes.uint16: {"WEIGHT": "unsigned short", "BFLOAT16": 1},
-    dtypes.int8: {"WEIGHT": "signed char"},
-}
-ACTIVATIONS = {"gelu_tanh": 1, "gelu": 2, "relu": 3}
-# Starting a second thread takes about as long as this many floating-point operations of one.
-_THREAD_FLOPS = 1_500_000
-# So many more does a product's first thread, which begins before the others and must wait for them.
-_HEAD_START = 8_000_000
+
+def usable(*tensors: Tensor | None) -> bool:
+    """Whether the C forms hold for tensors: on one CPU, with clang, and not turned off."""
+    if os.environ.get("TINYGPT_KERNELS") == "0":
+        return False
+    present = [tensor for tensor in tensors if tensor is not None]
+    names = {tensor.device for tensor in present}
+    if len(names) != 1 or not str(next(iter(names))).startswith("CPU"):
+        return False
+    if not all(isinstance(size, int) for tensor in present for size in tensor.shape):
+        return False
+    return device.compiles_c()
+
+
+def count_threads(flops: int, most: int | None = None) -> int:
+    """How many threads work of that size is worth, and at most so many."""
+    threads = max(1, min(CPU_COUNT.value, flops // _THREAD_FLOPS))
+    return threads if most is None else max(1, min(threads, most))
+
+
+def _file(name: str) -> Path:
+    return Path(__file__).with_name(name)
+
+
+def _rows(x: Tensor) -> int:
+    return math.prod(x.shape[:-1])
+
+
+def matmul(a: Tensor, b: Tensor, a_transposed: bool, b_transposed: bool) -> Tensor:
+    *leading, M, K = a.shape if not a_transposed else (*a.shape[:-2], a.shape[-1], a.shape[-2])
+    N, batch = b.shape[-2 if b_transposed else -1], math.prod(leading)
+    flops = 2 * batch * M * N * K
+
+    def gradient(d: Tensor, at: Tensors) -> Tensors:
+        a, b = at["a"], at["b"]
+        if a_transposed:
+            da = matmul(b, d, b_transposed, True)
+        else:
+            da = matmul(d, b, False, not b_transposed)
+        db = (
+            matmul(d, a, True, a_transposed)
+            if b_transposed
+            else matmul(a, d, not a_transposed, False)
+        )
+        return {"a": da, "b": db}
+
+    return launch.call(
+        _file("matmul.c"), "matmul",
+        {"c": Tensor.empty(*leading, M, N, device=a.device), "a": a, "b": b},
+        {"batch": batch, "M": M, "N": N, "K": K, "a_transposed": int(a_transposed),
+         "b_transposed": int(b_transposed)},
+        count_threads(flops), flops, gradient=gradient if b.dtype == dtypes.float32 else None,
+    )["c"]  # fmt: skip
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    residual: Tensor | None,
 ) -> Tensor:
-    """x @ weight.T * scale + bias; the plain form cuts an awkward number of rows in two.
+    (N, K), M = weight.shape, _rows(x)
+    flops = 2 * M * N * K
 
-    Args:
-        x: float32 (..., in_features).
-        weight: any dtype of `precision.DTYPES` (out_features, in_features).
-        bias: (out_features,) or None.
-        scale: (out_features,) or None.
-    Returns:
-        (..., out_features).
-    """
-    rows = weight.shape[0]
-    even = rows - rows % _EVEN
-    if fast(x, weight):
-        flat = x.reshape(-1, x.shape[-1])
-        y = matmul(flat, weight, b_transposed=True).reshape(*x.shape[:-1], rows)
-    elif even in (0, rows):
-        y = x @ widen(weight).transpose()
-    else:
-        parts = (widen(weight[:even]), widen(weight[even:]))
-        y = Tensor.cat(*[(x @ part.transpose()).contiguous() for part in parts], dim=-1)
-    y = y if scale is None else y * scale
-    return y if bias is None else y + bias
+    def gradient(dy: Tensor, at: Tensors) -> Tensors:
+        found = _linear_backward(dy, at["x"], at["weight"], bias is not None)
+        if residual is not None:
+            found["residual"] = dy
+        return found
+
+    return launch.call(
+        _file("linear.c"), "linear",
+        {"y": Tensor.empty(*x.shape[:-1], N, device=x.device), "x": x, "weight": weight,
+         "scale": scale, "bias": bias, "residual": residual},
+        {"few": M if M <= _FEW_ROWS else 0, "M": M, "N": N, "K": K},
+        count_threads(flops), flops, fixed=("few",),
+        gradient=gradient if weight.dtype == dtypes.float32 and scale is None else None,
+    )["y"]  # fmt: skip
 
 
-def widen(weight: Tensor) -> Tensor:
-    """A weight of any dtype of `precision.DTYPES` as float32, its scale not yet applied.
-
-    bfloat16, the upper half of a float32, is held as uint16: so it works on every backend.
-    """
-    if weight.dtype == dtypes.uint16:
-        return (weight.cast(dtypes.uint32) * 2**16).bitcast(dtypes.float32)
-    return weight.float()
-
-
-def fast(*tensors: Tensor) -> bool:
-    """Whether tensors are where the C forms run: on the CPU, with clang, and not turned off."""
-    if os.environ.get("TINYGPT_KERNELS") == "0" or {t.device for t in tensors} != {"CPU"}:
-        return False
-    if not all(isinstance(size, int) for tensor in tensors for size in tensor.shape):
-        return False
-    return renderer("CPU") == "ClangJIT"
+def _linear_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: bool) -> dict[str, Tensor]:
+    (N, K), M = weight.shape, _rows(x)
+    flops = 4 * M * N * K
+    found = launch.call(
+        _file("linear.c"), "linear_backward",
+        {"dx": Tensor.empty(*x.shape, device=x.device),
+         "dweight": Tensor.empty(N, K, device=x.device),
+         "dbias": Tensor.empty(N, device=x.device) if bias else None,
+         "dy": dy, "x": x, "weight": weight},
+        {"M": M, "N": N, "K": K}, count_threads(flops), flops, launch.WEIGHTS[dtypes.float32],
+    )  # fmt: skip
+    return {name.removeprefix("d"): tensor for name, tensor in found.items()}
 
 
-def matmul(a: Tensor, b: Tensor, a_transposed: bool = False, b_transposed: bool = False) -> Tensor:
-    """a @ b, of which either may be given transposed; gradients go through the same kernel.
+def activation(x: Tensor, kind: str) -> Tensor:
+    macros, n = {"ACTIVATION": kind}, x.numel()
+    threads = count_threads(20 * n)
 
-    Args:
-        a: float32 (..., M, K), or (..., K, M) if a_transposed.
-        b: (..., K, N), or (..., N, K) if b_transposed; the same leading sizes as a. A dtype
-            narrower than float32 is widened, and then there are no gradients.
-    Returns:
-        float32 (..., M, N).
-    """
-    *leading, M, K = a.shape if not a_transposed else (*a.shape[:-2], a.shape[-1], a.shape[-2])
-    N = b.shape[-2 if b_transposed else -1]
-    if not fast(a, b):
-        b = widen(b)
-        return (a.transpose(-2, -1) if a_transposed else a) @ (
-            b.transpose(-2, -1) if b_transposed else b
-        )
-    batch = math.prod(leading)
-    few = b_transposed and not a_transposed and batch == 1 and M <= _FEW
-    macros = {
-        "MATMUL": 1, "BATCH": batch, "SIZE_M": M, "SIZE_N": N, "SIZE_K": K, **WEIGHTS[b.dtype],
-        "A_TRANSPOSED": int(a_transposed), "B_TRANSPOSED": int(b_transposed),
-        "FEW": int(few), "HEAD_START": 0 if few else f"{_HEAD_START}L",
+    def gradient(dy: Tensor, at: Tensors) -> Tensors:
+        tensors = {"dx": Tensor.empty(*x.shape, device=x.device), "dy": dy, "x": at["x"]}
+        return {"x": launch.call(_file("activation.c"), "activation_backward", tensors, {"n": n},
+                                 threads, 20 * n, macros)["dx"]}  # fmt: skip
+
+    tensors = {"y": Tensor.empty(*x.shape, device=x.device), "x": x}
+    return launch.call(_file("activation.c"), "activation", tensors, {"n": n}, threads, 20 * n,
+                       macros, gradient=gradient)["y"]  # fmt: skip
+
+
+def embedding(ids: Tensor, table: Tensor, scale: Tensor | None) -> Tensor:
+    (V, C), count = table.shape, ids.numel()
+    sizes = {"count": count, "V": V, "C": C}
+
+    def gradient(dy: Tensor, at: Tensors) -> Tensors:
+        tensors = {"dtable": Tensor.empty(V, C, device=ids.device), "dy": dy, "ids": at["ids"]}
+        flops = V * C + count * C
+        threads = count_threads(flops, max(1, C // 16))
+        return {"table": launch.call(_file("embedding.c"), "embedding_backward", tensors, sizes,
+                                     threads, flops,
+                                     launch.WEIGHTS[dtypes.float32])["dtable"]}  # fmt: skip
+
+    y = Tensor.empty(*ids.shape, C, device=ids.device)
+    return launch.call(
+        _file("embedding.c"), "embedding", {"y": y, "ids": ids, "table": table, "scale": scale},
+        sizes, count_threads(count * C, count), count * C,
+        gradient=gradient if table.dtype == dtypes.float32 else None,
+    )["y"]  # fmt: skip
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+    R, C = _rows(x), x.shape[-1]
+    numbers = {"R": R, "C": C, "epsilon": float(epsilon)}
+    flops = 10 * R * C
+    threads = count_threads(flops, R)
+
+    def gradient(dy: Tensor, at: Tensors) -> Tensors:
+        tensors = {
+            "dx": Tensor.empty(*x.shape, device=x.device),
+            "parts": Tensor.empty(threads, 2, C, device=x.device),
+            "dy": dy, "x": at["x"], "weight": at["weight"],
+        }  # fmt: skip
+        found = launch.call(_file("layer_norm.c"), "layer_norm_backward", tensors, numbers, threads,
+                            2 * flops)  # fmt: skip
+        sums = found["parts"].sum(0)
+        grads = {"x": found["dx"], "weight": sums[0]}
+        return grads if bias is None else grads | {"bias": sums[1]}
+
+    tensors = {"y": Tensor.empty(*x.shape, device=x.device), "x": x, "weight": weight, "bias": bias}
+    return launch.call(_file("layer_norm.c"), "layer_norm", tensors, numbers, threads, flops,
+                       gradient=gradient)["y"]  # fmt: skip
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    n_head: int,
+    scale: float,
+    padding: Tensor | None,
+    dropout: Dropout | None,
+) -> Tensor:
+    B, T, C = q.shape
+    flops = 2 * B * T * T * C
+    threads = count_threads(flops, B * n_head)
+    numbers = {"B": B, "T": T, "H": n_head, "D": C // n_head, "scale": float(scale)}
+    numbers |= _dropout_numbers(dropout, "dropout_scale")
+    key = None if dropout is None else dropout.key
+
+    def gradient(dy: Tensor, at: Tensors) -> Tensors:
+        tensors = {name: Tensor.empty(B, T, C, device=q.device) for name in ("dq", "dk", "dv")}
+        tensors |= {"scratch": Tensor.empty(threads, 2, T, T, device=q.device), "dy": dy}
+        tensors |= {name: at[name] for name in ("probs", "q", "k", "v")} | {"key": at.get("key")}
+        found = launch.call(_file("attention.c"), "attention_backward", tensors, numbers, threads,
+                            2 * flops)  # fmt: skip
+        return {name: found[f"d{name}"] for name in ("q", "k", "v")}
+
+    tensors = {
+        "y": Tensor.empty(B, T, C, device=q.device),
+        "probs": Tensor.empty(B, n_head, T, T, device=q.device),
+        "scratch": Tensor.empty(threads, _STRIP if key is not None else 1, T, device=q.device),
+        "q": q, "k": k, "v": v, "key": key, "padding": padding,
     }  # fmt: skip
+    return launch.call(_file("attention.c"), "attention", tensors, numbers, threads, flops,
+                       gradient=gradient)["y"]  # fmt: skip
 
-    def gradient(g: UOp, call: UOp) -> tuple[UOp | None, ...]:
-        d, (x, y) = Tensor(g), (Tensor(u) for u in call.src[2:4])
-        if a_transposed:
-            dx = matmul(y, d, b_transposed, True)
-        else:
-            dx = matmul(d, y, False, not b_transposed)
-        dy = matmul(d, x, True, a_transposed) if b_transposed else matmul(x, d, not a_transposed)
-        return None, dx.uop, dy.uop
 
-    flops = 2 * batch * M * N * K
-    threads = count_threads(flops, _THREAD_FLOPS if few else _HEAD_START)
-    buffers = {"c": Tensor.empty(*leading, M, N), "a": a, "b": b}
-    gradient = gradient if b.dtype == dtypes.float32 else None
-    return call("matmul", buffers, ("c",), macros, flops, gradient=gradient, threads=threads)[0]
+def attention_cached(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    n_head: int,
+    scale: float,
+    cache: tuple[Tensor, Tensor],
+    start_pos: int | UOp | Tensor,
+    padding: Tensor | None,
+    row: int | UOp | None,
+) -> Tensor:
+    (B, M, C), T, S = q.shape, k.shape[1], cache[0].shape[2]
+    flops = 2 * B * M * S * C
+    threads = count_threads(flops, B * n_head)
+    starts = start_pos if isinstance(start_pos, Tensor) else None
+    tensors = {
+        "y": Tensor.empty(B, M, C, device=q.device), "keys": cache[0], "values": cache[1],
+        "scores": Tensor.empty(threads, min(M, _BAND), S, device=q.device),
+        "q": q, "k": k, "v": v, "starts": starts, "padding": padding,
+    }  # fmt: skip
+    numbers: dict[str, int | float | UOp] = {
+        "start_pos": 0 if isinstance(start_pos, Tensor) else start_pos,
+        "row": 0 if row is None else row,
+        "B": B, "T": T, "M": M, "S": S, "H": n_head, "D": C // n_head, "scale": float(scale),
+    }  # fmt: skip
+    return launch.call(_file("attention.c"), "attention_cached", tensors, numbers, threads, flops,
+                       fixed=("D",))["y"]  # fmt: skip
+
+
+def _dropout_numbers(dropout: Dropout | None, scale: str = "scale") -> dict[str, int | float]:
+    """The numbers that C takes for a dropout; without one they are not read."""
+    if dropout is None:
+        return {"place": 0, "threshold": 0, scale: 1.0}
+    return {"place": dropout.place, "threshold": dropout.threshold, scale: dropout.scale}
+
+
+def dropout(x: Tensor, dropout: Dropout, residual: Tensor | None) -> Tensor:
+    n, row_size = x.numel(), x.numel() // x.shape[0]
+    numbers = {"n": n, "row_size": row_size, **_dropout_numbers(dropout)}
+    threads = count_threads(20 * n)
+
+    def drop(x: Tensor, key: Tensor, residual: Tensor | None, gradient=None) -> Tensor:
+        y = Tensor.empty(*x.shape, device=x.device)
+        tensors = {"y": y, "x": x, "residual": residual, "key": key}
+        return launch.call(_file("dropout.c"), "dropout", tensors, numbers, threads, 20 * n,
+                           gradient=gradient)["y"]  # fmt: skip
+
+    def gradient(dy: Tensor, at: Tensors) -> Tensors:
+        grads = {"x": drop(dy, at["key"], None)}
+        return grads if residual is None else grads | {"residual": dy}
+
+    return drop(x, dropout.key, residual, gradient)
+
+
+def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None) -> Tensor:
+    (V, C), R = weight.shape, _rows(x)
+    flops = 2 * R * V * C
+
+    def gradient(d: Tensor, at: Tensors) -> Tensors:
+        # At the logits the gradient is d * errors: d scales rows, and so may as well scale those
+        # of x, or of the result, which are shorter.
+        d, x = d.unsqueeze(-1), at["x"]
+        found = _linear_backward(at["errors"], (x * d).contiguous(), at["weight"], bias=False)
+        return {"x": found["x"] * d, "weight": found["weight"]}
+
+    tensors = {
+        "losses": Tensor.empty(*x.shape[:-1], device=x.device),
+        "errors": Tensor.empty(*x.shape[:-1], V, device=x.device),
+        "x": x, "weight": weight, "scale": scale, "targets": targets,
+    }  # fmt: skip
+    return launch.call(
+        _file("cross_entropy.c"), "cross_entropy", tensors, {"R": R, "C": C, "V": V},
+        count_threads(flops, R), flops,
+        gradient=gradient if weight.dtype == dtypes.float32 and scale is None else None,
+    )["losses"]  # fmt: skip
+
+
+def sum_of_squares(tensors: list[Tensor]) -> Tensor:
+    sizes = [tensor.numel() for tensor in tensors]
+    most = max(count_threads(2 * n) for n in sizes)
+    totals = Tensor.zeros(most, device=tensors[0].device).contiguous()
+    for tensor, n in zip(tensors, sizes, strict=True):
+        totals = launch.call(_file("adamw.c"), "sum_of_squares", {"totals": totals, "x": tensor},
+                             {"n": n}, count_threads(2 * n), 2 * n)["totals"]  # fmt: skip
+    return totals.sum()
+
+
+def adamw(
+    parameter: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    gradient: Tensor,
+    inputs: Tensor,
+    decay: float,
+    betas: tuple[float, float],
+) -> None:
+    n = parameter.numel()
+    written = {"parameter": parameter, "mean": mean, "square": square}
+    tensors = {**written, "gradient": gradient, "inputs": inputs}
+    numbers = {"n": n, "decay": float(decay)}
+    for i, beta in enumerate(map(float, betas), 1):
+        numbers |= {f"beta{i}": beta, f"rest{i}": 1 - beta}
+    found = launch.call(_file("adamw.c"), "adamw", tensors, numbers, count_threads(16 * n), 16 * n)
+    for name, tensor in written.items():
+        tensor.replace(found[name])  # so that what reads it now waits for this
 
 
 def threshold(order: Tensor, weights: Tensor, target: Tensor) -> Tensor:
-    """The C form of `sampling._threshold`, where `fast` holds: one kernel instead of 64, which
-    are a quarter of a GPT-2's time in int8 with top-k or top-p.
-
-    Args:
-        order: uint32 (B, V).
-        weights: float (B, V).
-        target: (1,).
-    Returns:
-        uint32 (B, 1).
-    """
     B, V = order.shape
-    found = Tensor.empty(B, 1, dtype=dtypes.uint32)
-    buffers = {"found": found, "order": order, "weights": weights.float(), "target": target.float()}
-    buffers = {name: tensor.contiguous() for name, tensor in buffers.items()}
-    macros = {"THRESHOLD": 1, "ROWS_OF_ORDER": B, "SIZE": V, **WEIGHTS[dtypes.float32]}
+    tensors = {
+        "found": Tensor.empty(B, 1, dtype=dtypes.uint32, device=order.device),
+        "order": order, "weights": weights.float(), "target": target.float(),
+    }  # fmt: skip
     flops = 64 * B * V
-    threads = min(B, count_threads(flops))
-    return call("threshold", buffers, ("found",), macros, flops, threads=threads)[0]
-
-
-def count_threads(flops: int, each: int = _THREAD_FLOPS) -> int:
-    return max(1, min(CPU_COUNT.value, flops // each))
-
-
-@functools.cache
-def meeting_place() -> Tensor:
-    """Where a kernel's threads wait for each other: see `barrier` in kernels.c."""
-    place = np.zeros(34, np.int32)
-    with suppress(AttributeError, TypeError):  # a system that has no such function
-        yield_ = ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p)
-        place[32:].view(np.uint64)[0] = yield_.value
-    with Context(CAPTURING=0):  # not a part of any JIT, whose planner might lend its memory out
-        return Tensor(place, device="CPU").contiguous().realize()
-
-
-@functools.cache
-def _source(*names: str) -> str:
-    return "".join(Path(__file__).with_name(name).read_text() for name in names)
-
-
-def call(
-    kind: str,
-    buffers: Mapping[str, Tensor | None],
-    written: Collection[str],
-    macros: Mapping[str, object],
-    flops: int,
-    variables: Mapping[str, UOp] | None = None,
-    gradient: Callable[[UOp, UOp], tuple[UOp | None, ...]] | None = None,
-    sources: Sequence[str] = ("kernels.c",),
-    threads: int | None = None,
-) -> list[Tensor]:
-    """Call a function of a C file, whose parameters are the buffers by their names, `core_id`, and
-    the variables.
-
-    Args:
-        kind: the kernel's name in profiles.
-        buffers: what it reads and writes; one that is None is a null pointer there.
-        written: names of the buffers that it writes.
-        macros: what the C text needs to know beforehand.
-        flops: how many floating-point operations it does, which decides on threads.
-        gradient: as tinygrad's `custom_kernel` takes it.
-        sources: C files next to this one, put one behind the other.
-        threads: at most so many; None as many as pay.
-    Returns:
-        the written buffers, in the order of `buffers`, as they are after the call.
-    """
-    threads = count_threads(flops) if threads is None else threads
-    present = {name: tensor for name, tensor in buffers.items() if tensor is not None}
-    variables, places = variables or {}, tuple(range(len(present)))
-    outs = tuple(i for i, name in enumerate(present) if name in written)
-    shape = "_".join(str(size) for size in next(iter(present.values())).shape)
-    name = f"{kind}_{shape}"
-    pointers = [f"{_c_type(n, t, n in written)} *{n}" for n, t in present.items()]
-    numbers = [f"int {number}" for number in ("core_id", *variables)]
-    lines = [f"#define {key} {value}" for key, value in {**macros, "THREADS": threads}.items()]
-    for null in (name for name in buffers if name not in present):
-        lines.append(f"static {'int' if null in _INTEGERS else 'float'} *const {null} = 0;")
-    lines += [f"#define ENTRY void {name}({', '.join([*pointers, *numbers])})", _source(*sources)]
-    size_bytes = sum(tensor.nbytes() for tensor in present.values())
-
-    def program(*params: UOp) -> UOp:
-        integers = (UOp.variable("core_id", 0, threads - 1, dtypes.int), *variables.values())
-        info = KernelInfo(name, estimates=Estimates(flops, size_bytes, size_bytes))
-        sink = UOp.sink(*params, *integers, arg=info)
-        ins = tuple(i for i in places if i not in outs)
-        arg = ProgramInfo(name, (threads, 1, 1), None, integers, places, outs, ins)
-        order = UOp(Ops.LINEAR, src=(*params, *integers))
-        source = UOp(Ops.SOURCE, arg="\n".join(lines))
-        return UOp(Ops.PROGRAM, src=(sink, UOp(Ops.DEVICE, arg="CPU"), order, source), arg=arg)
-
-    uops = [tensor.uop for tensor in present.values()]
-    found = UOp.custom_kernel(*uops, fxn=program, grad_fxn=gradient)
-    return [Tensor(found[i]) for i in outs]
-
-
-def _c_type(name: str, tensor: Tensor, written: bool) -> str:
-    if tensor.dtype in _INTEGER_TYPES:
-        return _INTEGER_TYPES[tensor.dtype] if written else f"const {_INTEGER_TYPES[tensor.dtype]}"
-    if written:
-        return "float"
-    is_matrix = name == "b" or (name.endswith("_weight") and "ln_" not in name)
-    return "const WEIGHT" if is_matrix else "const float"
+    return launch.call(_file("sampling.c"), "threshold", tensors, {"B": B, "V": V},
+                       count_threads(flops, B), flops)["found"]  # fmt: skip

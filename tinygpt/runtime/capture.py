@@ -35,7 +35,7 @@ from tinygrad.nn.state import get_parameters
 from tinygrad.schedule.memory import memory_plan_rewrite
 from tinygrad.uop.ops import Ops, buffers
 
-from tinygpt.runtime import graph, pool, store
+from tinygpt.runtime import graph, launch, pool, store
 from tinygpt.runtime.compiling import compile_calls
 from tinygpt.runtime.plan import Inputs, make_plan
 from tinygpt.runtime.replay import Replay
@@ -182,12 +182,14 @@ def _record(
         raise JitError("the function computes nothing that could be captured")
     _check_no_non_tensor_return(result)
     held = _known()
+    # What has memory by now was given values outside of the step, which cannot make it anew.
+    older |= {u for u in held if u.buffer.is_allocated()}
     for tensor in get_parameters(result):
         held |= {u for u in tensor.uop.toposort() if u.op is Ops.BUFFER}
     params = {u: UOp.param(i, u.dtype, u.shape, u.device) for i, u in enumerate(inputs.uops)}
     linear = UOp(Ops.LINEAR, src=tuple(recorder.calls)).substitute(params, walk=True)
     linear = memory_plan_rewrite(compile_calls(linear, also=[pool.runner_source()]), held)
-    names = stored.names if stored else {}
+    names = {**stored.names, **launch.constant_names()} if stored else {}
     found = make_plan(linear, inputs, result, older, names)
     if found is None:
         linear = graph_split_rewrite(linear, max_batch_size=JIT_BATCH_SIZE.value)

@@ -11,6 +11,7 @@ import platform
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +20,25 @@ from tinygrad.helpers import DEV, Context
 
 from tinygpt.errors import InputError
 
-# What can compile for the CPU besides clang, the best first, as DEV spells it.
+# The compilers for the CPU besides clang, as DEV spells them, the best one first.
 FALLBACKS = {"CPU:LLVM": "the LLVM library", "CPU:X86": "tinygrad's own x86-64 assembler"}
 
-# Set by `select`, at import: one line for the user about what was chosen in clang's place.
+# Set by `select`: one line for the user about what was chosen in clang's place.
 note: str | None = None
 
 
+@cache
 def forgive_cache() -> None:
     """Do without tinygrad's cache of compiled kernels where it is damaged or out of reach.
 
     tinygrad would end there. What cannot be read is compiled again, and kept again if it can be.
+    This replaces two functions of `tinygrad.device` in this process. The command line does so when
+    it starts; Python code that wants it calls this.
     """
 
     def forgiving(step: Callable[..., Any]) -> Callable[..., Any]:
         def attempt(*args: Any) -> Any:
-            with suppress(Exception):  # of SQLite, the disk, or a pickle cut short
+            with suppress(Exception):  # SQLite, the disk, or a pickle that is cut short
                 return step(*args)
 
         return attempt
@@ -48,18 +52,24 @@ def find_clang() -> str | None:
     return shutil.which(os.environ.get("CC") or "clang")
 
 
+@cache
 def select() -> None:
     """Where DEV is unset, correct tinygrad's choice if it would not work, or work slowly.
 
     That is a CPU without clang, and an OpenCL driver that runs on the CPU: those kernels are slower
     than the CPU's own, and PoCL, the usual one, ends the whole process where it finds no linker.
     `note` then says what was chosen.
+
+    The command line calls this when it starts, and a `GPT` when it is made: only the first call in
+    a process does anything. It sets DEV in the environment too, for processes started from here.
+    Where tensors were made before, they stay on tinygrad's device, and so does what comes after.
     """
     global note
-    if os.environ.get("DEV"):
+    if DEV.device:  # the user has chosen, in the environment or in Python
         return
-    chosen = "CPU" if _no_gpu() else Device.DEFAULT
-    if chosen != "CPU" and not (chosen == "CL" and opencl_is_cpu()):
+    in_use = os.environ.get("DEV")  # tinygrad has set it when a tensor was made before
+    chosen = in_use or ("CPU" if _no_gpu() else Device.DEFAULT)
+    if chosen != "CPU" and (in_use or chosen != "CL" or not opencl_is_cpu()):
         return
     os.environ["DEV"] = ""  # tinygrad may have written its own choice there
     if find_clang():
@@ -92,7 +102,7 @@ def _choose(target: str) -> None:
 
 def opencl_is_cpu() -> bool:
     """Whether the OpenCL device is the processor, by the names that PoCL gives it."""
-    with suppress(Exception):  # whatever a driver that is not there raises
+    with suppress(Exception):  # a driver that is not there may raise anything
         return Device["CL"].device_name.startswith(("pthread", "cpu", "basic"))
     return False
 
@@ -131,12 +141,15 @@ def _adds_up(device: str | None = None) -> bool:
 def check(kernel: bool = True) -> None:
     """See whether the chosen backend is there, and, unless told not to, run one small kernel on it.
 
+    Where none has been chosen yet, `select` does so first.
+
     Raises:
         InputError: when the backend does not exist or does not work, with the reason.
     """
+    select()
     chosen = os.environ.get("DEV")  # by the user or `select`; tinygrad may write there, too
     try:
-        # A kernel from tinygrad's disk cache would run without the compiler; the next would not.
+        # The trial kernel may come from tinygrad's disk cache, which needs no compiler.
         if renderer() == "ClangJIT" and find_clang() is None:
             raise FileNotFoundError("clang is not installed")
         if renderer() == "X86" and not _runs_assembled():
@@ -168,3 +181,8 @@ def describe() -> str:
         return f"{device.device} ({name})"
     words = {"ClangJIT": "clang", "CPULLVM": "LLVM"}.get(renderer(), renderer())
     return device.device if words.upper() == device.device else f"{device.device} ({words})"
+
+
+def compiles_c(name: str = "CPU") -> bool:
+    """Whether C text can be a kernel on that device: clang compiles for it, in this process."""
+    return renderer(name) == "ClangJIT"

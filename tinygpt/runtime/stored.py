@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from tinygrad import Tensor, UOp
 from tinygrad.uop.ops import Ops
 
-from tinygpt.runtime import store
+from tinygpt.runtime import launch, store
 from tinygpt.runtime.plan import Inputs, Plan, Storage, as_tensors, whole
 from tinygpt.runtime.replay import Replay
 
@@ -58,6 +58,7 @@ class StoredStep:
                 uops.append(UOp.new_buffer(storage.device, storage.size, storage.dtype))
                 continue
             uop = self.named.get(storage.name)
+            uop = launch.constant_of(storage.name, storage.device) if uop is None else uop
             if uop is None or Storage(uop.device, uop.arg, uop.dtype, storage.name) != storage:
                 return None
             uops.append(uop)

@@ -8,30 +8,29 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinygpt.errors import InputError, reason, show, unknown
+from tinygpt.errors import InputError, reason, show
 from tinygpt.storage import read_json, read_text, write_text
 from tinygpt.tokenizer.vocabulary import (
     END,
     SURROGATE,
     find_merges,
-    from_gguf,
     from_merges,
     from_tokenizers,
     spell,
 )
 
-if TYPE_CHECKING:  # imported where text is handled: most of the package never does
+if TYPE_CHECKING:  # imported only where text is handled, which is rare
     from tiktoken import Encoding
 
 NAMES = ("gpt2", "bytes")
 _MAX_MERGES_BYTES = 4 << 20  # GPT-2's are 0.46 MB
 _OWN = "tinygpt_tokenizer.json"
 _PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
-_FILES = (_OWN, *(" and ".join(pair) for pair in _PAIRS), "tokenizer.json")
+_HUGGING_FACE = "tokenizer.json"
+FILES = (_OWN, *(" and ".join(pair) for pair in _PAIRS), _HUGGING_FACE)
 _USUAL = {50257: "gpt2", 50304: "gpt2", 257: "bytes"}  # nanoGPT rounds up to a multiple of 64
 _EACH = r"(?s:.)"  # a split pattern: every character by itself
 
@@ -40,37 +39,72 @@ _EACH = r"(?s:.)"  # a split pattern: every character by itself
 # nothing backtracks. (Python counts U+001C to U+001F as white space, tiktoken does not.)
 _LONG_SPACE = re.compile(r"(?<![^\S\x1c-\x1f])[^\S\x1c-\x1f]{9999,}+(?=[\S\x1c-\x1f])")
 
-# What makes two tokenizers equal.
-_whole = attrgetter("_pat_str", "_mergeable_ranks", "_special_tokens")
+
+def named_tokenizer(name: str) -> Encoding:
+    """The tokenizer of one of NAMES.
+
+    Raises:
+        InputError: when gpt2 is neither in tiktoken's cache nor can be downloaded.
+    """
+    import tiktoken
+
+    if name == "bytes":
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        return tiktoken.Encoding(
+            name, pat_str=_EACH, mergeable_ranks=ranks, special_tokens={END: 256}
+        )
+    try:
+        return tiktoken.get_encoding(name)
+    except (OSError, ValueError) as error:  # a failed download is an OSError
+        raise InputError(
+            f"cannot download tokenizer {name!r} (no network? {type(error).__name__}): set "
+            "TIKTOKEN_CACHE_DIR to a folder that has it, or pass --tokenizer with bytes or with a "
+            "folder that has vocab.json and merges.txt"
+        ) from error
 
 
-def load_tokenizer(name_or_path: str | Path, vocab_size: int | None = None) -> Encoding:
-    """The tokenizer of that name, or the one that a folder holds.
+def folder_has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has any of the files that `folder_tokenizer` reads.
+
+    Raises:
+        InputError: when the folder cannot be read.
+    """
+    pairs = (name for pair in _PAIRS for name in pair)
+    return not _names_in(folder).isdisjoint((_OWN, _HUGGING_FACE, *pairs))
+
+
+def folder_tokenizer(folder: Path, vocab_size: int | None = None) -> Encoding:
+    """The tokenizer whose files are in a folder.
 
     Args:
-        name_or_path: `gpt2` (from tiktoken's cache, else downloaded), `bytes` (256 bytes and
-            `<|endoftext|>`), a folder, or a model's file: a GGUF file's own, else what is in the
-            file's folder. A Path is never a name.
-        vocab_size: how many ids the model knows; a tokenizer with more is refused. For a folder
-            without a tokenizer, 50257 and nanoGPT's 50304 mean `gpt2`, and 257 `bytes`.
+        vocab_size: how many ids the model knows. Where the folder has no tokenizer, 50257 and
+            nanoGPT's 50304 mean `gpt2`, and 257 `bytes`.
     Raises:
-        InputError: for an unknown name, a file that cannot be used, or too large a tokenizer.
+        InputError: when there is none, or a file that cannot be used.
     """
-    name = str(name_or_path)
-    if isinstance(name_or_path, str) and name in NAMES:
-        tokenizer = _named(name)
-    elif os.path.isdir(name):
-        tokenizer = _from_folder(Path(name), vocab_size)
-    elif os.path.isfile(name):
-        tokenizer = from_gguf(Path(name)) or _from_folder(Path(name).parent, vocab_size)
-    else:
-        raise unknown("tokenizer", name, (*NAMES, f"a folder with {' or '.join(_FILES)}"))
-    if vocab_size is not None and tokenizer.n_vocab > vocab_size:
-        raise InputError(
-            f"tokenizer {name!r} has ids up to {tokenizer.n_vocab - 1}, outside the model's "
-            f"vocabulary of {vocab_size}: pass --tokenizer with the one it was trained with"
-        )
-    return tokenizer
+    present = _names_in(folder)
+    if _OWN in present:
+        return _from_own(folder / _OWN)
+    for vocab, merges in _PAIRS:
+        if {vocab, merges} <= present:
+            lines = read_text(folder / merges, _MAX_MERGES_BYTES).split("\n")
+            lines = lines[1:] if lines[0].startswith("#version") else lines
+            return from_merges(read_json(folder / vocab), [*filter(None, lines)], str(folder))
+    if _HUGGING_FACE in present:
+        return from_tokenizers(folder / _HUGGING_FACE)
+    if vocab_size in _USUAL and not folder_has_tokenizer(folder):
+        return named_tokenizer(_USUAL[vocab_size])
+    raise InputError(
+        f"no tokenizer in folder {str(folder)!r}: it needs {' or '.join(FILES)}; "
+        f"add them, or pass --tokenizer with {', '.join(NAMES)} or another folder"
+    )
+
+
+def _names_in(folder: Path) -> set[str]:
+    try:
+        return set(os.listdir(folder))
+    except OSError as error:
+        raise InputError(f"cannot read {folder}: {reason(error)}; pass another folder") from error
 
 
 def char_tokenizer(characters: Iterable[str]) -> Encoding:
@@ -91,7 +125,7 @@ def char_tokenizer(characters: Iterable[str]) -> Encoding:
 
 
 def save_tokenizer(tokenizer: Encoding, folder: str | Path) -> None:
-    """Write what `load_tokenizer(folder)` reads back equal.
+    """Write what `folder_tokenizer(folder)` reads back equal.
 
     All but a character-level one also get the files that other GPT-2 implementations read.
 
@@ -114,7 +148,7 @@ def save_tokenizer(tokenizer: Encoding, folder: str | Path) -> None:
         )
         if name in NAMES:
             files[_OWN] = json.dumps({"kind": name})
-        elif _whole(from_merges(vocab, merges, name)) != _whole(tokenizer):
+        elif not same_tokenizer(from_merges(vocab, merges, name), tokenizer):
             raise InputError(
                 f"tokenizer {name!r} has a split pattern or special tokens that vocab.json and "
                 "merges.txt cannot hold: use gpt2, bytes or a byte-level BPE of GPT-2's form"
@@ -123,10 +157,16 @@ def save_tokenizer(tokenizer: Encoding, folder: str | Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for file, content in files.items():
             write_text(folder / file, content)
-        if _OWN not in files:  # an earlier save's would be read first
+        if _OWN not in files:  # one left by an earlier save would be read first
             (folder / _OWN).unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"cannot write {folder}: {reason(error)}; pass another folder") from error
+
+
+def same_tokenizer(one: Encoding, other: Encoding) -> bool:
+    """Whether two tokenizers give every text the same ids, whatever they are called."""
+    what_decides = ("_pat_str", "_mergeable_ranks", "_special_tokens")
+    return all(getattr(one, part) == getattr(other, part) for part in what_decides)
 
 
 def encode(tokenizer: Encoding, text: str, special: bool = False) -> list[int]:
@@ -141,13 +181,13 @@ def encode(tokenizer: Encoding, text: str, special: bool = False) -> list[int]:
     pattern = "|".join(map(re.escape, names)) or "(?!)"  # which matches nowhere
     ranks, ids = tokenizer._mergeable_ranks, []
     for number, part in enumerate(re.split(f"({pattern})", text)):
-        if number % 2:  # re.split puts what it split at between the rest
+        if number % 2:  # every second part is a special token, at which the text was split
             ids.append(tokenizer.encode_single_token(part))
             continue
         for character in set(part):
             data = _utf8(character)
             if data not in ranks and not all(bytes([byte]) in ranks for byte in data):
-                raise InputError(  # where tiktoken would panic
+                raise InputError(  # tiktoken would panic
                     f"character {character!r} (U+{ord(character):04X}) is not in tokenizer "
                     f"{tokenizer.name!r}: take it out, or use a model with another tokenizer"
                 )
@@ -210,7 +250,7 @@ def _until_stop(texts: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
     for text in texts:
         held += text
         found = [(held.index(stop) + len(stop), held.index(stop)) for stop in stops if stop in held]
-        if found:  # the first to end, so that it matters not how ids divide the text
+        if found:  # the first to end decides, however the ids divide the text
             yield held[: min(found)[1]]
             return
         starts = ((stop, n) for stop in stops for n in range(1, min(len(stop), len(held) + 1)))
@@ -220,50 +260,10 @@ def _until_stop(texts: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
     yield held
 
 
-def _named(name: str) -> Encoding:
-    import tiktoken
-
-    if name == "bytes":
-        ranks = {bytes([byte]): byte for byte in range(256)}
-        return tiktoken.Encoding(
-            name, pat_str=_EACH, mergeable_ranks=ranks, special_tokens={END: 256}
-        )
-    try:
-        return tiktoken.get_encoding(name)
-    except (OSError, ValueError) as error:  # a failed download is an OSError
-        raise InputError(
-            f"cannot download tokenizer {name!r} (no network? {type(error).__name__}): set "
-            "TIKTOKEN_CACHE_DIR to a folder that has it, or pass --tokenizer with bytes or with a "
-            "folder that has vocab.json and merges.txt"
-        ) from error
-
-
-def _from_folder(folder: Path, vocab_size: int | None) -> Encoding:
-    try:
-        present = set(os.listdir(folder))
-    except OSError as error:
-        raise InputError(f"cannot read {folder}: {reason(error)}; pass another folder") from error
-    if _OWN in present:
-        return _from_own(folder / _OWN)
-    for vocab, merges in _PAIRS:
-        if {vocab, merges} <= present:
-            lines = read_text(folder / merges, _MAX_MERGES_BYTES).split("\n")
-            lines = lines[1:] if lines[0].startswith("#version") else lines
-            return from_merges(read_json(folder / vocab), [*filter(None, lines)], str(folder))
-    if "tokenizer.json" in present:
-        return from_tokenizers(folder / "tokenizer.json")
-    if vocab_size in _USUAL and present.isdisjoint(name for pair in _PAIRS for name in pair):
-        return _named(_USUAL[vocab_size])
-    raise InputError(
-        f"no tokenizer in folder {str(folder)!r}: it needs {' or '.join(_FILES)}; "
-        f"add them, or pass --tokenizer with {', '.join(NAMES)} or another folder"
-    )
-
-
 def _from_own(path: Path) -> Encoding:
     match read_json(path):
         case {"kind": "gpt2" | "bytes" as kind}:
-            return _named(kind)
+            return named_tokenizer(kind)
         case {"kind": "char", "characters": str(text)} if (
             text and list(text) == sorted(set(text)) and not SURROGATE.search(text)
         ):

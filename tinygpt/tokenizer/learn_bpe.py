@@ -10,12 +10,11 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from tinygpt.errors import InputError, show
-from tinygpt.tokenizer.vocabulary import from_merges, spell
+from tinygpt.tokenizer.vocabulary import END, from_merges, spell
 
 if TYPE_CHECKING:
     from tiktoken import Encoding
 
-_END = "<|endoftext|>"
 _BYTES = sorted(map(spell, (bytes([byte]) for byte in range(256))))  # in the order of GPT-2's ids
 _EDGE = -1  # stands between words; no symbol
 
@@ -42,7 +41,7 @@ def train_bpe(text_pieces: Iterable[str], vocab_size: int) -> list[list[str]]:
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 257:
         raise InputError(
             f"a vocabulary of {show(vocab_size)}: a byte-level BPE needs 257 ids or more, for 256 "
-            f"bytes and {_END}"
+            f"bytes and {END}"
         )
     split, words = regex.compile(r50k_pat_str), Counter()
     for piece in text_pieces:
@@ -59,7 +58,7 @@ def train_bpe(text_pieces: Iterable[str], vocab_size: int) -> list[list[str]]:
 
 def bpe_tokenizer(merges: list[list[str]]) -> Encoding:
     """The tokenizer of some merges; ids are GPT-2's for bytes, then the merges', then the end's."""
-    tokens = [*_BYTES, *map("".join, merges), _END]
+    tokens = [*_BYTES, *map("".join, merges), END]
     return from_merges({token: number for number, token in enumerate(tokens)}, merges, "bpe")
 
 

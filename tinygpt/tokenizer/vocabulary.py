@@ -7,13 +7,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from tinygpt.checkpoints import gguf
-from tinygpt.errors import CheckpointError, InputError, show
+from tinygpt.errors import CheckpointError, show
 from tinygpt.storage import read_json
 
-if TYPE_CHECKING:  # imported where text is handled: most of the package never does
+if TYPE_CHECKING:  # imported only where text is handled, which is rare
     from tiktoken import Encoding
 
 SURROGATE = re.compile("[\ud800-\udfff]")  # what JSON can spell but UTF-8 cannot
@@ -22,8 +19,6 @@ END = "<|endoftext|>"
 # The parts of a token are joined in steps of its length: for GPT-2's tokens together 2.6 million.
 _MOST_STEPS = 8_000_000
 _MOST_SPECIAL = 1 << 16
-# The kinds of tokens in GGUF, and what llama.cpp's converter calls those that no text gives.
-_NORMAL, _CONTROL, _UNUSED = 1, 3, 5
 
 # GPT-2's files spell a byte as one visible character: itself where it is printable Latin-1, else
 # the next free one from U+0100. Source: `bytes_to_unicode` in GPT-2's encoder.py.
@@ -33,6 +28,11 @@ _BYTE_OF = {_STAND_INS.get(b, chr(b)): b for b in range(256)}
 
 
 def from_tokenizers(path: Path) -> Encoding:
+    """The tokenizer in a `tokenizer.json`, as the library `tokenizers` writes it.
+
+    Raises:
+        CheckpointError: when the file cannot be read, or its tokenizer is not of GPT-2's form.
+    """
     match read_json(path):
         case {
             "model": dict(model),
@@ -74,61 +74,8 @@ def from_tokenizers(path: Path) -> Encoding:
     return from_merges(vocab, merges, str(path))
 
 
-def gguf_metadata(tokenizer: Encoding | None, vocab_size: int) -> dict[str, Any]:
-    """A tokenizer as GGUF's metadata have it, padded with unused tokens to the model's ids.
-
-    Source: the GGUF specification, "Tokenizer", and llama.cpp's `convert_hf_to_gguf.py`.
-
-    Raises:
-        InputError: for a tokenizer that is not a byte-level BPE.
-    """
-    if tokenizer is None:
-        return {"tokenizer.ggml.model": "no_vocab"}
-    ranks, special = tokenizer._mergeable_ranks, tokenizer._special_tokens
-    merges = find_merges(ranks, tokenizer.name)
-    names = {number: spell(token) for token, number in ranks.items()}
-    if odd := {part for merge in merges for part in merge}.difference(names.values()):
-        fact = f"has tokens of bytes such as {show(min(odd))} that are none themselves"
-        raise InputError(f"tokenizer {tokenizer.name!r} {fact}, which GGUF's gpt2 cannot say")
-    names |= {number: token for token, number in special.items()}
-    kinds = {number: _CONTROL if number in special.values() else _NORMAL for number in names}
-    found = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "gpt-2",
-        "tokenizer.ggml.tokens": [names.get(i, f"[PAD{i}]") for i in range(vocab_size)],
-        "tokenizer.ggml.token_type": [kinds.get(i, _UNUSED) for i in range(vocab_size)],
-        "tokenizer.ggml.merges": [" ".join(merge) for merge in merges],
-        "tokenizer.ggml.add_bos_token": False,
-    }
-    if (end := special.get(END)) is not None:
-        found |= {f"tokenizer.ggml.{x}_token_id": end for x in ("bos", "eos", "unknown")}
-    return found
-
-
-def from_gguf(path: Path) -> Encoding | None:
-    """The tokenizer that a GGUF file brings; None for a file of another form, or without one."""
-    with open(path, "rb") as file:
-        if file.read(4) != gguf.MAGIC:
-            return None
-    metadata = gguf.read_header(path)[1]
-    found = {x: metadata.get(f"tokenizer.ggml.{x}") for x in ("model", "pre", "tokens", "merges")}
-    kinds = metadata.get("tokenizer.ggml.token_type")
-    try:
-        match found:
-            case {"model": None | "no_vocab"}:
-                return None
-            case {"model": "gpt2", "pre": None | "default" | "gpt-2", "tokens": list(tokens)}:
-                merges = found["merges"] if isinstance(found["merges"], list) else []
-            case _:
-                raise InputError(f"its tokenizer is {show(found)}: it must be gpt2's")
-        spare = np.flatnonzero(kinds == _UNUSED) if isinstance(kinds, np.ndarray) else ()
-        vocab: dict[str, int] = {}
-        for number in sorted(set(range(len(tokens))).difference(spare)):
-            if vocab.setdefault(tokens[number], number) != number:
-                raise InputError(f"its token {show(tokens[number])} is there twice")
-        return from_merges(vocab, merges, str(path))
-    except InputError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+class _Unfit(Exception):
+    """What is wrong with a vocabulary; `from_merges` adds whose it is."""
 
 
 def from_merges(vocab: Any, merges: Any, source: str) -> Encoding:
@@ -136,33 +83,56 @@ def from_merges(vocab: Any, merges: Any, source: str) -> Encoding:
 
     tiktoken joins the two parts that make the token of lowest id, GPT-2 those of the first merge.
     Both come to the same when ids rise with the merges, and each merge is what earlier ones leave.
+
+    Args:
+        vocab: token, in GPT-2's spelling, -> id. Neither this nor `merges` need be checked before.
+        merges: in order, each two tokens: as a list, or as a text with a space between them.
+        source: where they come from, for the error.
+    Raises:
+        CheckpointError: when they are not of that form, or tiktoken would give other ids.
     """
     from tiktoken import Encoding
     from tiktoken_ext.openai_public import r50k_pat_str
 
-    def wrong(what: str) -> CheckpointError:
-        return CheckpointError(
-            f"tokenizer {source!r}: {what}; copy its files again, or use another"
-        )
+    try:
+        _check_vocabulary(vocab, merges)
+        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+        ranks = _rank(vocab, merges)
+        for merge, usual in zip(merges, find_merges(ranks, source), strict=True):
+            if merge != usual:
+                fact = f"merge {show(merge)} cannot happen: earlier ones leave {show(usual)}"
+                raise _Unfit(fact)
+        special = _special_tokens(vocab, ranks)
+        if not ranks:
+            raise _Unfit("the vocabulary has no byte: it must have one at least")
+    except _Unfit as error:
+        raise CheckpointError(
+            f"tokenizer {source!r}: {error}; copy its files again, or use another"
+        ) from error
+    return Encoding("bpe", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
 
+
+def _check_vocabulary(vocab: Any, merges: Any) -> None:
+    """Every token must be some text, and every id a number of its own."""
     if not isinstance(vocab, dict) or not isinstance(merges, list):
-        raise wrong(
+        raise _Unfit(
             f"vocabulary {show(vocab)} and merges {show(merges)} must be an object and a list"
         )
     if len(merges) > len(vocab):
-        raise wrong(f"it has {len(merges)} merges for {len(vocab)} tokens")
-    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+        raise _Unfit(f"it has {len(merges)} merges for {len(vocab)} tokens")
     owner: dict[int, str] = {}
     for token, number in vocab.items():
         if not token or SURROGATE.search(token):
-            raise wrong(f"token {show(token)} must be some text, in valid Unicode")
+            raise _Unfit(f"token {show(token)} must be some text, in valid Unicode")
         if type(number) is not int or not 0 <= number < _NEVER:
-            raise wrong(
-                f"token {show(token)} has id {show(number)}, not a whole number from 0 to "
-                f"{_NEVER - 1}"
-            )
+            whole = f"a whole number from 0 to {_NEVER - 1}"
+            raise _Unfit(f"token {show(token)} has id {show(number)}, not {whole}")
         if owner.setdefault(number, token) != token:
-            raise wrong(f"id {number} is both {show(owner[number])} and {show(token)}")
+            raise _Unfit(f"id {number} is both {show(owner[number])} and {show(token)}")
+
+
+def _rank(vocab: dict[str, int], merges: list[Any]) -> dict[bytes, int]:
+    """The ids of the single bytes and of what the merges make, which must rise with the merges."""
     ranks = {bytes([byte]): vocab[spelt] for spelt, byte in _BYTE_OF.items() if spelt in vocab}
     last = -1
     for merge in merges:
@@ -170,29 +140,39 @@ def from_merges(vocab: Any, merges: Any, source: str) -> Encoding:
             case [str(left), str(right)] if {left, right, left + right} <= vocab.keys():
                 token, number = left + right, vocab[left + right]
             case _:
-                raise wrong(f"merge {show(merge)} is not two tokens that make a known third")
+                raise _Unfit(f"merge {show(merge)} is not two tokens that make a known third")
         if not _BYTE_OF.keys() >= set(token):
-            raise wrong(f"merge {show(merge)} has a character that stands for no byte")
+            raise _Unfit(f"merge {show(merge)} has a character that stands for no byte")
         if number <= last:
-            raise wrong(f"merge {show(merge)} makes id {number} after {last}: ids must rise")
+            raise _Unfit(f"merge {show(merge)} makes id {number} after {last}: ids must rise")
         ranks[bytes(_BYTE_OF[character] for character in token)] = last = number
-    for merge, usual in zip(merges, find_merges(ranks, source), strict=True):
-        if merge != usual:
-            raise wrong(f"merge {show(merge)} cannot happen: earlier ones leave {show(usual)}")
+    return ranks
+
+
+def _special_tokens(vocab: dict[str, int], ranks: dict[bytes, int]) -> dict[str, int]:
+    """The tokens that no merge makes: they stand for themselves, and must not look like others."""
     ordinary = set(map(spell, ranks))
     special = {token: number for token, number in vocab.items() if token not in ordinary}
     for token in special:
         if not set(token).isdisjoint(_STAND_INS.values()):
-            raise wrong(f"token {show(token)} is a byte-level one that no merge makes")
-    if (length := sum(map(len, special))) > _MOST_SPECIAL:  # tiktoken makes one pattern of them
-        raise wrong(f"it has {length} characters of special tokens: at most {_MOST_SPECIAL}")
-    if not ranks:
-        raise wrong("the vocabulary has no byte: it must have one at least")
-    return Encoding("bpe", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
+            raise _Unfit(f"token {show(token)} is a byte-level one that no merge makes")
+    length = sum(map(len, special))
+    if length > _MOST_SPECIAL:  # tiktoken makes one pattern of them all
+        raise _Unfit(f"it has {length} characters of special tokens: at most {_MOST_SPECIAL}")
+    return special
 
 
 def find_merges(ranks: dict[bytes, int], source: str) -> list[list[str]]:
-    """The merge that makes each longer token: the two parts that all earlier merges leave of it."""
+    """The merge that makes each longer token: the two parts that all earlier merges leave of it.
+
+    Args:
+        ranks: token -> id, of which the lower is merged first.
+        source: where they come from, for the error.
+    Returns:
+        the merges in the order of their ids, each two tokens in GPT-2's spelling.
+    Raises:
+        CheckpointError: for a token that no merge makes, or tokens too long to try them all.
+    """
     if sum(len(token) ** 2 for token in ranks) > _MOST_STEPS:
         raise CheckpointError(f"tokenizer {source!r}: its tokens are too long; use another")
     merges, earlier = [], {}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from tinygrad import Tensor
 
-from tinygpt.ops.fast import matmul
+from tinygpt.ops import matmul
 
 
 class Lora:

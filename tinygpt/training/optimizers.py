@@ -1,22 +1,20 @@
 """From gradients to new weights: AdamW, Muon, clipping and the learning rate's course.
 
 All of it is graph: nothing here computes until a caller realises it. What changes from step to step
-enters through one small tensor (`Optimizer.numbers`), so that a JIT captures the step once.
+enters through one small tensor (`StepInputs`), so that a JIT captures the step once.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from tinygrad import Tensor
 
-from tinygpt.ops import fused
-from tinygpt.ops.fast import fast, matmul
+from tinygpt import ops
 
-_EPSILON = 1e-8  # AdamW's
 _MOMENTUM = 0.95  # Muon's
 # Muon's polynomial, whose five-fold application brings singular values near 1.
 _NEWTON_SCHULZ, _NEWTON_SCHULZ_STEPS = (3.4445, -4.775, 2.0315), 5
@@ -49,10 +47,27 @@ def scheduled(
 
 def global_norm(gradients: Mapping[str, Tensor]) -> Tensor:
     """The length of all gradients as one vector, a scalar."""
-    if fast(*gradients.values()):
-        return fused.squares(list(gradients.values())).sqrt()
-    squares = [gradient.square().sum() for gradient in gradients.values()]
-    return Tensor.stack(*squares).sum().sqrt()
+    return ops.sum_of_squares(list(gradients.values())).sqrt()
+
+
+class StepInputs(NamedTuple):
+    """What changes from step to step: on its way into a captured graph as one tensor, and as
+    scalars within it."""
+
+    rate: float | Tensor  # AdamW's
+    adam_rate: float | Tensor  # that over the correction of the first mean
+    root: float | Tensor  # of the correction of the second
+    muon_rate: float | Tensor
+    loss_scale: float | Tensor  # see `training.step`
+
+    def array(self) -> np.ndarray:
+        """float32 (5,)."""
+        return np.array(self, np.float32)
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> StepInputs:
+        """The scalars that stand in such a tensor."""
+        return cls(*(tensor[i] for i in range(len(cls._fields))))
 
 
 class Optimizer:
@@ -80,7 +95,7 @@ class Optimizer:
             grad_clip: longest length of all gradients as one vector; 0 does not clip.
         """
         self.parameters = dict(parameters)
-        self.beta1, self.beta2 = beta1, beta2
+        self.betas = beta1, beta2
         self.weight_decay, self.grad_clip = weight_decay, grad_clip
         self.by_muon = {
             name
@@ -94,68 +109,51 @@ class Optimizer:
                 self.state[f"{name}.{moment}"] = zeros
         Tensor.realize(*self.state.values())
 
-    def numbers(self, rate: float, muon_rate: float, update: int) -> np.ndarray:
-        """What `updates` needs to know of one step: float32 (4,).
+    def inputs(
+        self, rate: float, muon_rate: float, update: int, loss_scale: float = 1.0
+    ) -> StepInputs:
+        """What `updates` needs to know of one step.
 
         Args:
             rate, muon_rate: the learning rates for AdamW and for Muon.
             update: how many updates were made with this one, from 1.
         """
-        first, second = (1 - beta**update for beta in (self.beta1, self.beta2))
-        return np.array([rate, rate / first, math.sqrt(second), muon_rate], np.float32)
+        first, second = (1 - beta**update for beta in self.betas)
+        return StepInputs(rate, rate / first, math.sqrt(second), muon_rate, loss_scale)
 
     def updates(
-        self, gradients: Mapping[str, Tensor], norm: Tensor, numbers: Tensor, good: Tensor
+        self, gradients: Mapping[str, Tensor], norm: Tensor, inputs: StepInputs, good: Tensor
     ) -> list[Tensor]:
         """Assign new values to parameters and state, and give the tensors to be realised for it.
 
         Args:
             gradients: by the parameters' names.
             norm: their `global_norm`.
-            numbers: from the method of that name, realised.
+            inputs: as scalars.
             good: bool scalar; where it is false everything keeps its value.
         """
-        rate, adam_rate, root, muon_rate = (numbers[i] for i in range(4))
         clip = (self.grad_clip / (norm + 1e-6)).minimum(1.0) if self.grad_clip else norm * 0 + 1
-        if not self.by_muon and fast(*self.parameters.values()):
-            return self._fused_updates(gradients, numbers, clip, good)
-        clip, written = clip.contiguous(), []
+        clip = clip.contiguous()
+        for_adamw = (inputs.rate, inputs.adam_rate, inputs.root, clip, good.float())
+        adamw_inputs = Tensor.stack(*for_adamw).contiguous()
         for name, parameter in self.parameters.items():
             decay = self.weight_decay if parameter.ndim == 2 else 0.0
-            gradient = gradients[name] * clip
             if name in self.by_muon:
-                momentum = self._keep(f"{name}.momentum", _MOMENTUM, 1 - _MOMENTUM, gradient, good)
-                direction = orthogonal(gradient * (1 - _MOMENTUM) + momentum * _MOMENTUM)
-                step = muon_rate * max(1.0, parameter.shape[0] / parameter.shape[1]) ** 0.5
-                kept = 1 - muon_rate * decay
-            else:
-                mean = self._keep(f"{name}.mean", self.beta1, 1 - self.beta1, gradient, good)
-                squares = gradient * gradient
-                square = self._keep(f"{name}.square", self.beta2, 1 - self.beta2, squares, good)
-                direction = mean / (square.sqrt() / root + _EPSILON)
-                step, kept = adam_rate, 1 - rate * decay
-            old = parameter.detach()
-            parameter.assign(good.where(old * kept - step * direction, old))
-            written.append(parameter)
-        return [*written, *self.state.values()]
+                self._move_by_muon(name, gradients[name] * clip, inputs.muon_rate, decay, good)
+                continue
+            means = self.state[f"{name}.mean"], self.state[f"{name}.square"]
+            ops.adamw(parameter, *means, gradients[name], adamw_inputs, decay, self.betas)
+        return [*self.parameters.values(), *self.state.values()]
 
-    def _fused_updates(self, gradients, numbers, clip, good) -> list[Tensor]:
-        names = list(self.parameters)
-        decays = [self.weight_decay * (self.parameters[name].ndim == 2) for name in names]
-        return fused.adamw(
-            list(self.parameters.values()),
-            [gradients[name] for name in names],
-            [self.state[f"{name}.mean"] for name in names],
-            [self.state[f"{name}.square"] for name in names],
-            decays,
-            (self.beta1, self.beta2),
-            Tensor.cat(numbers[:3], Tensor.stack(clip, good.float())),
-        )
-
-    def _keep(self, name: str, old: float, new: float, value: Tensor, good: Tensor) -> Tensor:
-        """Move a running average towards a value."""
-        average = self.state[name]
-        return average.assign(good.where(old * average + new * value, average))
+    def _move_by_muon(self, name, gradient, rate, decay, good) -> None:
+        """Source: Jordan et al. 2024, with Nesterov's momentum."""
+        parameter, average = self.parameters[name], self.state[f"{name}.momentum"]
+        new = average * _MOMENTUM + gradient * (1 - _MOMENTUM)
+        momentum = average.assign(good.where(new, average))
+        direction = orthogonal(gradient * (1 - _MOMENTUM) + momentum * _MOMENTUM)
+        step = rate * max(1.0, parameter.shape[0] / parameter.shape[1]) ** 0.5
+        old = parameter.detach()
+        parameter.assign(good.where(old * (1 - rate * decay) - step * direction, old))
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
@@ -170,7 +168,7 @@ def orthogonal(matrix: Tensor) -> Tensor:
     x = (matrix.transpose() if tall else matrix).contiguous()
     x = (x / (x.square().sum().sqrt() + 1e-7)).contiguous()
     for _ in range(_NEWTON_SCHULZ_STEPS):
-        gram = matmul(x, x, b_transposed=True)
-        mixed = (b * gram + c * matmul(gram, gram)).contiguous()
-        x = (a * x + matmul(mixed, x)).contiguous()
+        gram = ops.matmul(x, x, b_transposed=True)
+        mixed = (b * gram + c * ops.matmul(gram, gram)).contiguous()
+        x = (a * x + ops.matmul(mixed, x)).contiguous()
     return x.transpose() if tall else x

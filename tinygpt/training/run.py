@@ -21,8 +21,8 @@ from tinygpt.evaluation.losses import Scorer, mean_loss, spread
 from tinygpt.generate import Generator
 from tinygpt.model import GPT
 from tinygpt.storage import write_text
-from tinygpt.tokenizer.encoding import decode, end_token, load_tokenizer
-from tinygpt.training import run_files as checkpoint
+from tinygpt.tokenizer.encoding import decode, end_token, folder_tokenizer
+from tinygpt.training import run_files
 from tinygpt.training.settings import TrainConfig
 from tinygpt.training.step import Counters, Trainer
 
@@ -90,7 +90,7 @@ class Run:
         last = folder / "last"
         if not last.exists():
             raise InputError(f"{folder} has no checkpoint to go on from: leave --resume out")
-        model, arrays, state = checkpoint.load(last.resolve())
+        model, arrays, state = run_files.load(last.resolve())
         try:
             settings, counters, best = state["config"], state["counters"], state["best"]
             minutes, position, source = state["minutes"], state["data"], state["source"]
@@ -100,8 +100,8 @@ class Run:
             raise CheckpointError(f"{last}/state.json: {reason(error)}") from error
         if source != data.header.source:
             raise InputError(f"{folder} was trained on other data than {data.folder}: pass those")
-        run = cls(folder, data, load_tokenizer(last), model, config, minutes)
-        checkpoint.restore(run.trainer.tensors, arrays, last)
+        run = cls(folder, data, folder_tokenizer(last), model, config, minutes)
+        run_files.restore(run.trainer.tensors, arrays, last)
         run.trainer.counters, run.best = counters, best
         run.batches.restore(position)
         run._link_best()  # in case the program was ended between the two links
@@ -196,15 +196,15 @@ class Run:
             "config": asdict(self.config),
         }
         trainer = self.trainer
-        checkpoint.save(self.folder, trainer.model, self.tokenizer, trainer.tensors, state)
+        run_files.save(self.folder, trainer.model, self.tokenizer, trainer.tensors, state)
         self._link_best()
-        checkpoint.prune(self.folder, self.config.keep)
+        run_files.prune(self.folder, self.config.keep)
 
     def _link_best(self) -> None:
         if self.best is not None:
             best = self.folder / f"step-{self.best['step']:08d}"
             if best.is_dir():
-                checkpoint.link(self.folder, "best", best)
+                run_files.link(self.folder, "best", best)
 
     def _fit(self, evaluation_s: float) -> None:
         """Choose the number of steps such that they end when the minutes do."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tinygrad import Tensor
 
-from tinygpt.checkpoints import safetensors
+from tinygpt.checkpoints import safetensors_file
 from tinygpt.checkpoints.stored_tensor import read_tensor
 from tinygpt.errors import CheckpointError, InputError, reason, show
 from tinygpt.model import GPT
-from tinygpt.storage import read_json, write_text
+from tinygpt.storage import TEMPORARY, read_json, temporary_beside, write_text
 from tinygpt.tokenizer.encoding import save_tokenizer
 
 if TYPE_CHECKING:
@@ -51,15 +50,16 @@ def save(
         InputError: when it cannot be written; the checkpoints before stay as they are.
     """
     final = run / f"step-{state['step']:08d}"
-    temporary = run / f".{secrets.token_hex(8)}.tmp"
+    temporary = temporary_beside(final)
     try:
         model.save_pretrained(temporary)
         save_tokenizer(tokenizer, temporary)
         layout = {name: ("F32", tensor.shape) for name, tensor in tensors.items()}
-        safetensors.write(temporary / _TENSORS, layout, lambda name: tensors[name].numpy())
+        safetensors_file.write(temporary / _TENSORS, layout, lambda name: tensors[name].numpy())
         write_text(temporary / _STATE, json.dumps({"format": _FORMAT, **state}, indent=1) + "\n")
-        if final.exists():  # as complete, from before the program was ended at a bad moment
-            os.rename(final, run / f".{secrets.token_hex(8)}.tmp")
+        # A run killed between the rename and the link has left this step, equally complete.
+        if final.exists():
+            os.rename(final, temporary_beside(final))
         os.rename(temporary, final)
         _sync(run)
     except OSError as error:
@@ -76,7 +76,7 @@ def link(run: Path, name: str, folder: Path) -> None:
     Raises:
         InputError: when it cannot be written.
     """
-    temporary = run / f".{secrets.token_hex(8)}.tmp"
+    temporary = temporary_beside(run / name)
     try:
         os.symlink(folder.name, temporary)
         os.replace(temporary, run / name)
@@ -90,7 +90,7 @@ def prune(run: Path, keep: int) -> None:
     """Remove all but the newest checkpoints, those that links lead to, and what a crash left."""
     linked = {os.path.realpath(run / name) for name in ("last", "best")}
     old = sorted(run.glob("step-*"))[:-keep]
-    for folder in [*old, *run.glob(".*.tmp")]:
+    for folder in [*old, *run.glob(TEMPORARY)]:
         if os.path.realpath(folder) not in linked:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -108,7 +108,7 @@ def load(folder: Path) -> tuple[GPT, dict[str, np.ndarray], dict[str, Any]]:
             f"{path}: its format is {show(state.get('format'))}, not {_FORMAT!r}: to train a "
             "model that is not a checkpoint of training, pass it as --model"
         )
-    infos, _ = safetensors.read_header(folder / _TENSORS)
+    infos, _ = safetensors_file.read_header(folder / _TENSORS)
     arrays = {name: read_tensor(folder / _TENSORS, info) for name, info in infos.items()}
     return GPT.from_pretrained(folder), arrays, state
 

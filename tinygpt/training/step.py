@@ -14,12 +14,10 @@ from tinygrad.nn.state import get_state_dict
 
 from tinygpt.errors import InputError
 from tinygpt.model import GPT
-from tinygpt.ops.fast import meeting_place
-from tinygpt.ops.fused import token_losses
 from tinygpt.runtime import device, memory
 from tinygpt.runtime.capture import capture
 from tinygpt.training.lora import Lora
-from tinygpt.training.optimizers import Optimizer, global_norm, scheduled
+from tinygpt.training.optimizers import Optimizer, StepInputs, global_norm, scheduled
 from tinygpt.training.settings import TrainConfig
 
 # float16 holds small gradients only if they are scaled up: as far as they fit, tried again upwards
@@ -75,7 +73,7 @@ class Trainer:
             config.grad_clip,
         )
         self.counters = Counters(loss_scale=_FIRST_SCALE if config.compute == "float16" else 1.0)
-        self._jit = capture(self._step, self._named, (model.config, config))
+        self._captured = capture(self._step, self._named, (model.config, config))
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -84,7 +82,7 @@ class Trainer:
 
     def _named(self) -> dict[str, Tensor]:
         """All tensors that a step touches and is not given."""
-        return {**self.weights, **self.tensors, "sync": meeting_place()}
+        return {**self.weights, **self.tensors}
 
     @property
     def learning_rate(self) -> float:
@@ -108,13 +106,17 @@ class Trainer:
         counters, config = self.counters, self.config
         rate = self.learning_rate
         muon_rate = config.muon_learning_rate * rate / (config.learning_rate or 1)  # in proportion
-        numbers = self.optimizer.numbers(rate, muon_rate, counters.updates + 1)
-        numbers = np.append(numbers, np.float32(counters.loss_scale))
-        key = np.array([config.seed, counters.step], np.uint32)
-        # Each batch is an input of its own: a slice of one would be captured where it lies.
-        tokens = [Tensor(array).realize() for batch in batches for array in batch]
-        given = (Tensor(array).realize() for array in (numbers, key, np.zeros(2, np.uint32)))
-        loss, norm, good = self._jit(tokens, *given).tolist()
+        updates = counters.updates + 1
+        inputs = self.optimizer.inputs(rate, muon_rate, updates, counters.loss_scale)
+        rows, keys = 0, []
+        for tokens, _ in batches:  # rows are counted through, so that each has a mask of its own
+            keys.append(np.array([config.seed, counters.step, rows], np.uint32))
+            rows += len(tokens)
+        # Each array is an input of its own: a slice of one would be captured where it lies.
+        given = zip(batches, keys, strict=True)
+        arrays = [array for (tokens, targets), key in given for array in (tokens, targets, key)]
+        tensors = [Tensor(array).realize() for array in arrays]
+        loss, norm, good = self._captured(tensors, Tensor(inputs.array()).realize()).tolist()
         self._count(good > 0)
         return Outcome(loss, norm, good > 0)
 
@@ -131,17 +133,24 @@ class Trainer:
             elif counters.updates_at_scale == _SCALE_UP_AFTER:
                 counters.loss_scale, counters.updates_at_scale = counters.loss_scale * 2, 0
 
-    def _step(self, tokens, numbers, key, counter) -> Tensor:
-        scale = numbers[4] if self.config.compute == "float16" else None
-        with Tensor.train(), _random_numbers(key, counter):
-            pairs = list(zip(tokens[::2], tokens[1::2], strict=True))
-            total, gradients = self.gradients(pairs, scale)
+    def _step(self, arrays: list[Tensor], inputs: Tensor) -> Tensor:
+        """The graph of a step.
+
+        Args:
+            arrays: tokens and targets, int32 (B, T), and a key, uint32 (3,), for each batch.
+            inputs: float32 (5,): see `StepInputs`.
+        Returns:
+            float32 (3,): loss, the gradients' length, and whether both were finite.
+        """
+        step = StepInputs.of(inputs)
+        scale = step.loss_scale if self.config.compute == "float16" else None
+        batches = list(zip(arrays[::3], arrays[1::3], arrays[2::3], strict=True))
+        total, gradients = self.gradients(batches, scale)
         if self.lora:
             gradients = self.lora.gradients(gradients)
         norm = global_norm(gradients)
-        finite = total.isfinite() & norm.isfinite()
-        good = finite.contiguous()
-        written = self.optimizer.updates(gradients, norm, numbers, good)
+        good = (total.isfinite() & norm.isfinite()).contiguous()
+        written = self.optimizer.updates(gradients, norm, step, good)
         if self.lora:
             written += self.lora.merge()
         result = Tensor.stack(total, norm, good.float())
@@ -149,18 +158,19 @@ class Trainer:
         return result
 
     def gradients(
-        self, batches: Sequence[tuple[Tensor, Tensor]], scale: Tensor | None = None
+        self, batches: Sequence[tuple[Tensor, ...]], scale: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss of all batches, and its gradient by each weight.
 
         Args:
-            batches: inputs and targets, each int32 (B, T).
+            batches: tokens and targets, each int32 (B, T), and where dropout is wanted the key that
+                it draws from, uint32 (3,).
             scale: what the loss is multiplied with on the way, None for 1.
         """
         count = len(batches)
         total, sums = None, {}
-        for i, (inputs, targets) in enumerate(batches):
-            loss, gradients = self._batch_gradients(inputs, targets, scale)
+        for i, batch in enumerate(batches):
+            loss, gradients = self._batch_gradients(scale, *batch)
             if count == 1:
                 return loss, gradients
             # Realised one batch after the other, so that memory is that of one.
@@ -172,10 +182,16 @@ class Trainer:
             Tensor.realize(total, *sums.values())
         return total, sums
 
-    def _batch_gradients(self, inputs, targets, scale) -> tuple[Tensor, dict[str, Tensor]]:
+    def _batch_gradients(
+        self,
+        scale: Tensor | None,
+        tokens: Tensor,
+        targets: Tensor,
+        key: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         masters = [Tensor(weight.uop) for weight in self.weights.values()]
-        with self._computing():
-            loss = token_losses(self.model, inputs, targets).mean()
+        with self._rounded_weights():
+            loss = self.model.losses(tokens, targets, key).mean()
         gradients = (loss if scale is None else loss * scale).gradient(*masters)
         if scale is not None:
             gradients = [gradient / scale for gradient in gradients]
@@ -183,22 +199,18 @@ class Trainer:
         return loss, dict(zip(self.weights, whole, strict=True))
 
     @contextmanager
-    def _computing(self) -> Iterator[None]:
+    def _rounded_weights(self) -> Iterator[None]:
         """The model computes with weights rounded to the configured type; they stay float32."""
         if self.config.compute == "float32":
             yield
             return
-        dtype, usual = getattr(dtypes, self.config.compute), os.environ.get("TINYGPT_KERNELS")
+        dtype = getattr(dtypes, self.config.compute)
         masters = {name: weight.uop for name, weight in self.weights.items()}
         try:
-            os.environ["TINYGPT_KERNELS"] = "0"  # whose gradients are for float32 alone
             for weight in self.weights.values():
-                weight.uop = weight.cast(dtype).uop
+                weight.uop = weight.cast(dtype).float().contiguous().uop
             yield
         finally:
-            os.environ.pop("TINYGPT_KERNELS")
-            if usual is not None:
-                os.environ["TINYGPT_KERNELS"] = usual
             for name, weight in self.weights.items():
                 weight.uop = masters[name]
 
@@ -224,19 +236,3 @@ def need_type(name: str) -> None:
             f"compute is {name!r}, which {device.describe()} cannot do: use float32, or another "
             "backend"
         )
-
-
-@contextmanager
-def _random_numbers(key: Tensor, counter: Tensor) -> Iterator[None]:
-    """tinygrad's random numbers are a function of `key`, uint32 (2,), and of how many were drawn.
-
-    What tinygrad keeps for a device, its seed and a counter of draws, is the two tensors meanwhile,
-    so that a captured graph takes them as inputs. `counter` is uint32 (2,), zeros.
-    """
-    usual = Tensor._device_seeds, Tensor._device_rng_counters
-    Tensor._device_seeds = {key.device: key}
-    Tensor._device_rng_counters = {key.device: counter}
-    try:
-        yield
-    finally:
-        Tensor._device_seeds, Tensor._device_rng_counters = usual

@@ -1,0 +1,57 @@
+"""The command `doctor`: what it says of a machine, and that it tells a backend that is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+
+import numpy as np
+import pytest
+from conftest import reference_of
+
+from tinygpt import __version__
+from tinygpt.commands import doctor
+from tinygpt.runtime import device, memory
+
+
+def test_the_doctor_shows_the_machine_and_what_it_lacks(cli, monkeypatch):
+    monkeypatch.setattr(device, "find_clang", lambda: None)
+    monkeypatch.setattr(memory, "available_memory_bytes", lambda: 10**9)
+    status, out, _ = cli("doctor")
+    assert status == 0
+    rows = "tinygpt with python cores memory DEV clang models kernels vocabulary device advice"
+    assert {line[:13].strip() for line in out.splitlines()} == set(rows.split())
+    assert f"tinygpt      {__version__}\n" in out
+    assert re.search(r"^device +\w+: found, ", out, re.MULTILINE)
+    assert "advice       install clang" in out
+    assert "advice       free some memory" in out
+
+
+@pytest.mark.slow
+def test_the_doctor_finds_this_backend_right(cli, monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "_targets", lambda _: [os.environ.get("DEV") or "CPU"])
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = cli("doctor", "--backends")
+    assert status == 0
+    assert re.search(r"\nbackend +\S+: right, largest error of a logit \S+, \d+ tokens/s", out)
+
+
+@pytest.mark.parametrize("stdout", ['{"error": 0.5, "tokens_per_s": 9}', ""])
+def test_the_doctor_tells_a_backend_that_is_wrong_or_broken(cli, monkeypatch, stdout):
+    result = subprocess.CompletedProcess([], 1, stdout, "a\nit broke\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: result)
+    monkeypatch.setattr(doctor, "_targets", lambda _: ["CPU"])
+    monkeypatch.setattr(doctor, "_clang", lambda: "")
+    status, out, _ = cli("doctor", "--backends")
+    assert status == 1
+    assert ("CPU: WRONG" if stdout else "CPU: does not run here (it broke)") in out
+
+
+@pytest.mark.backend
+def test_the_doctors_numbers_are_the_references(capsys):
+    expected = reference_of(doctor.toy())([doctor.PROMPT])[0, -1]
+    np.testing.assert_allclose(doctor.LOGITS, expected, atol=1e-5)
+    doctor.probe()
+    assert json.loads(capsys.readouterr().out)["error"] < doctor.TOLERANCE

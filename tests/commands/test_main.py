@@ -1,0 +1,130 @@
+"""The command line: which command it is, and how each way to end looks to the shell."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+
+import pytest
+from program import ROOT, SHORT, finish, is_refused, start
+
+from tinygpt import __version__
+from tinygpt.commands.main import VERBS, main
+
+pytestmark = pytest.mark.usefixtures("no_network")
+
+
+def test_the_help_says_what_each_command_does_on_one_line(cli, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert end.value.code == 0
+    assert max(map(len, lines)) <= 100
+    for verb, words in VERBS.items():
+        assert re.search(rf"^  {verb} +{re.escape(words)}$", "\n".join(lines), re.MULTILINE)
+    assert "random weights" not in " ".join(lines[:8])  # the default is the built-in model
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_command_has_a_help(verb, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([verb, "--help"])
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: tinygpt {verb} ")
+    assert VERBS[verb][1:] in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("chat", "unknown command 'chat': "),
+        ("list", "unknown command 'list': "),
+        ("trian", "unknown command 'trian': did you mean 'train'? allowed are generate, train, "),
+        ("chat", "to continue it as a prompt: `tinygpt generate chat`"),
+        ("evalute gpt2 data", "did you mean 'evaluate'?"),
+        ("chat --model gpt2", "to continue it as a prompt: `tinygpt generate chat`"),
+        ("several words", "to continue it as a prompt: `tinygpt generate 'several words'`"),
+        ("Several words", "unknown argument 'words': put a prompt of several words in quotes"),
+    ],
+)
+def test_a_word_that_looks_like_a_command_is_no_prompt(cli, argv, words):
+    assert is_refused(cli(*argv.split()), words)
+
+
+@pytest.mark.parametrize("prompt", ["a chat", "Hi", "chat.", "x", "trian\n", "über"])
+def test_anything_else_is_a_prompt(cli, prompt):
+    assert cli(prompt, *SHORT, "--max-new-tokens", 0)[:2] == (0, f"{prompt}\n")
+
+
+@pytest.mark.parametrize("prompt", ["chat", "train", "Hi there"])
+def test_generate_continues_any_word(cli, prompt):
+    status, out, _ = cli("generate", prompt, *SHORT)
+    assert status == 0
+    assert out.startswith(prompt)
+    assert out == cli("generate", *SHORT, prompt)[1]
+
+
+def test_running_out_of_memory_is_one_line(cli, monkeypatch):
+    monkeypatch.setattr("tinygpt.session.GPT", lambda *_: [0] * 2**62)
+    assert is_refused(cli("x", *SHORT), "out of memory")
+
+
+def test_run_py_and_the_module_and_the_command_are_one_program():
+    runs = [start("--version"), start("--version", program=["-m", "tinygpt"])]
+    assert [finish(run)[:2] for run in runs] == [(0, f"tinygpt {__version__}\n".encode())] * 2
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"tinygpt": f"{main.__module__}:{main.__name__}"}
+
+
+def test_a_reader_that_leaves_ends_the_run_quietly(endless):
+    process = start(*endless)
+    process.stdout.read(4)
+    process.stdout.close()
+    process.stdout = None
+    status, _, err = finish(process)
+    assert status == 0
+    assert all(line.startswith("tinygpt: ") for line in err.splitlines())
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_full_disk_is_one_line():
+    with open("/dev/full", "wb") as full:
+        status, _, err = finish(start("Hi", *SHORT, "--max-new-tokens", 0, stdout=full))
+    assert is_refused((status, "", err.splitlines()[-1]), "no space left on device")
+
+
+def test_closed_standard_streams_are_no_traceback():
+    for command, expected in (("run.py --version >&-", 0), ("run.py - <&-", 2)):
+        command = f"{shlex.quote(sys.executable)} {command}"
+        run = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == expected
+        assert "Traceback" not in run.stderr
+
+
+def test_a_backend_that_does_not_work_is_one_line(tmp_path):
+    foo = start("x", *SHORT, env={"DEV": "FOO"})
+    no_clang = start("x", *SHORT, env={"DEV": "CPU", "PATH": str(tmp_path), "CC": None})
+    assert is_refused(finish(foo), "DEV=FOO does not work: tinygrad has no such backend. Unset DEV")
+    assert is_refused(finish(no_clang), "DEV=CPU does not work: clang is not installed. Unset DEV")
+
+
+def test_a_compiler_that_fails_is_one_line(tmp_path):
+    empty = str(tmp_path / "kernels.db")  # no kernel of an earlier run
+    failing = start("x", *SHORT, env={"DEV": "CPU", "CC": sys.executable, "CACHEDB": empty})
+    status, out, err = finish(failing)
+    assert out == b"x\n"
+    assert is_refused((status, "", err.splitlines()[-1]), "status 1. Unset DEV")
+
+
+def test_without_clang_another_compiler_is_taken_and_said(tmp_path):
+    env = {"DEV": None, "PATH": str(tmp_path), "CC": None}
+    status, out, err = finish(start("Hi", *SHORT, "--max-new-tokens", 2, env=env))
+    assert status == 0, err
+    assert out.startswith(b"Hi")
+    if " on CPU " in err:  # else the machine has a GPU
+        assert re.search(r"no clang found, so .* \(CPU:\w+\); clang makes faster kernels\n", err)

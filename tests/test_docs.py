@@ -1,0 +1,31 @@
+"""The documents' links lead somewhere, and what the tour names is in the file that it names."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "benchmarks").glob("*.md")),
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_to_files(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert "://" in target or (page.parent / target).exists(), target
+
+
+def test_the_tour_names_what_is_there():
+    text = re.sub(r"\s+", " ", (ROOT / "docs" / "tour.md").read_text())
+    named = re.findall(r"\]\(([^)]+)\)((?:, `[\w.]+`)+)", text)
+    assert len(named) > 10
+    for target, names in named:
+        source = (ROOT / "docs" / target).read_text()
+        for name in re.findall(r"[\w.]+", names):
+            assert re.search(rf"(class|def) {name.split('.')[-1]}\b", source), f"{target}: {name}"

@@ -1,0 +1,68 @@
+"""A session: what the command line and a server have in common, without either."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import randomize
+from program import CONFIG
+
+from tinygpt import GPT, Generator, GPTConfig, InputError, load_tokenizer
+from tinygpt.session import Session
+from tinygpt.tokenizer.encoding import decode, save_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    return randomize(GPT(CONFIG))
+
+
+@pytest.fixture(scope="module")
+def session(model, tmp_path_factory) -> Session:
+    folder = tmp_path_factory.mktemp("saved")
+    model.save_pretrained(folder)
+    save_tokenizer(load_tokenizer("bytes"), folder)
+    return Session.open(str(folder))
+
+
+def test_it_streams_what_the_generator_yields(session, model):
+    ids = session.encode("Hi")
+    assert ids == list(b"Hi")
+    rows = list(session.stream(ids, 6, [3, 4], temperature=0.9))
+    for row, seed in enumerate((3, 4)):
+        expected = list(Generator(model).generate(ids, 6, seed, [256], temperature=0.9))
+        assert [step[row] for step in rows if step[row] is not None] == expected
+
+
+def test_it_goes_on_with_another_prompt(session, model):
+    for prompt in ("Hi", "You there"):
+        ids = session.encode(prompt)
+        (expected,) = zip(*Generator(model).generate_batch([ids], 4, temperature=0), strict=True)
+        assert [token for (token,) in session.stream(ids, 4, [0], temperature=0)] == list(expected)
+
+
+def test_its_text_ends_before_a_stop_text(session):
+    ids = list(b"one two")
+    assert "".join(session.text(iter(ids))) == decode(session.tokenizer, ids) == "one two"
+    assert "".join(session.text(iter(ids), ["tw"])) == "one "
+    assert session.has_stopped(ids, ["tw", "x"])
+    assert not session.has_stopped(ids, ["x"])
+
+
+def test_an_empty_prompt_is_the_end_token_and_special_tokens_are_text(session):
+    assert session.encode("") == [256]
+    assert session.encode("<|endoftext|>") == list(b"<|endoftext|>")
+    assert session.encode("<|endoftext|>", special_tokens=True) == [256]
+
+
+def test_a_new_model_has_the_ids_of_its_tokenizer():
+    config = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=300)
+    assert Session.new(config, 0, tokenizer="bytes").model.config.vocab_size == 300
+    fitted = Session.new(config, 0, tokenizer="bytes", fit_vocabulary=True)
+    assert fitted.model.config.vocab_size == 257
+
+
+def test_what_cannot_be_had_is_refused(tmp_path):
+    with pytest.raises(InputError, match="nowhere"):
+        Session.open(str(tmp_path / "nowhere"))
+    with pytest.raises(InputError, match="did you mean 'int8'"):
+        Session.open(str(tmp_path), dtype="int9")

@@ -1,0 +1,214 @@
+// Causal attention, its gradient, and its form with a cache of keys and values. Source: Vaswani et
+// al. 2017, "Attention Is All You Need", section 3.2.
+//
+// In q, k, v and y, (B, T, C), the heads lie beside each other: head h has columns h * D to
+// (h + 1) * D. Each thread takes whole heads of whole texts.
+#include "vector.h"
+#include "gemm.h"
+#include "dropout.h"
+
+// So many rows of scores at a time. Most of what the mask hides is never computed, and the scores
+// stay in the second cache.
+enum { STRIP = 11 * ROWS, BAND = 96 };
+
+// Makes probabilities of the scores p[first..last), and zeros of all else in p[0..end).
+FREE static void softmax(float *p, float scale, int first, int last, int end) {
+  float top, share = 1 / exponentials(p + first, last - first, scale, &top);
+  for (int i = 0; i < first; i++) p[i] = 0;
+  for (int i = first; i < last; i++) p[i] *= share;
+  for (int i = last; i < end; i++) p[i] = 0;
+}
+
+// What is common to all masks of one head.
+typedef struct {
+  dropout_key keys;
+  unsigned first, threshold;  // the number of the head's first weight; see `kept`
+  float scale;
+} head_dropout;
+
+INLINE head_dropout dropout_of(const unsigned *key, int head, int T, int place, unsigned threshold,
+                               float scale, int H) {
+  unsigned first = (key[2] * (unsigned)H + head) * (unsigned)T * (unsigned)T;
+  return (head_dropout){dropout_keys(key, place), first, threshold, scale};
+}
+
+// to = from with dropout, for `end` weights of query t.
+INLINE void drop(float *to, const float *from, const head_dropout *d, int t, int T, int end) {
+  unsigned index = d->first + (unsigned)t * (unsigned)T;
+  for (int s = 0; s < end; s += 8) {
+    int left = end - s;
+    vec p = (left >= 8 ? load(from + s) : load_some(from + s, left)) * d->scale;
+    p = (vec)((ivec)p & kept(d->keys, index + s, d->threshold));
+    if (left >= 8) store(to + s, p);
+    else store_some(to + s, p, left);
+  }
+}
+
+// y = softmax(mask(q @ k.T * scale)) @ v, for texts that stand alone
+static void attention(float *y,             // (B, T, C)
+                      float *probs,         // (B, H, T, T): the weights, before dropout
+                      float *scratch,       // (threads, STRIP, T)
+                      const float *q,       // (B, T, C), as are the next two
+                      const float *k,
+                      const float *v,
+                      const unsigned *key,  // (3,): seed, step, first row; absent: no dropout
+                      const int *padding,   // (B,): how much of each row is none; or absent
+                      int core_id, int threads, int B, int T, int H, int D, int place,
+                      unsigned threshold, float scale, float dropout_scale) {
+  long C = (long)H * D;
+  range heads = share(B * H, core_id, threads);
+  for (int i = heads.first; i < heads.last; i++) {
+    long at = i / H * T * C + i % H * D;
+    for (int t0 = 0; t0 < T; t0 += STRIP) {
+      int rows = MIN(STRIP, T - t0), end = t0 + rows;
+      float *weights = probs + ((long)i * T + t0) * T;
+      gemm(weights, T, q + at + t0 * C, C, 0, k + at, C, 1, rows, end, D);
+      for (int r = 0; r < rows; r++) {
+        int t = t0 + r, first = padding ? MIN(padding[i / H], t) : 0;  // padding sees itself
+        softmax(weights + (long)r * T, scale, first, t + 1, end);
+      }
+      if (key) {
+        head_dropout d = dropout_of(key, i, T, place, threshold, dropout_scale, H);
+        float *mine = scratch + (long)core_id * STRIP * T;
+        for (int r = 0; r < rows; r++)
+          drop(mine + (long)r * T, weights + (long)r * T, &d, t0 + r, T, end);
+        weights = mine;
+      }
+      gemm(y + at + t0 * C, C, weights, T, 0, v + at, C, 0, rows, D, end);
+    }
+  }
+}
+
+// With w = probs after dropout: dv = w.T @ dy; at the scores, ds = probs * (dw - sum(probs * dw)) *
+// scale, where dw = dropout(dy @ v.T); dq = ds @ k and dk = ds.T @ q.
+static void attention_backward(float *dq,            // (B, T, C), as are the next two
+                               float *dk,
+                               float *dv,
+                               float *scratch,       // (threads, 2, T, T)
+                               const float *dy,      // (B, T, C)
+                               const float *probs,   // (B, H, T, T)
+                               const float *q,       // (B, T, C), as are the next two
+                               const float *k,
+                               const float *v,
+                               const unsigned *key,  // as in `attention`
+                               int core_id, int threads, int B, int T, int H, int D, int place,
+                               unsigned threshold, float scale, float dropout_scale) {
+  long C = (long)H * D, TT = (long)T * T;
+  range heads = share(B * H, core_id, threads);
+  float *ds = scratch + core_id * 2 * TT, *dropped = ds + TT;
+  for (int i = heads.first; i < heads.last; i++) {
+    long at = i / H * T * C + i % H * D;
+    const float *p = probs + i * TT, *w = key ? dropped : p;
+    head_dropout drops = {0};
+    if (key) drops = dropout_of(key, i, T, place, threshold, dropout_scale, H);
+    for (int t0 = 0; t0 < T; t0 += STRIP) {
+      int rows = MIN(STRIP, T - t0), end = t0 + rows;
+      float *strip = ds + (long)t0 * T;
+      gemm(strip, T, dy + at + t0 * C, C, 0, v + at, C, 1, rows, end, D);
+      for (int t = t0; t < end; t++) {
+        float *d = ds + (long)t * T;
+        const float *weights = p + (long)t * T;
+        if (key) {
+          drop(d, d, &drops, t, T, end);
+          drop(dropped + (long)t * T, weights, &drops, t, T, end);
+        }
+        vec totals = splat(0);
+        int s = 0;
+        for (; s + 8 <= end; s += 8) totals += load(d + s) * load(weights + s);
+        float total = sum(totals);
+        for (; s < end; s++) total += d[s] * weights[s];
+        for (s = 0; s < end; s++) d[s] = weights[s] * (d[s] - total) * scale;
+      }
+      gemm(dq + at + t0 * C, C, strip, T, 0, k + at, C, 0, rows, D, end);
+    }
+    for (int t0 = 0; t0 < T; t0 += STRIP) {
+      int rows = MIN(STRIP, T - t0);
+      long corner = (long)t0 * T + t0;
+      gemm(dv + at + t0 * C, C, w + corner, T, 1, dy + at + t0 * C, C, 0, rows, D, T - t0);
+      gemm(dk + at + t0 * C, C, ds + corner, T, 1, q + at + t0 * C, C, 0, rows, D, T - t0);
+    }
+  }
+}
+
+INLINE float dot(const float *a, const float *b, int n) {
+  vec total = splat(0);
+  int i = 0;
+  for (; i + 8 <= n; i += 8) total += load(a + i) * load(b + i);
+  float s = sum(total);
+  for (; i < n; i++) s += a[i] * b[i];
+  return s;
+}
+
+// y = the sum over s in [first, last) of p[s] * values[s], for 8 * W of D columns.
+INLINE void mix(float *y, const float *p, const float *values, int first, int last, int D, int W) {
+  vec acc[8];
+  UNROLLED(i, 8) acc[i] = splat(0);
+  for (int s = first; s < last; s++)
+    UNROLLED(i, 8)
+      if (i < W) acc[i] += p[s] * load(values + (long)s * D + i * 8);
+  UNROLLED(i, 8)
+    if (i < W) store(y + i * 8, acc[i]);
+}
+
+// One query, at position t, against the keys [first, t] of its text and head.
+INLINE void attend_one(float *y, const float *q, const float *keys, const float *values,
+                       float *scores, float scale, int first, int t, int D) {
+  int last = t + 1, d = 0;
+  for (int s = first; s < last; s++) scores[s] = dot(q, keys + (long)s * D, D);
+  softmax(scores, scale, first, last, last);
+  for (; d + 64 <= D; d += 64) mix(y + d, scores, values + d, first, last, D, 8);
+  for (; d + 8 <= D; d += 8) mix(y + d, scores, values + d, first, last, D, 1);
+  for (; d < D; d++) {
+    float total = 0;
+    for (int s = first; s < last; s++) total += scores[s] * values[(long)s * D + d];
+    y[d] = total;
+  }
+}
+
+// M queries from position t on, with one matrix product for each band of them.
+INLINE void attend_many(float *y, const float *q, const float *keys, const float *values,
+                        float *scores, float scale, int text, int t, int M, int S, int D, long C) {
+  for (int m = 0; m < M; m += BAND) {
+    int rows = MIN(BAND, M - m), end = t + m + rows;
+    gemm(scores, S, q + m * C, C, 0, keys, D, 1, rows, end, D);
+    for (int r = m; r < m + rows; r++)
+      softmax(scores + (long)(r - m) * S, scale, MIN(text, t + r), t + r + 1, end);
+    gemm(y + m * C, C, scores, S, 0, values, D, 0, rows, D, end);
+  }
+}
+
+// Writes k and v into the cache, and lets M queries look at it: all T of them, or the one in column
+// `row`.
+static void attention_cached(float *y,            // (B, M, C)
+                             float *keys,         // (B, H, S, D), as are values
+                             float *values,
+                             float *scores,       // (threads, min(M, BAND), S)
+                             const float *q,      // (B, M, C)
+                             const float *k,      // (B, T, C), as is v
+                             const float *v,
+                             const int *starts,   // (B,): where each row begins; absent: start_pos
+                             const int *padding,  // (B,): how much of each row is none; or absent
+                             int core_id, int threads, int start_pos, int row, int B, int T, int M,
+                             int S, int H, int D, float scale) {
+  long C = (long)H * D;
+  range heads = share(B * H, core_id, threads);
+  float *mine = scores + (long)core_id * MIN(M, BAND) * S;
+  for (int i = heads.first; i < heads.last; i++) {
+    int b = i / H, h = i % H, start = starts ? starts[b] : start_pos;
+    int text = padding ? padding[b] : 0, first_query = start + (M < T ? row : 0);
+    float *old_keys = keys + (long)i * S * D, *old_values = values + (long)i * S * D;
+    for (int t = 0; t < T; t++)
+      for (int d = 0; d < D; d++) {
+        long at = ((long)b * T + t) * C + h * D + d;
+        old_keys[(long)(start + t) * D + d] = k[at];
+        old_values[(long)(start + t) * D + d] = v[at];
+      }
+    long at = (long)b * M * C + h * D;
+    if (M > 8)
+      attend_many(y + at, q + at, old_keys, old_values, mine, scale, text, first_query, M, S, D, C);
+    else
+      for (int m = 0; m < M; m++)
+        attend_one(y + at + m * C, q + at + m * C, old_keys, old_values, mine, scale,
+                   MIN(text, first_query + m), first_query + m, D);
+  }
+}

@@ -1,0 +1,243 @@
+"""The operations as their definitions in plain tensors, which run on every backend.
+
+Shapes: `B` batch, `T` time (tokens given now), `S` time (tokens seen in all), `C` channels, `H`
+heads, `D` head_dim, `V` vocabulary. Arguments are those of the functions in `ops`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tinygrad import Tensor, UOp, dtypes
+
+# tinygrad vectorises and threads a kernel along an axis whose length its factors divide. GPT-2's
+# 50257 rows are 29 * 1733: as they stand, that product runs several times slower.
+_EVEN = 64
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """One place where a step drops numbers: which share of them, and what decides on which."""
+
+    rate: float
+    place: int  # a number of its own for each place in the model
+    key: Tensor  # uint32 (3,): seed, step, and the number of the batch's first row
+
+    @property
+    def threshold(self) -> int:
+        """A number is kept where its 32 random bits are no less than this."""
+        return round(self.rate * 2**32)
+
+    @property
+    def scale(self) -> float:
+        """What kept numbers are multiplied with, so that their mean stays the same."""
+        return 1 / (1 - self.rate)
+
+
+def widen(weight: Tensor) -> Tensor:
+    """A weight of any dtype as float32, its scale not yet applied.
+
+    bfloat16, the upper half of a float32, is held as uint16: so it works on every backend.
+    """
+    if weight.dtype == dtypes.uint16:
+        return (weight.cast(dtypes.uint32) * 2**16).bitcast(dtypes.float32)
+    return weight.float()
+
+
+def matmul(a: Tensor, b: Tensor, a_transposed: bool, b_transposed: bool) -> Tensor:
+    b = widen(b)
+    a = a.transpose(-2, -1) if a_transposed else a
+    return a @ (b.transpose(-2, -1) if b_transposed else b)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    rows = weight.shape[0]
+    even = rows - rows % _EVEN
+    if even in (0, rows):
+        y = x @ widen(weight).transpose()
+    else:  # an awkward number of rows is cut in two
+        parts = (widen(weight[:even]), widen(weight[even:]))
+        y = Tensor.cat(*[(x @ part.transpose()).contiguous() for part in parts], dim=-1)
+    y = y if scale is None else y * scale
+    y = y if bias is None else y + bias
+    return y if residual is None else (y + residual).contiguous()
+
+
+def activation(x: Tensor, kind: str) -> Tensor:
+    forms = {"gelu_tanh": lambda: x.gelu("tanh"), "gelu": lambda: x.gelu("none"), "relu": x.relu}
+    return forms[kind]().contiguous()  # computed once, not again for each output channel
+
+
+def embedding(ids: Tensor, table: Tensor, scale: Tensor | None) -> Tensor:
+    rows = widen(table[ids])
+    rows = rows if scale is None else rows * scale[ids].unsqueeze(-1)
+    known = (ids >= 0) & (ids < table.shape[0])
+    return known.unsqueeze(-1).where(rows, math.nan)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+    y = x.layernorm(eps=epsilon) * weight
+    return (y if bias is None else y + bias).contiguous()
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    n_head: int,
+    scale: float,
+    cache: tuple[Tensor, Tensor] | None,
+    start_pos: int | UOp | Tensor,
+    padding: Tensor | None,
+    row: int | UOp | None,
+    dropout: Dropout | None,
+) -> Tensor:
+    mask = _causal_mask(q.shape[1], k.shape[1], cache, start_pos, padding, row)
+    q, k, v = (x.reshape(*x.shape[:2], n_head, -1).transpose(1, 2) for x in (q, k, v))
+    if cache is not None:
+        k, v = (_remember(new, old, start_pos) for new, old in zip((k, v), cache, strict=True))
+    weights = attention_weights(q, k, scale, mask)
+    if dropout is not None:
+        weights = drop(weights, dropout)
+    return matmul(weights, v, False, False).transpose(1, 2).flatten(2)  # (B, H, M, D) -> (B, M, C)
+
+
+def attention_weights(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """How much of each key every query takes, each row adding up to 1.
+
+    Args:
+        q: float32 (B, H, M, D).
+        k: float32 (B, H, S, D).
+        mask: bool (B or 1, 1, M, S), true where a query may look; None: everywhere.
+    Returns:
+        float32 (B, H, M, S).
+    Source: Vaswani et al. 2017, "Attention Is All You Need", equation 1.
+    """
+    scores = matmul(q, k, False, True) * scale
+    return (scores if mask is None else mask.where(scores, -math.inf)).softmax(-1)
+
+
+def _causal_mask(
+    M: int,
+    T: int,
+    cache: tuple[Tensor, Tensor] | None,
+    start_pos: int | UOp | Tensor,
+    padding: Tensor | None,
+    row: int | UOp | None,
+) -> Tensor | None:
+    """True where a query may look: at itself and before, but not at padding. (B or 1, 1, M, S)."""
+    own_starts = isinstance(start_pos, Tensor)
+    if T == 1 and padding is None and not own_starts:
+        return None
+    start = start_pos.reshape(-1, 1, 1, 1) if isinstance(start_pos, Tensor) else start_pos
+    S = cache[0].shape[2] if own_starts and cache is not None else start_pos + T
+    query = Tensor.arange(M, dtype=dtypes.int32).reshape(1, 1, M, 1) + start
+    query = query if row is None or M == T else query + row
+    key = Tensor.arange(S, dtype=dtypes.int32).reshape(1, 1, 1, S)
+    mask = key <= query
+    if padding is not None:
+        # A query of padding may see itself, since a softmax over nothing would be NaN.
+        mask = mask & (key >= padding.reshape(-1, 1, 1, 1).minimum(query))
+    return mask
+
+
+def _remember(new: Tensor, cache: Tensor, start_pos: int | UOp | Tensor) -> Tensor:
+    """`new` (B, H, T, D) written into the cache at start_pos; the cache up to there: (B, H, S, D).
+
+    The write happens when the result is computed: in place, so that a JIT sees one fixed buffer.
+    """
+    T, new = new.shape[2], new.cast(cache.dtype)
+    if isinstance(start_pos, Tensor):  # each row has a place of its own, so all of it is written
+        B, H, S, D = cache.shape
+        at = Tensor.arange(S, dtype=dtypes.int32).reshape(1, 1, S, 1)
+        at = at - start_pos.reshape(-1, 1, 1, 1)
+        rows = new.gather(2, at.clip(0, T - 1).expand(B, H, S, D))
+        whole = ((at >= 0) & (at < T)).where(rows, cache)
+        return Tensor(cache.uop.after(cache.uop.store(whole.contiguous().uop)))
+    end = start_pos + T
+    write = cache[:, :, start_pos:end].uop.store(new.uop)
+    return Tensor(cache.uop.after(write))[:, :, :end]
+
+
+def dropout(x: Tensor, dropout: Dropout, residual: Tensor | None) -> Tensor:
+    y = drop(x, dropout)
+    return y if residual is None else y + residual
+
+
+def drop(x: Tensor, dropout: Dropout) -> Tensor:
+    """x with a share of its numbers set to zero, and the others scaled up.
+
+    Source: Srivastava et al. 2014, "Dropout: A Simple Way to Prevent Neural Networks from
+    Overfitting".
+    """
+    kept = dropout_bits(dropout, x.shape) >= dropout.threshold
+    return kept.where(x * dropout.scale, 0)
+
+
+def dropout_bits(dropout: Dropout, shape: Sequence[int]) -> Tensor:
+    """uint32 of a shape whose first axis is the batch: a function of the key, the place, and the
+    number of each element, counted from the first row that the key tells.
+
+    So a mask is the same on every backend, in C (dropout.h), and however a batch is divided.
+    """
+    size = math.prod(shape)
+    first = _mix(_mix(_mix(dropout.key[0]) + dropout.key[1]) + dropout.place)
+    second = _mix(first + 0x9E3779B9)
+    index = Tensor.arange(size, dtype=dtypes.uint32) + dropout.key[2] * (size // shape[0])
+    return _mix(_mix(index ^ first) + second).reshape(shape)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijection of uint32 in which every bit moves every other. Source: dropout.h."""
+    x = (x ^ x.rshift(16)) * 0x7FEB352D
+    x = (x ^ x.rshift(15)) * 0x846CA68B
+    return x ^ x.rshift(16)
+
+
+def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None) -> Tensor:
+    logits = linear(x, weight, None, scale, None).contiguous()
+    losses = logits.sparse_categorical_crossentropy(targets, reduction="none")
+    known = (targets >= 0) & (targets < weight.shape[0])
+    return known.where(losses, math.nan)
+
+
+def sum_of_squares(tensors: list[Tensor]) -> Tensor:
+    return Tensor.stack(*[tensor.square().sum() for tensor in tensors]).sum()
+
+
+def adamw(
+    parameter: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    gradient: Tensor,
+    inputs: Tensor,
+    decay: float,
+    betas: tuple[float, float],
+) -> None:
+    rate, adam_rate, root, clip, good = (inputs[i] for i in range(5))
+    gradient, good = gradient * clip, good != 0
+    for average, beta, value in ((mean, betas[0], gradient), (square, betas[1], gradient.square())):
+        average.assign(good.where(average * beta + value * (1 - beta), average))
+    old = parameter.detach()
+    direction = mean / (square.sqrt() / root + 1e-8)
+    new = old * (1 - rate * decay) - adam_rate * direction
+    parameter.assign(good.where(new, old))
+
+
+def threshold(order: Tensor, weights: Tensor, target: Tensor) -> Tensor:
+    # A sort of the vocabulary would take over a hundred kernels. This takes 32 runs of one: the
+    # bit under trial is the candidate's lowest set bit.
+    candidate = Tensor.full((order.shape[0], 1), 2**31, dtype=dtypes.uint32).contiguous()
+    for _ in range(32):
+        bit = candidate & ((candidate ^ 0xFFFFFFFF) + 1)
+        reached = (order >= candidate).where(weights, 0).sum(-1, keepdim=True) >= target
+        candidate = (reached.where(candidate, candidate - bit) + bit // 2).contiguous()
+    return candidate
