@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -38,8 +39,6 @@ ROWS = [
 DOORS = {
     ("model", "checkpoints/open_checkpoint"),
     ("model", "checkpoints/save_huggingface"),
-    ("ops/fused", "layers"),
-    ("ops/fused", "model"),
 }
 
 
@@ -115,6 +114,22 @@ def test_the_package_stands_on_its_three_dependencies():
     for path in FILES:
         assert {full.split(".")[0] for full in imports(path, only_at_the_top=True)} <= allowed
         assert {full.split(".")[0] for full in imports(path)} <= allowed | extras
+
+
+# What may be used of tinygrad outside of `runtime`: all else of it moves between releases.
+PUBLIC = {
+    "Tensor", "UOp", "Variable", "dtypes", "nn.state.get_state_dict", "helpers.tqdm",
+    "llm.gguf.ggml_data_to_tensor",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", FILES, ids=path_of)
+def test_only_runtime_knows_the_inside_of_tinygrad(file):
+    if path_of(file).startswith("runtime/"):
+        return
+    used = {full.removeprefix("tinygrad.") for full in imports(file) if full[:8] == "tinygrad"}
+    assert used <= PUBLIC
+    assert not re.search(r"\.uop\b|\bDevice\[", file.read_text())
 
 
 def test_what_git_keeps_at_the_top():

@@ -132,6 +132,7 @@ def test_an_input_may_be_what_the_step_holds():
     np.testing.assert_array_equal(got, [6, 12, 18, 36])
 
 
+@needs_runner
 def test_what_does_not_fit_is_refused():
     step = capture(lambda x, n: (x * n).realize())
     step(tensor([1, 2]), 3)
@@ -422,6 +423,17 @@ def test_a_tensor_without_a_name_keeps_a_step_from_the_disk(kept):
         step = capture(model.step, {"weight": model.weight}, "key")
         check(step, model)
         assert step.origin == "captured"
+
+
+@needs_runner
+def test_values_that_a_function_writes_into_memory_itself_are_not_taken_for_results(kept):
+    def step(x):
+        return (x + buffers.tensor(np.array([5, 6], np.float32))).realize()
+
+    for _ in range(2):
+        captured = capture(step, {}, "key")
+        np.testing.assert_array_equal(captured(tensor([1, 2])).numpy(), [6, 8])
+        assert captured.origin == "captured"
 
 
 @needs_runner

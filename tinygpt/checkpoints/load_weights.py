@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
-from tinygrad import Device
 from tinygrad.nn.state import get_state_dict
 
 from tinygpt.checkpoints import gguf_file
@@ -22,7 +21,7 @@ from tinygpt.checkpoints.quantization import (
 from tinygpt.checkpoints.stored_tensor import read_tensor
 from tinygpt.errors import CheckpointError, InputError
 from tinygpt.model import GPT
-from tinygpt.runtime import buffers, memory
+from tinygpt.runtime import buffers, device, memory
 from tinygpt.storage import LONG_BYTES, byte_bar
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ def load_weights(found: Checkpoint, dtype: str | None = None) -> GPT:
     # One thread for what tinygrad computes, as blocks are, and for a GPU, whose driver may know
     # only the thread that began.
     alone = any(info.dtype in gguf_file.BLOCKS for _, info in found.tensors.values())
-    threads = 1 if alone or Device.DEFAULT != "CPU" else _THREADS
+    threads = 1 if alone or device.default() != "CPU" else _THREADS
     title = f"reading {found.path.name}"
     _each(loader.load, sizes, threads, byte_bar(title, sum(sizes.values()), LONG_BYTES))
     loader.fill_missing()

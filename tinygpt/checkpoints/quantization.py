@@ -7,19 +7,16 @@ it is used.
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
-from tinygrad import Device, dtypes
-from tinygrad.device import Compiler
+from tinygrad import dtypes
 
 from tinygpt.checkpoints.stored_tensor import to_bfloat16
 from tinygpt.errors import InputError, unknown
 from tinygpt.layers import Embedding, Linear
 from tinygpt.model import GPT
 from tinygpt.ops import widen
+from tinygpt.runtime import device
 from tinygpt.runtime.buffers import tensor
-from tinygpt.runtime.device import renderer
 
 DTYPES = {
     "float32": dtypes.float32,
@@ -34,26 +31,14 @@ def check_dtype(dtype: str) -> None:
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     if not supported(dtype):
-        device = Device.DEFAULT
-        raise InputError(f"{device} does not work with {dtype}: choose float32, or another DEV")
+        raise InputError(
+            f"{device.default()} does not work with {dtype}: choose float32, or another DEV"
+        )
 
 
 def supported(dtype: str) -> bool:
     """Whether tinygrad's backend can hold this dtype, one of DTYPES, and compute with it."""
-    device = Device[Device.DEFAULT]
-    if DTYPES[dtype] not in device.renderer.supported_dtypes():
-        return False
-    return dtype != "float16" or renderer() != "ClangJIT" or _widens_half(device.compiler)
-
-
-@functools.cache
-def _widens_half(clang: Compiler) -> bool:
-    """Whether clang does so by itself: for an x86-64 without F16C it calls its library."""
-    try:
-        clang.compile_cached("float widen(__fp16 *x) { return *x; }")
-    except RuntimeError:  # clang calls a function of its library, which tinygrad does not link
-        return False
-    return True
+    return device.holds(DTYPES[dtype])
 
 
 def matrices(model: GPT) -> dict[str, Linear | Embedding]:
@@ -119,9 +104,9 @@ def set_weight(
         weight, scale = round_to_int8(weight)
     elif dtype != "int8":
         weight = _round_to_float(name, weight, dtype)
-    device = layer.weight.device
-    layer.weight = tensor(weight, device)
-    layer.scale = None if scale is None else tensor(scale, device)
+    place = layer.weight.device
+    layer.weight = tensor(weight, place)
+    layer.scale = None if scale is None else tensor(scale, place)
 
 
 def round_to_int8(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

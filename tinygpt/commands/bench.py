@@ -24,7 +24,6 @@ from subprocess import PIPE, Popen
 from typing import Any
 
 import numpy as np
-from tinygrad.helpers import CPU_COUNT
 
 import tinygpt
 from tinygpt.checkpoints import hub
@@ -106,7 +105,7 @@ def measure(folder: Path, families: Sequence[tuple[str, str]], rounds: int) -> d
     works = [w for w in WORKS if w.prompt_length + w.count - 1 <= config.block_size]
     failures: dict[str, str] = {}
     with ExitStack() as stack:
-        contenders = [Contender(*family, folder, CPU_COUNT.value) for family in families]
+        contenders = [Contender(*family, folder, device.cpu_count()) for family in families]
         for contender in contenders:
             stack.callback(contender.close)
         replies, machine = take_turns(contenders, works, rounds, config.vocab_size, failures)
@@ -168,8 +167,8 @@ def machine_limits() -> dict[str, float]:
     # Each block is multiplied with a vector, eight long rows at once, because reading from several
     # places of memory in turn is faster than reading from one.
     blocks = np.ones((_STREAM_BYTES // _BLOCK_BYTES, 8, _BLOCK_BYTES // 32), np.float32)
-    parts = np.array_split(blocks, CPU_COUNT.value)
-    with ThreadPoolExecutor(CPU_COUNT.value) as pool:
+    parts = np.array_split(blocks, device.cpu_count())
+    with ThreadPoolExecutor(device.cpu_count()) as pool:
         for _ in range(5):
             start = time.perf_counter()
             list(pool.map(lambda part: [np.dot(block, blocks[0, 0]) for block in part], parts))
@@ -292,7 +291,7 @@ def _conditions(rounds: int) -> dict[str, Any]:
     return {
         "date": time.strftime("%Y-%m-%d"),
         "cpu": cpu,
-        "threads": CPU_COUNT.value,
+        "threads": device.cpu_count(),
         "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "device": device.describe(),
         "system": f"{platform.system()} {platform.release()}",

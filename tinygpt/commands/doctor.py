@@ -15,9 +15,7 @@ from pathlib import Path
 from textwrap import shorten
 
 import numpy as np
-from tinygrad import Device, Tensor
-from tinygrad.device import ALL_DEVICES
-from tinygrad.helpers import CACHEDB, diskcache_get
+from tinygrad import Tensor
 from tinygrad.nn.state import get_state_dict
 
 import tinygpt
@@ -27,7 +25,7 @@ from tinygpt.config import GPTConfig
 from tinygpt.errors import InputError, reason
 from tinygpt.generate import Generator
 from tinygpt.model import GPT
-from tinygpt.runtime import device, memory
+from tinygpt.runtime import device, graph, memory
 
 # The small model that `--backends` runs, and the logits of its prompt. They come from the NumPy
 # reference in the tests, and a test holds the two equal, so that no second model need live here.
@@ -51,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     The exit status is 1 when a backend computes wrong numbers. One that does not run, such as an
     OpenCL without its compiler, does no harm, and is only reported.
     """
-    devices = _devices()
+    devices = device.devices()
     for name, value in {**_versions(), **_machine(), **_caches()}.items():
         print(f"{name:<13}{value}")
     for name, state in devices.items():
@@ -77,7 +75,7 @@ def _versions() -> dict[str, str]:
 
 def _machine() -> dict[str, str]:
     free = memory.available_memory_bytes()
-    chosen = os.environ.get("DEV") or f"unset, tinygrad takes {Device.DEFAULT}"
+    chosen = os.environ.get("DEV") or f"unset, tinygrad takes {device.default()}"
     return {
         "cores": str(
             len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -85,6 +83,8 @@ def _machine() -> dict[str, str]:
         "memory": "unknown" if free is None else f"{free / 1e9:.1f} GB free",
         "DEV": chosen if device.note is None else f"{chosen} ({device.note})",
         "clang": _clang(),
+        "operations": device.describe_operations(),
+        "steps": graph.describe(),
     }
 
 
@@ -104,7 +104,7 @@ def _caches() -> dict[str, str]:
     tiktoken = next(filter(None, map(os.environ.get, names)), None)
     return {
         "models": _size(hub.cache_folder() / "models"),
-        "kernels": _size(Path(CACHEDB)),
+        "kernels": _size(device.kernel_cache()[0]),
         "vocabulary": _size(Path(tiktoken or Path(tempfile.gettempdir(), "data-gym-cache"))),
     }
 
@@ -115,18 +115,6 @@ def _size(path: Path) -> str:
     return f"{path} ({total / 1e6:.1f} MB)" if path.exists() else f"{path} (empty)"
 
 
-def _devices() -> dict[str, str]:
-    """What tinygrad can open: "found" with its name, or why not, in a few words."""
-    states = {}
-    for name in ALL_DEVICES:
-        try:
-            states[name] = f"found, {getattr(Device[name], 'device_name', None) or 'opens'}"
-        except Exception as error:  # a driver that is not there may raise anything
-            fault = shorten(str(error) or type(error).__name__, 70, placeholder=" ...")
-            states[name] = f"no ({fault})"
-    return states
-
-
 def _advice() -> list[str]:
     advice = []
     if device.find_clang() is None:
@@ -135,11 +123,10 @@ def _advice() -> list[str]:
         device.check()
     except InputError as error:
         advice.append(str(error))
-    try:
-        diskcache_get("tinygpt", "doctor")
-    except Exception as error:  # SQLite or the disk may raise anything
+    file, error = device.kernel_cache()
+    if error:
         fact = f"it keeps no compiled kernels ({reason(error)})"
-        advice.append(f"remove {CACHEDB}, or let CACHEDB name another file: {fact}")
+        advice.append(f"remove {file}, or let CACHEDB name another file: {fact}")
     free = memory.available_memory_bytes()
     if free is not None and free < 2e9:
         advice.append("free some memory: GPT-2 124M needs about 1.3 GB to load")

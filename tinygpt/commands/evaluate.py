@@ -30,6 +30,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_flag(parser, "--stride", kind=int, help=words, low=1)
     add_shared(parser, "--tokenizer")
     add_shared(parser, "--json")
+    add_shared(parser, "--plain")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -122,6 +122,10 @@ _SHARED: dict[str, dict[str, Any]] = {
         "help": f"hold the weights in {', '.join(DTYPES)} (default: as stored)",
     },
     "--json": {"kind": bool, "help": "print one JSON object"},
+    "--plain": {
+        "kind": bool,
+        "help": "compute with the operations' definitions in plain tensors, not with their C",
+    },
     "--tokenizer": {
         "metavar": "T",
         "help": "gpt2, bytes, or a folder (default: the model's own)",

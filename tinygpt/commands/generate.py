@@ -40,6 +40,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     words = "a new model of random weights; so does --tokenizer, or any flag of its shape"
     add_flag(parser, "--untrained", kind=bool, help=words)
     add_shared(parser, "--dtype")
+    add_shared(parser, "--plain")
     add_shared(parser, "--json", help="print one JSON object instead of text")
     group = parser.add_argument_group("the shape of a new model")
     presets = f"where to start: {', '.join(PRESETS)} (default: {_DEFAULT_PRESET})"
@@ -185,7 +186,8 @@ def introduce(request: Request, session: Session, ids: list[int]) -> None:
     if device.note:
         say(device.note)
     name = request.model or request.preset
-    say(f"{name}, {config.parameter_count:,} parameters on {device.describe()}")
+    where = f"{device.describe()}, {device.describe_operations()}"
+    say(f"{name}, {config.parameter_count:,} parameters on {where}")
     if not request.model:
         say(f"untrained: its weights are random (seed {request.seeds[0]}), so the text is noise")
     if len(ids) > (window := config.block_size):

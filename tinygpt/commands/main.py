@@ -71,7 +71,10 @@ def _run(argv: Sequence[str]) -> int:
         parser = _program()
     command = import_module(f"tinygpt.commands.{verb}")
     command.add_flags(parser)
-    return command.run(parser.parse_args(rest))
+    args = parser.parse_args(rest)
+    if getattr(args, "plain", None):
+        os.environ["TINYGPT_KERNELS"] = "0"
+    return command.run(args)
 
 
 def _refuse_unknown_verb(argv: Sequence[str]) -> None:

@@ -84,6 +84,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", help=words)
     words = "of a text: char, bytes, gpt2 or bpe:N (default: char)"
     add_shared(parser, "--tokenizer", help=words)
+    add_shared(parser, "--plain")
     words = "the run's folder, made if need be"
     add_flag(parser, "-o", "--out", metavar="RUN", required=True, help=words)
     add_flag(parser, "--recipe", metavar="R", help=f"where to start: {', '.join(RECIPES)}")
@@ -124,7 +125,8 @@ def run(args: argparse.Namespace) -> int:
         names = spelled(args, elsewhere=filed)
         job = start(folder, data, settings, args.model, args.minutes, names)
     config, shape = job.config, job.trainer.model.config
-    say(f"{shape.parameter_count:,} parameters on {device.describe()}, {config.steps} steps")
+    where = f"{device.describe()}, {device.describe_operations()}"
+    say(f"{shape.parameter_count:,} parameters on {where}, {config.steps} steps")
     stopped = job.go()
     if stopped is None:
         if job.best is not None:  # None where no validation loss was a number

@@ -7,12 +7,10 @@ equal. Arguments are those of the functions in `ops`, which choose between the t
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from tinygrad import Tensor, UOp, dtypes
-from tinygrad.helpers import CPU_COUNT
 
 from tinygpt.ops.plain import Dropout
 from tinygpt.runtime import device, launch
@@ -30,20 +28,16 @@ Tensors = Mapping[str, Tensor]
 
 def usable(*tensors: Tensor | None) -> bool:
     """Whether the C forms hold for tensors: on one CPU, with clang, and not turned off."""
-    if os.environ.get("TINYGPT_KERNELS") == "0":
-        return False
     present = [tensor for tensor in tensors if tensor is not None]
     names = {tensor.device for tensor in present}
-    if len(names) != 1 or not str(next(iter(names))).startswith("CPU"):
+    if len(names) != 1 or not device.takes_c(str(next(iter(names)))):
         return False
-    if not all(isinstance(size, int) for tensor in present for size in tensor.shape):
-        return False
-    return device.compiles_c()
+    return all(isinstance(size, int) for tensor in present for size in tensor.shape)
 
 
 def count_threads(flops: int, most: int | None = None) -> int:
     """How many threads work of that size is worth, and at most so many."""
-    threads = max(1, min(CPU_COUNT.value, flops // _THREAD_FLOPS))
+    threads = max(1, min(device.cpu_count(), flops // _THREAD_FLOPS))
     return threads if most is None else max(1, min(threads, most))
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from tinygrad import Tensor, UOp, dtypes
 
+from tinygpt.runtime import buffers
+
 # tinygrad vectorises and threads a kernel along an axis whose length its factors divide. GPT-2's
 # 50257 rows are 29 * 1733: as they stand, that product runs several times slower.
 _EVEN = 64
@@ -161,10 +163,9 @@ def _remember(new: Tensor, cache: Tensor, start_pos: int | UOp | Tensor) -> Tens
         at = at - start_pos.reshape(-1, 1, 1, 1)
         rows = new.gather(2, at.clip(0, T - 1).expand(B, H, S, D))
         whole = ((at >= 0) & (at < T)).where(rows, cache)
-        return Tensor(cache.uop.after(cache.uop.store(whole.contiguous().uop)))
+        return buffers.written(cache, cache, whole.contiguous())
     end = start_pos + T
-    write = cache[:, :, start_pos:end].uop.store(new.uop)
-    return Tensor(cache.uop.after(write))[:, :, :end]
+    return buffers.written(cache, cache[:, :, start_pos:end], new)[:, :, :end]
 
 
 def dropout(x: Tensor, dropout: Dropout, residual: Tensor | None) -> Tensor:

@@ -36,6 +36,19 @@ def write(target: Tensor, values: np.ndarray) -> None:
         buffer.copyin(memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8)))
 
 
+def written(target: Tensor, part: Tensor, values: Tensor) -> Tensor:
+    """The target as it is once values have been written into a part of it, a view, in place.
+
+    The write happens when the result is computed, so that a captured step sees one fixed buffer.
+    """
+    return Tensor(target.uop.after(part.uop.store(values.uop)))
+
+
+def alias(tensor: Tensor) -> Tensor:
+    """Another Tensor of the same values, which stays what it is when the first is replaced."""
+    return Tensor(tensor.uop)
+
+
 def read(source: Tensor) -> np.ndarray:
     """The values of a realised tensor that has memory of its own: a copy, in one dimension.
 

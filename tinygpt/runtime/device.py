@@ -13,10 +13,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
-from tinygrad import Device, Tensor, device
-from tinygrad.helpers import DEV, Context
+from tinygrad import Device, Tensor, device, dtypes, helpers
+from tinygrad.device import ALL_DEVICES, Compiler
+from tinygrad.dtype import DType
+from tinygrad.helpers import CPU_COUNT, DEV, Context
 
 from tinygpt.errors import InputError
 
@@ -183,6 +186,63 @@ def describe() -> str:
     return device.device if words.upper() == device.device else f"{device.device} ({words})"
 
 
-def compiles_c(name: str = "CPU") -> bool:
-    """Whether C text can be a kernel on that device: clang compiles for it, in this process."""
-    return renderer(name) == "ClangJIT"
+def cpu_count() -> int:
+    """How many threads computation takes: tinygrad's CPU_COUNT, by default the cores there are."""
+    return CPU_COUNT.value
+
+
+def default() -> str:
+    """The name of the device in use, such as "CPU"."""
+    return Device.DEFAULT
+
+
+def holds(dtype: DType) -> bool:
+    """Whether the device in use can hold numbers of a type, and compute with them."""
+    device = Device[Device.DEFAULT]
+    if dtype not in device.renderer.supported_dtypes():
+        return False
+    return dtype != dtypes.float16 or renderer() != "ClangJIT" or _widens_half(device.compiler)
+
+
+@cache
+def _widens_half(clang: Compiler) -> bool:
+    """Whether clang does so by itself: for an x86-64 without F16C it calls its library."""
+    try:
+        clang.compile_cached("float widen(__fp16 *x) { return *x; }")
+    except RuntimeError:  # clang calls a function of its library, which tinygrad does not link
+        return False
+    return True
+
+
+def devices() -> dict[str, str]:
+    """What tinygrad can open: "found" with its name, or why not, in a few words."""
+    states = {}
+    for name in ALL_DEVICES:
+        try:
+            states[name] = f"found, {getattr(Device[name], 'device_name', None) or 'opens'}"
+        except Exception as error:  # whatever a driver that is not there raises
+            fault = shorten(str(error) or type(error).__name__, 70, placeholder=" ...")
+            states[name] = f"no ({fault})"
+    return states
+
+
+def kernel_cache() -> tuple[Path, Exception | None]:
+    """The file in which tinygrad keeps compiled kernels, and what keeps it from being read."""
+    try:
+        helpers.diskcache_get("tinygpt", "doctor")
+    except Exception as error:  # whatever SQLite or the disk says
+        return Path(helpers.CACHEDB), error
+    return Path(helpers.CACHEDB), None
+
+
+def takes_c(name: str) -> bool:
+    """Whether operations are C on a device: it is a CPU for which clang compiles, and neither
+    TINYGPT_KERNELS=0 nor the flag `--plain` says otherwise."""
+    if os.environ.get("TINYGPT_KERNELS") == "0":
+        return False
+    return name.startswith("CPU") and renderer("CPU") == "ClangJIT"
+
+
+def describe_operations() -> str:
+    """Which form of the operations runs on the default device, in two words."""
+    return f"{'C' if takes_c(Device.DEFAULT) else 'plain'} operations"

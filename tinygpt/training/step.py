@@ -14,7 +14,7 @@ from tinygrad.nn.state import get_state_dict
 
 from tinygpt.errors import InputError
 from tinygpt.model import GPT
-from tinygpt.runtime import device, memory
+from tinygpt.runtime import buffers, device, memory
 from tinygpt.runtime.capture import capture
 from tinygpt.training.lora import Lora
 from tinygpt.training.optimizers import Optimizer, StepInputs, global_norm, scheduled
@@ -189,7 +189,7 @@ class Trainer:
         targets: Tensor,
         key: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        masters = [Tensor(weight.uop) for weight in self.weights.values()]
+        masters = [buffers.alias(weight) for weight in self.weights.values()]
         with self._rounded_weights():
             loss = self.model.losses(tokens, targets, key).mean()
         gradients = (loss if scale is None else loss * scale).gradient(*masters)
@@ -205,14 +205,14 @@ class Trainer:
             yield
             return
         dtype = getattr(dtypes, self.config.compute)
-        masters = {name: weight.uop for name, weight in self.weights.items()}
+        masters = {name: buffers.alias(weight) for name, weight in self.weights.items()}
         try:
             for weight in self.weights.values():
-                weight.uop = weight.cast(dtype).float().contiguous().uop
+                weight.replace(weight.cast(dtype).float().contiguous())
             yield
         finally:
             for name, weight in self.weights.items():
-                weight.uop = masters[name]
+                weight.replace(masters[name])
 
 
 def need_type(name: str) -> None:
