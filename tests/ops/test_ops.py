@@ -299,8 +299,10 @@ def operations() -> list[tuple[Path, str]]:
     """Every C function that tensors are passed to, with its file."""
     found = []
     for file in sorted(Path(fast.__file__).parent.glob("*.c")):
-        for match in re.finditer(r"static void (\w+)\([^)]*\bcore_id\b", file.read_text()):
-            found.append((file, match[1]))
+        for name, parameters in re.findall(r"static void (\w+)\((.*?)\) {
+", file.read_text(), re.S):
+            if "core_id" in parameters:
+                found.append((file, name))
     return found
 
 
