@@ -1,118 +1,166 @@
-"""From text to text: a model opened together with its tokenizer, which continues prompts.
-
-It knows no command line and prints nothing: who asks, and how the text is shown, is the caller's.
-"""
+"""One stream of a batch over a KV cache: prefill, then decode, each a captured step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from functools import partial
 
-from tinygpt.checkpoints import hub
-from tinygpt.checkpoints.load_tokenizer import load_tokenizer
-from tinygpt.checkpoints.open_checkpoint import open_checkpoint
-from tinygpt.checkpoints.quantization import check_dtype, convert
-from tinygpt.config import GPTConfig
-from tinygpt.generate import Generator
+import numpy as np
+from tinygrad import Tensor, UOp, Variable
+from tinygrad.nn.state import get_state_dict
+
 from tinygpt.model import GPT
-from tinygpt.runtime import device
-from tinygpt.tokenizer.encoding import decode, decode_stream, encode, end_token
-
-if TYPE_CHECKING:
-    from tiktoken import Encoding
-
-_BUILT_IN_START = "\n"  # what the built-in model starts from where there is no prompt
+from tinygpt.runtime import buffers
+from tinygpt.runtime.capture import CapturedStep, capture
+from tinygpt.sampling import Step, choose
 
 
 class Session:
-    """A model, its tokenizer, and the KV caches and captured graphs of their generation."""
+    """A KV cache for one batch size, and the captured steps that read it and write to it.
 
-    def __init__(self, model: GPT, tokenizer: Encoding, start: str = "") -> None:
-        """
-        Args:
-            start: the text that stands for an empty prompt; "" is the end token alone, which
-                stands before each text in training.
-        """
-        self.model, self.tokenizer, self.start = model, tokenizer, start
-        self.end = end_token(tokenizer)
-        self.generator = Generator(model)
+    Rows stand flush right: shorter ones are padded at the left, so that all have the same next
+    position, and the model is told how much of each is padding.
 
-    @classmethod
-    def open(cls, name: str, dtype: str | None = None, tokenizer: str | None = None) -> Session:
-        """A session with a model that can be loaded.
+    What a step reads lies in tensors that are captured with it, as the cache is: they cost nothing
+    when the step is run, where arguments would have to be looked at.
+    """
 
-        Args:
-            name: of the model: a folder, a file, or a name to fetch.
-            dtype: what to hold the weights in; None is as they are stored.
-            tokenizer: another than the model's own.
-        Raises:
-            InputError: when they cannot be had, or the backend does not work.
-        """
-        _check(dtype)
-        found = open_checkpoint(name)
-        words = found.tokenizer(tokenizer)
-        start = _BUILT_IN_START if name == hub.BUILT_IN else ""
-        return cls(found.load(dtype), words, start)
+    def __init__(self, model: GPT, batch_size: int, chunk_size: int) -> None:
+        self.model, self.batch_size, self.chunk_size = model, batch_size, chunk_size
+        self.block_size = model.config.block_size
+        self.cache = model.empty_cache(batch_size, self.block_size)
+        self.position = 0  # where the next token stands
+        self.padding: Tensor | None = None
+        self._chunk_steps: dict[int, CapturedStep] = {}  # by the length of a chunk
+        self._choice_steps: dict[tuple, CapturedStep] = {}  # by length, and names of settings
+        self._inputs: dict[tuple, Tensor] = {}  # by name and shape: see `_input`
+        self._choice: list[Step] = []  # how to choose, and
+        self._draws: dict[str, Tensor] = {}  # what else that takes: seeds and counts
 
-    @classmethod
-    def new(
-        cls,
-        config: GPTConfig,
-        seed: int,
-        dtype: str | None = None,
-        tokenizer: str | None = None,
-        fit_vocabulary: bool = False,
-    ) -> Session:
-        """A session with a new model of random weights.
+    @property
+    def full(self) -> bool:
+        """Whether no position is left in the cache."""
+        return self.position == self.block_size
+
+    def prefill(
+        self,
+        contexts: list[list[int]],
+        choice: list[Step],
+        inputs: dict[str, np.ndarray],
+        step: int,
+    ) -> list[int]:
+        """Fill the cache with each row's tokens, chunk by chunk, and choose the token after them.
 
         Args:
-            tokenizer: None is GPT-2's for a vocabulary of its size, and else that of bytes.
-            fit_vocabulary: give the model as many token ids as the tokenizer has.
-        Raises:
-            InputError: when there is no memory for it, the tokenizer cannot be had or does not fit,
-                or the backend does not work.
+            choice: see `Sampling.steps`.
+            inputs: seeds and counts, as far as they are needed: see `sampling.choose`.
+            step: which draw of its stream each row makes.
+        Returns:
+            the id chosen for each row.
         """
-        _check(dtype)
-        name = tokenizer or ("gpt2" if config.vocab_size == 50257 else "bytes")
-        if fit_vocabulary:
-            config = replace(config, vocab_size=load_tokenizer(name).n_vocab)
-        words = load_tokenizer(name, config.vocab_size)
-        return cls(convert(GPT(config, seed), dtype or "float32"), words)
+        self._choice = [each._replace(bound=self._input(each.name, each.bound)) for each in choice]
+        self._draws = {name: self._input(name, values) for name, values in inputs.items()}
+        longest = max(map(len, contexts))
+        padding = [longest - len(ids) for ids in contexts]
+        if self.batch_size > 1:
+            self.padding = self._input("padding", np.array(padding, np.int32))
+        tokens = np.zeros((self.batch_size, max(longest, self._chunk_length(longest))), np.int32)
+        for row, ids in enumerate(contexts):
+            tokens[row, padding[row] : longest] = ids
+        start = 0
+        while (length := self._chunk_length(longest - start)) < longest - start:
+            chunk = self._input("tokens", tokens[:, start : start + length])
+            if length not in self._chunk_steps:
+                self._chunk_steps[length] = self._captured(self._fill, tokens=chunk)
+            self._chunk_steps[length](self._start(start, length))
+            start += length
+        # The last chunk ends where the text does, and so may read some tokens twice. Of a text
+        # shorter than a chunk the rest is zeros: the positions they fill are written again
+        # before a query can see them.
+        start = max(0, longest - length)
+        self.position = longest
+        return self._choose(tokens[:, start : start + length], start, longest - 1 - start, step)
 
-    def encode(self, prompt: str, special_tokens: bool = False) -> list[int]:
-        """The ids of a prompt, at least one.
+    def decode(self, last: list[int], inputs: dict[str, np.ndarray], step: int) -> list[int]:
+        """Read one more token of each row, and choose the one after it.
 
         Args:
-            special_tokens: whether `<|endoftext|>` in it is that token, and not plain text.
+            last: the tokens.
+            inputs: those that `prefill` was given, of which only counts may have changed.
+        Returns:
+            the id chosen for each row.
         """
-        text = prompt or self.start
-        return encode(self.tokenizer, text, special_tokens) if text else [self.end or 0]
+        if "counts" in inputs:
+            self._input("counts", inputs["counts"])
+        self.position += 1
+        return self._choose(np.array(last, np.int32).reshape(-1, 1), self.position - 1, 0, step)
 
-    def stream(
-        self, prompt_ids: list[int], max_new_tokens: int, seeds: Sequence[int], **sampling: Any
-    ) -> Iterator[list[int | None]]:
-        """Continue a prompt once for each seed.
+    def _chunk_length(self, rest: int) -> int:
+        """Of the next chunk, where so many tokens are left to read."""
+        if rest > 3 * self.chunk_size:  # the large one takes the time of three
+            return min(4 * self.chunk_size, self.block_size)
+        return self.chunk_size if rest > 1 else 1
+
+    def _choose(self, ids: np.ndarray, start: int, row: int, step: int) -> list[int]:
+        """Read ids (B, T) at start, and choose what follows the one in column `row`."""
+        length, tokens = ids.shape[1], self._input("tokens", ids)
+        key = (length, *(each.name for each in self._choice), *self._draws)
+        if key not in self._choice_steps:
+            bounds = {each.name: each.bound for each in self._choice}
+            held = {"tokens": tokens, **self._draws}
+            function = partial(self._next, choice=self._choice)
+            self._choice_steps[key] = self._captured(function, bounds, **held)
+        chosen = self._choice_steps[key](
+            self._start(start, length),
+            row if length == 1 else Variable("row", 0, length - 1).bind(row),
+            Variable("step", 0, 2**31 - 1).bind(step) if "seeds" in self._draws else 0,
+        )
+        return buffers.read(chosen).tolist()
+
+    def _input(self, name: str, values: np.ndarray) -> Tensor:
+        """The values on the device, in the one tensor of the session for that name and shape."""
+        if (key := (name, values.shape)) not in self._inputs:
+            self._inputs[key] = buffers.tensor(values)
+        buffers.write(self._inputs[key], values)
+        return self._inputs[key]
+
+    def _start(self, start: int, length: int) -> UOp:
+        return Variable("start_pos", 0, max(1, self.block_size - length)).bind(start)
+
+    def _captured(
+        self,
+        function: Callable[..., Tensor],
+        choice: Mapping[str, Tensor] | None = None,
+        **held: Tensor,
+    ) -> CapturedStep:
+        """A function of what is held, captured at its first call, and kept on disk.
 
         Args:
-            sampling: fields of `sampling.Sampling`.
-        Yields:
-            At each step the next id of each sample, None for one that its end token has ended.
-        Raises:
-            InputError: for an argument that cannot work, before anything is computed.
+            choice: the bounds of the choice that the function makes, in order; None: it makes none.
         """
-        prompts, ends = [prompt_ids] * len(seeds), [] if self.end is None else [self.end]
-        return self.generator.generate_batch(prompts, max_new_tokens, seeds, ends, **sampling)
+        tensors = {**(choice or {}), **held, **get_state_dict(self.model)}
+        for i, (keys, values) in enumerate(self.cache):
+            tensors |= {f"keys {i}": keys, f"values {i}": values}
+        if self.padding is not None:
+            tensors["padding"] = self.padding
+        key = ("fill" if choice is None else list(choice), self.model.config)
+        return capture(partial(function, **held), tensors, key)
 
-    def text(self, ids: Iterable[int], stop: Sequence[str] = ()) -> Iterator[str]:
-        """The text of ids as they come, in pieces, up to just before the first stop text."""
-        return decode_stream(self.tokenizer, ids, stop)
+    def _fill(self, start_pos: UOp, *, tokens: Tensor) -> Tensor:
+        # This is run for what it leaves in the cache. One row is the least to ask for.
+        return self.model.hidden_states(tokens, self.cache, start_pos, self.padding, row=0)
 
-    def has_stopped(self, ids: Sequence[int], stop: Sequence[str]) -> bool:
-        """Whether the text of the ids holds one of the stop texts."""
-        return any(each in decode(self.tokenizer, ids) for each in stop)
-
-
-def _check(dtype: str | None) -> None:
-    device.check(kernel=False)  # the model itself runs as soon as a kernel to try would
-    check_dtype(dtype or "float32")
+    def _next(
+        self,
+        start_pos: UOp,
+        row: int | UOp,
+        step: int | UOp,
+        *,
+        tokens: Tensor,
+        choice: list[Step],
+        seeds: Tensor | None = None,
+        counts: Tensor | None = None,
+    ) -> Tensor:
+        only = None if tokens.shape[1] == 1 else row
+        x = self.model.hidden_states(tokens, self.cache, start_pos, self.padding, only)
+        return choose(self.model.logits(x[:, 0]), choice, seeds, step, counts)

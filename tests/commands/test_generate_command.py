@@ -137,7 +137,7 @@ def test_every_shape_flag_reaches_the_model(cli, monkeypatch, flags):
     config = GPTConfig(2, 2, 8, 4, 300, 12, "post", "sinusoidal", "relu", False, False, False)
     built = []
     monkeypatch.setattr(
-        "tinygpt.session.GPT", lambda config, seed: built.append(config) or GPT(config)
+        "tinygpt.writer.GPT", lambda config, seed: built.append(config) or GPT(config)
     )
     status, _, err = cli("x", *flags.split(), "--max-new-tokens", 0)
     assert (status, built) == (0, [config])

@@ -70,7 +70,7 @@ def test_generate_continues_any_word(cli, prompt):
 
 
 def test_running_out_of_memory_is_one_line(cli, monkeypatch):
-    monkeypatch.setattr("tinygpt.session.GPT", lambda *_: [0] * 2**62)
+    monkeypatch.setattr("tinygpt.writer.GPT", lambda *_: [0] * 2**62)
     assert is_refused(cli("x", *SHORT), "out of memory")
 
 

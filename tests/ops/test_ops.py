@@ -299,8 +299,8 @@ def operations() -> list[tuple[Path, str]]:
     """Every C function that tensors are passed to, with its file."""
     found = []
     for file in sorted(Path(fast.__file__).parent.glob("*.c")):
-        for match in re.finditer(r"static void (\w+)\([^)]*\bcore_id\b", file.read_text()):
-            found.append((file, match[1]))
+        functions = re.findall(r"static void (\w+)\((.*?)\) {$", file.read_text(), re.S | re.M)
+        found += [(file, name) for name, parameters in functions if "core_id" in parameters]
     return found
 
 

@@ -22,7 +22,7 @@ from tinygpt.errors import InputError, say
 from tinygpt.options import defaults
 from tinygpt.runtime import device
 from tinygpt.sampling import Sampling
-from tinygpt.session import Session
+from tinygpt.writer import Writer
 
 _DEFAULT_PRESET = "nano"
 # The built-in model's tokens are short, so it writes more of them. It has learned too little to
@@ -141,12 +141,12 @@ def _read_prompt(given: str | None) -> str:
     return text
 
 
-def open_session(request: Request) -> Session:
+def open_session(request: Request) -> Writer:
     """The model and the tokenizer that a request names, loaded or made."""
     if request.model:
-        return Session.open(request.model, request.dtype, request.tokenizer)
+        return Writer.open(request.model, request.dtype, request.tokenizer)
     seed, fit = request.seeds[0], request.fit_vocabulary
-    return Session.new(request.shape, seed, request.dtype, request.tokenizer, fit)
+    return Writer.new(request.shape, seed, request.dtype, request.tokenizer, fit)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -180,7 +180,7 @@ def _backend_is_asked_first() -> Iterator[None]:
         raise
 
 
-def introduce(request: Request, session: Session, ids: list[int]) -> None:
+def introduce(request: Request, session: Writer, ids: list[int]) -> None:
     """Say what is about to write, and what of the prompt it will not see."""
     config = session.model.config
     if device.note:
@@ -234,7 +234,7 @@ class _Output:
     """What one call shows: its text as it comes, or all its samples at the end, or JSON."""
 
     def __init__(
-        self, request: Request, session: Session, prompt_ids: list[int], interrupts: _Interrupts
+        self, request: Request, session: Writer, prompt_ids: list[int], interrupts: _Interrupts
     ) -> None:
         self.request, self.session, self.prompt_ids = request, session, prompt_ids
         self.interrupts = interrupts

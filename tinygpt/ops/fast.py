@@ -45,6 +45,11 @@ def _file(name: str) -> Path:
     return Path(__file__).with_name(name)
 
 
+def _empty(like: Tensor, *shape: int) -> Tensor:
+    """Memory for float32 numbers, beside those of another tensor."""
+    return Tensor.empty(*shape, device=like.device)
+
+
 def _rows(x: Tensor) -> int:
     return math.prod(x.shape[:-1])
 
@@ -69,7 +74,7 @@ def matmul(a: Tensor, b: Tensor, a_transposed: bool, b_transposed: bool) -> Tens
 
     return launch.call(
         _file("matmul.c"), "matmul",
-        {"c": Tensor.empty(*leading, M, N, device=a.device), "a": a, "b": b},
+        {"c": _empty(a, *leading, M, N), "a": a, "b": b},
         {"batch": batch, "M": M, "N": N, "K": K, "a_transposed": int(a_transposed),
          "b_transposed": int(b_transposed)},
         count_threads(flops), flops, gradient=gradient if b.dtype == dtypes.float32 else None,
@@ -94,7 +99,7 @@ def linear(
 
     return launch.call(
         _file("linear.c"), "linear",
-        {"y": Tensor.empty(*x.shape[:-1], N, device=x.device), "x": x, "weight": weight,
+        {"y": _empty(x, *x.shape[:-1], N), "x": x, "weight": weight,
          "scale": scale, "bias": bias, "residual": residual},
         {"few": M if M <= _FEW_ROWS else 0, "M": M, "N": N, "K": K},
         count_threads(flops), flops, fixed=("few",),
@@ -107,9 +112,8 @@ def _linear_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: bool) -> dict[
     flops = 4 * M * N * K
     found = launch.call(
         _file("linear.c"), "linear_backward",
-        {"dx": Tensor.empty(*x.shape, device=x.device),
-         "dweight": Tensor.empty(N, K, device=x.device),
-         "dbias": Tensor.empty(N, device=x.device) if bias else None,
+        {"dx": _empty(x, *x.shape), "dweight": _empty(x, N, K),
+         "dbias": _empty(x, N) if bias else None,
          "dy": dy, "x": x, "weight": weight},
         {"M": M, "N": N, "K": K}, count_threads(flops), flops, launch.WEIGHTS[dtypes.float32],
     )  # fmt: skip
@@ -121,11 +125,11 @@ def activation(x: Tensor, kind: str) -> Tensor:
     threads = count_threads(20 * n)
 
     def gradient(dy: Tensor, at: Tensors) -> Tensors:
-        tensors = {"dx": Tensor.empty(*x.shape, device=x.device), "dy": dy, "x": at["x"]}
+        tensors = {"dx": _empty(x, *x.shape), "dy": dy, "x": at["x"]}
         return {"x": launch.call(_file("activation.c"), "activation_backward", tensors, {"n": n},
                                  threads, 20 * n, macros)["dx"]}  # fmt: skip
 
-    tensors = {"y": Tensor.empty(*x.shape, device=x.device), "x": x}
+    tensors = {"y": _empty(x, *x.shape), "x": x}
     return launch.call(_file("activation.c"), "activation", tensors, {"n": n}, threads, 20 * n,
                        macros, gradient=gradient)["y"]  # fmt: skip
 
@@ -135,14 +139,14 @@ def embedding(ids: Tensor, table: Tensor, scale: Tensor | None) -> Tensor:
     sizes = {"count": count, "V": V, "C": C}
 
     def gradient(dy: Tensor, at: Tensors) -> Tensors:
-        tensors = {"dtable": Tensor.empty(V, C, device=ids.device), "dy": dy, "ids": at["ids"]}
+        tensors = {"dtable": _empty(ids, V, C), "dy": dy, "ids": at["ids"]}
         flops = V * C + count * C
         threads = count_threads(flops, max(1, C // 16))
         return {"table": launch.call(_file("embedding.c"), "embedding_backward", tensors, sizes,
                                      threads, flops,
                                      launch.WEIGHTS[dtypes.float32])["dtable"]}  # fmt: skip
 
-    y = Tensor.empty(*ids.shape, C, device=ids.device)
+    y = _empty(ids, *ids.shape, C)
     return launch.call(
         _file("embedding.c"), "embedding", {"y": y, "ids": ids, "table": table, "scale": scale},
         sizes, count_threads(count * C, count), count * C,
@@ -157,18 +161,15 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -
     threads = count_threads(flops, R)
 
     def gradient(dy: Tensor, at: Tensors) -> Tensors:
-        tensors = {
-            "dx": Tensor.empty(*x.shape, device=x.device),
-            "parts": Tensor.empty(threads, 2, C, device=x.device),
-            "dy": dy, "x": at["x"], "weight": at["weight"],
-        }  # fmt: skip
+        tensors = {"dx": _empty(x, *x.shape), "parts": _empty(x, threads, 2, C), "dy": dy}
+        tensors |= {"x": at["x"], "weight": at["weight"]}
         found = launch.call(_file("layer_norm.c"), "layer_norm_backward", tensors, numbers, threads,
                             2 * flops)  # fmt: skip
         sums = found["parts"].sum(0)
         grads = {"x": found["dx"], "weight": sums[0]}
         return grads if bias is None else grads | {"bias": sums[1]}
 
-    tensors = {"y": Tensor.empty(*x.shape, device=x.device), "x": x, "weight": weight, "bias": bias}
+    tensors = {"y": _empty(x, *x.shape), "x": x, "weight": weight, "bias": bias}
     return launch.call(_file("layer_norm.c"), "layer_norm", tensors, numbers, threads, flops,
                        gradient=gradient)["y"]  # fmt: skip
 
@@ -190,19 +191,16 @@ def attention(
     key = None if dropout is None else dropout.key
 
     def gradient(dy: Tensor, at: Tensors) -> Tensors:
-        tensors = {name: Tensor.empty(B, T, C, device=q.device) for name in ("dq", "dk", "dv")}
-        tensors |= {"scratch": Tensor.empty(threads, 2, T, T, device=q.device), "dy": dy}
+        tensors = {name: _empty(q, B, T, C) for name in ("dq", "dk", "dv")}
+        tensors |= {"scratch": _empty(q, threads, 2, T, T), "dy": dy}
         tensors |= {name: at[name] for name in ("probs", "q", "k", "v")} | {"key": at.get("key")}
         found = launch.call(_file("attention.c"), "attention_backward", tensors, numbers, threads,
                             2 * flops)  # fmt: skip
         return {name: found[f"d{name}"] for name in ("q", "k", "v")}
 
-    tensors = {
-        "y": Tensor.empty(B, T, C, device=q.device),
-        "probs": Tensor.empty(B, n_head, T, T, device=q.device),
-        "scratch": Tensor.empty(threads, _STRIP if key is not None else 1, T, device=q.device),
-        "q": q, "k": k, "v": v, "key": key, "padding": padding,
-    }  # fmt: skip
+    scratch = _empty(q, threads, 1 if key is None else _STRIP, T)
+    tensors = {"y": _empty(q, B, T, C), "probs": _empty(q, B, n_head, T, T), "scratch": scratch}
+    tensors |= {"q": q, "k": k, "v": v, "key": key, "padding": padding}
     return launch.call(_file("attention.c"), "attention", tensors, numbers, threads, flops,
                        gradient=gradient)["y"]  # fmt: skip
 
@@ -222,11 +220,9 @@ def attention_cached(
     flops = 2 * B * M * S * C
     threads = count_threads(flops, B * n_head)
     starts = start_pos if isinstance(start_pos, Tensor) else None
-    tensors = {
-        "y": Tensor.empty(B, M, C, device=q.device), "keys": cache[0], "values": cache[1],
-        "scores": Tensor.empty(threads, min(M, _BAND), S, device=q.device),
-        "q": q, "k": k, "v": v, "starts": starts, "padding": padding,
-    }  # fmt: skip
+    scores = _empty(q, threads, min(M, _BAND), S)
+    tensors = {"y": _empty(q, B, M, C), "keys": cache[0], "values": cache[1], "scores": scores}
+    tensors |= {"q": q, "k": k, "v": v, "starts": starts, "padding": padding}
     numbers: dict[str, int | float | UOp] = {
         "start_pos": 0 if isinstance(start_pos, Tensor) else start_pos,
         "row": 0 if row is None else row,
@@ -249,7 +245,7 @@ def dropout(x: Tensor, dropout: Dropout, residual: Tensor | None) -> Tensor:
     threads = count_threads(20 * n)
 
     def drop(x: Tensor, key: Tensor, residual: Tensor | None, gradient=None) -> Tensor:
-        y = Tensor.empty(*x.shape, device=x.device)
+        y = _empty(x, *x.shape)
         tensors = {"y": y, "x": x, "residual": residual, "key": key}
         return launch.call(_file("dropout.c"), "dropout", tensors, numbers, threads, 20 * n,
                            gradient=gradient)["y"]  # fmt: skip
@@ -272,11 +268,8 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | No
         found = _linear_backward(at["errors"], (x * d).contiguous(), at["weight"], bias=False)
         return {"x": found["x"] * d, "weight": found["weight"]}
 
-    tensors = {
-        "losses": Tensor.empty(*x.shape[:-1], device=x.device),
-        "errors": Tensor.empty(*x.shape[:-1], V, device=x.device),
-        "x": x, "weight": weight, "scale": scale, "targets": targets,
-    }  # fmt: skip
+    tensors = {"losses": _empty(x, *x.shape[:-1]), "errors": _empty(x, *x.shape[:-1], V)}
+    tensors |= {"x": x, "weight": weight, "scale": scale, "targets": targets}
     return launch.call(
         _file("cross_entropy.c"), "cross_entropy", tensors, {"R": R, "C": C, "V": V},
         count_threads(flops, R), flops,

@@ -49,7 +49,7 @@ def constants(values: tuple[int, ...], device: str) -> Tensor:
 
     As variables, tinygrad would want their values anew at every start of a captured step.
     """
-    made = buffers.tensor(np.array(values, np.int32), device)
+    made = buffers.tensor(np.array(values, np.int64).astype(np.int32), device)
     CONSTANTS[made.uop.base] = values
     return made
 

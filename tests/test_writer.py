@@ -7,8 +7,8 @@ from conftest import randomize
 from program import CONFIG
 
 from tinygpt import GPT, Generator, GPTConfig, InputError, load_tokenizer
-from tinygpt.session import Session
 from tinygpt.tokenizer.encoding import decode, save_tokenizer
+from tinygpt.writer import Writer
 
 
 @pytest.fixture(scope="module")
@@ -17,11 +17,11 @@ def model() -> GPT:
 
 
 @pytest.fixture(scope="module")
-def session(model, tmp_path_factory) -> Session:
+def session(model, tmp_path_factory) -> Writer:
     folder = tmp_path_factory.mktemp("saved")
     model.save_pretrained(folder)
     save_tokenizer(load_tokenizer("bytes"), folder)
-    return Session.open(str(folder))
+    return Writer.open(str(folder))
 
 
 def test_it_streams_what_the_generator_yields(session, model):
@@ -56,13 +56,13 @@ def test_an_empty_prompt_is_the_end_token_and_special_tokens_are_text(session):
 
 def test_a_new_model_has_the_ids_of_its_tokenizer():
     config = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=300)
-    assert Session.new(config, 0, tokenizer="bytes").model.config.vocab_size == 300
-    fitted = Session.new(config, 0, tokenizer="bytes", fit_vocabulary=True)
+    assert Writer.new(config, 0, tokenizer="bytes").model.config.vocab_size == 300
+    fitted = Writer.new(config, 0, tokenizer="bytes", fit_vocabulary=True)
     assert fitted.model.config.vocab_size == 257
 
 
 def test_what_cannot_be_had_is_refused(tmp_path):
     with pytest.raises(InputError, match="nowhere"):
-        Session.open(str(tmp_path / "nowhere"))
+        Writer.open(str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match="did you mean 'int8'"):
-        Session.open(str(tmp_path), dtype="int9")
+        Writer.open(str(tmp_path), dtype="int9")

@@ -1,0 +1,118 @@
+"""From text to text: a model opened together with its tokenizer, which continues prompts.
+
+It knows no command line and prints nothing: who asks, and how the text is shown, is the caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from tinygpt.checkpoints import hub
+from tinygpt.checkpoints.load_tokenizer import load_tokenizer
+from tinygpt.checkpoints.open_checkpoint import open_checkpoint
+from tinygpt.checkpoints.quantization import check_dtype, convert
+from tinygpt.config import GPTConfig
+from tinygpt.generate import Generator
+from tinygpt.model import GPT
+from tinygpt.runtime import device
+from tinygpt.tokenizer.encoding import decode, decode_stream, encode, end_token
+
+if TYPE_CHECKING:
+    from tiktoken import Encoding
+
+_BUILT_IN_START = "\n"  # what the built-in model starts from where there is no prompt
+
+
+class Writer:
+    """A model, its tokenizer, and the KV caches and captured graphs of their generation."""
+
+    def __init__(self, model: GPT, tokenizer: Encoding, start: str = "") -> None:
+        """
+        Args:
+            start: the text that stands for an empty prompt; "" is the end token alone, which
+                stands before each text in training.
+        """
+        self.model, self.tokenizer, self.start = model, tokenizer, start
+        self.end = end_token(tokenizer)
+        self.generator = Generator(model)
+
+    @classmethod
+    def open(cls, name: str, dtype: str | None = None, tokenizer: str | None = None) -> Writer:
+        """A writer with a model that can be loaded.
+
+        Args:
+            name: of the model: a folder, a file, or a name to fetch.
+            dtype: what to hold the weights in; None is as they are stored.
+            tokenizer: another than the model's own.
+        Raises:
+            InputError: when they cannot be had, or the backend does not work.
+        """
+        _check(dtype)
+        found = open_checkpoint(name)
+        words = found.tokenizer(tokenizer)
+        start = _BUILT_IN_START if name == hub.BUILT_IN else ""
+        return cls(found.load(dtype), words, start)
+
+    @classmethod
+    def new(
+        cls,
+        config: GPTConfig,
+        seed: int,
+        dtype: str | None = None,
+        tokenizer: str | None = None,
+        fit_vocabulary: bool = False,
+    ) -> Writer:
+        """A writer with a new model of random weights.
+
+        Args:
+            tokenizer: None is GPT-2's for a vocabulary of its size, and else that of bytes.
+            fit_vocabulary: give the model as many token ids as the tokenizer has.
+        Raises:
+            InputError: when there is no memory for it, the tokenizer cannot be had or does not fit,
+                or the backend does not work.
+        """
+        _check(dtype)
+        name = tokenizer or ("gpt2" if config.vocab_size == 50257 else "bytes")
+        if fit_vocabulary:
+            config = replace(config, vocab_size=load_tokenizer(name).n_vocab)
+        words = load_tokenizer(name, config.vocab_size)
+        return cls(convert(GPT(config, seed), dtype or "float32"), words)
+
+    def encode(self, prompt: str, special_tokens: bool = False) -> list[int]:
+        """The ids of a prompt, at least one.
+
+        Args:
+            special_tokens: whether `<|endoftext|>` in it is that token, and not plain text.
+        """
+        text = prompt or self.start
+        return encode(self.tokenizer, text, special_tokens) if text else [self.end or 0]
+
+    def stream(
+        self, prompt_ids: list[int], max_new_tokens: int, seeds: Sequence[int], **sampling: Any
+    ) -> Iterator[list[int | None]]:
+        """Continue a prompt once for each seed.
+
+        Args:
+            sampling: fields of `sampling.Sampling`.
+        Yields:
+            At each step the next id of each sample, None for one that its end token has ended.
+        Raises:
+            InputError: for an argument that cannot work, before anything is computed.
+        """
+        prompts, ends = [prompt_ids] * len(seeds), [] if self.end is None else [self.end]
+        return self.generator.generate_batch(prompts, max_new_tokens, seeds, ends, **sampling)
+
+    def text(self, ids: Iterable[int], stop: Sequence[str] = ()) -> Iterator[str]:
+        """The text of ids as they come, in pieces, up to just before the first stop text."""
+        return decode_stream(self.tokenizer, ids, stop)
+
+    def has_stopped(self, ids: Sequence[int], stop: Sequence[str]) -> bool:
+        """Whether the text of the ids holds one of the stop texts."""
+        return any(each in decode(self.tokenizer, ids) for each in stop)
+
+
+def _check(dtype: str | None) -> None:
+    device.check(kernel=False)  # the model itself runs as soon as a kernel to try would
+    check_dtype(dtype or "float32")
