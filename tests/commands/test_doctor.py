@@ -21,7 +21,8 @@ def test_the_doctor_shows_the_machine_and_what_it_lacks(cli, monkeypatch):
     monkeypatch.setattr(memory, "available_memory_bytes", lambda: 10**9)
     status, out, _ = cli("doctor")
     assert status == 0
-    rows = "tinygpt with python cores memory DEV clang models kernels vocabulary device advice"
+    rows = "tinygpt with python cores memory DEV clang operations steps models kernels vocabulary "
+    rows += "device advice"
     assert {line[:13].strip() for line in out.splitlines()} == set(rows.split())
     assert f"tinygpt      {__version__}\n" in out
     assert re.search(r"^device +\w+: found, ", out, re.MULTILINE)

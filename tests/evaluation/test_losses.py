@@ -13,6 +13,7 @@ from prepared import prepared
 from tinygpt import GPT, GPTConfig, InputError, load_tokenizer
 from tinygpt.commands import evaluate
 from tinygpt.data.dataset import Dataset
+from tinygpt.evaluation import tasks
 from tinygpt.evaluation.losses import Scorer, Window, evaluate_data, spread, windows
 from tinygpt.tokenizer.encoding import encode, save_tokenizer
 
@@ -120,7 +121,7 @@ def test_hellaswag_equals_transformers(saved, tmp_path):
         normalised += int(np.argmin(means)) == label
     file = tmp_path / "hellaswag.jsonl"
     file.write_text("".join(json.dumps(example) + "\n\n" for example in examples))
-    found = evaluate.hellaswag(Scorer(saved[1]), load_tokenizer("bytes"), file)
+    found = tasks.hellaswag(Scorer(saved[1]), load_tokenizer("bytes"), file)
     expected = {"accuracy": right / 12, "accuracy_normalised": normalised / 12}
     assert found == {"examples": 12, **expected}
     assert 0 < right < 12
@@ -135,7 +136,7 @@ def test_lambada_equals_transformers(saved, tmp_path):
         right += hit
     file = tmp_path / "lambada.jsonl"
     file.write_text("\n".join(lines))
-    found = evaluate.lambada(Scorer(saved[1]), load_tokenizer("bytes"), file)
+    found = tasks.lambada(Scorer(saved[1]), load_tokenizer("bytes"), file)
     assert found["examples"] == 4
     assert found["accuracy"] == right / 4
     assert found["perplexity"] == pytest.approx(math.exp(total / 4), rel=1e-4)
@@ -147,11 +148,11 @@ def test_greedy_is_seen(saved):
     ids = list(context)
     for _ in range(3):
         ids.append(int(reference_of(model).row(np.array(ids))[-1].argmax()))
-    found = evaluate.score_continuation(scorer, context, ids[7:])
+    found = tasks.score_continuation(scorer, context, ids[7:])
     assert found.greedy
     assert found.tokens == 3
     wrong = [*ids[7:9], (ids[9] + 1) % 257]
-    assert not evaluate.score_continuation(scorer, context, wrong).greedy
+    assert not tasks.score_continuation(scorer, context, wrong).greedy
 
 
 def test_the_command_prints_numbers_or_json(saved, data, tmp_path, capsys):
