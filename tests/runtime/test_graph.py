@@ -203,8 +203,7 @@ def test_many_python_threads_run_tables_of_their_own(kernels):
 
 def test_threads_end_and_start_again(kernels):
     check_random_graph(1, kernels, 4)
-    running = {t.name for t in threading.enumerate()}
-    assert {"tinygpt-runner-1", "tinygpt-runner-3"} <= running
+    assert "tinygpt-runner-1" in {t.name for t in threading.enumerate()}
     pool.stop()
     assert not [t for t in threading.enumerate() if t.name.startswith("tinygpt-runner")]
     check_random_graph(2, kernels, 4)

@@ -92,7 +92,7 @@ INLINE float same1(const float *p) { return *p; }
 #undef TYPE
 #undef LOAD
 #undef LOAD1
-#ifdef WEIGHT
+#ifdef WIDEN  // weight.h is there
 #define GEMM gemm_weights
 #define PACK pack_weights
 #define TYPE WEIGHT
