@@ -312,7 +312,7 @@ def test_the_c_compiles_for_other_processors_and_calls_nothing(processor):
     assert len(operations()) >= 16
     for file, function in operations():
         parameters = launch.signature(file, function)
-        pointers = tuple(p.name for p in parameters if p.pointer)
+        flags = {f"has_{p.name}" for p in parameters if p.pointer}
         fixed = {p.name: 1.5 for p in parameters if p.type == "float" and not p.pointer}
         fixed |= {p.name: 3 for p in parameters if p.name == "few"}
         names = {p.name for p in parameters if not p.pointer} - {"core_id", *fixed}
@@ -320,6 +320,6 @@ def test_the_c_compiles_for_other_processors_and_calls_nothing(processor):
         if function.endswith("_backward"):
             macros = (("WEIGHT", "float"), *macros[1:])
         text = launch.program_text(
-            file, function, pointers, (), tuple(sorted(names)), tuple(fixed.items()), macros
+            file, function, (), tuple(sorted(names | flags)), tuple(fixed.items()), macros
         )
         compiler.compile(text)  # fails at a name from outside

@@ -150,65 +150,83 @@ INLINE void mix(float *y, const float *p, const float *values, int first, int la
     if (i < W) store(y + i * 8, acc[i]);
 }
 
-// One query, at position t, against the keys [first, t] of its text and head.
-INLINE void attend_one(float *y, const float *q, const float *keys, const float *values,
-                       float *scores, float scale, int first, int t, int D) {
-  int last = t + 1, d = 0;
-  for (int s = first; s < last; s++) scores[s] = dot(q, keys + (long)s * D, D);
-  softmax(scores, scale, first, last, last);
-  for (; d + 64 <= D; d += 64) mix(y + d, scores, values + d, first, last, D, 8);
-  for (; d + 8 <= D; d += 8) mix(y + d, scores, values + d, first, last, D, 1);
-  for (; d < D; d++) {
-    float total = 0;
-    for (int s = first; s < last; s++) total += scores[s] * values[(long)s * D + d];
-    y[d] = total;
-  }
+// Writes the k and v of one text and head, T of them and C apart, into the cache at `start`.
+INLINE void remember(float *keys, float *values, const float *k, const float *v, int start, int T,
+                     long C, int D) {
+  for (int t = 0; t < T; t++)
+    for (int d = 0; d < D; d++) {
+      keys[(long)(start + t) * D + d] = k[t * C + d];
+      values[(long)(start + t) * D + d] = v[t * C + d];
+    }
 }
 
-// M queries from position t on, with one matrix product for each band of them.
-INLINE void attend_many(float *y, const float *q, const float *keys, const float *values,
-                        float *scores, float scale, int text, int t, int M, int S, int D, long C) {
-  for (int m = 0; m < M; m += BAND) {
-    int rows = MIN(BAND, M - m), end = t + m + rows;
-    gemm(scores, S, q + m * C, C, 0, keys, D, 1, rows, end, D);
-    for (int r = m; r < m + rows; r++)
-      softmax(scores + (long)(r - m) * S, scale, MIN(text, t + r), t + r + 1, end);
-    gemm(y + m * C, C, scores, S, 0, values, D, 0, rows, D, end);
-  }
-}
-
-// Writes k and v into the cache, and lets M queries look at it: all T of them, or the one in column
-// `row`.
-static void attention_cached(float *y,            // (B, M, C)
-                             float *keys,         // (B, H, S, D), as are values
-                             float *values,
-                             float *scores,       // (threads, min(M, BAND), S)
-                             const float *q,      // (B, M, C)
-                             const float *k,      // (B, T, C), as is v
-                             const float *v,
-                             const int *starts,   // (B,): where each row begins; absent: start_pos
-                             const int *padding,  // (B,): how much of each row is none; or absent
-                             int core_id, int threads, int start_pos, int row, int B, int T, int M,
-                             int S, int H, int D, float scale) {
+// As `attention_cached`, for so few queries that a matrix product does not pay. One of them, in
+// column `row`, is M = 1; else there are M = T.
+static void attention_few(float *y,            // (B, M, C)
+                          float *keys,         // (B, H, S, D), as are values
+                          float *values,
+                          float *scores,       // (threads, S)
+                          const float *q,      // (B, M, C)
+                          const float *k,      // (B, T, C), as is v
+                          const float *v,
+                          const int *starts,   // (B,): where each row begins; absent: start_pos
+                          const int *padding,  // (B,): how much of each row is none; or absent
+                          int core_id, int threads, int start_pos, int row, int B, int T, int M,
+                          int S, int H, int D, float scale) {
   long C = (long)H * D;
   range heads = share(B * H, core_id, threads);
-  float *mine = scores + (long)core_id * MIN(M, BAND) * S;
+  float *mine = scores + (long)core_id * S;
   for (int i = heads.first; i < heads.last; i++) {
     int b = i / H, h = i % H, start = starts ? starts[b] : start_pos;
     int text = padding ? padding[b] : 0, first_query = start + (M < T ? row : 0);
     float *old_keys = keys + (long)i * S * D, *old_values = values + (long)i * S * D;
-    for (int t = 0; t < T; t++)
-      for (int d = 0; d < D; d++) {
-        long at = ((long)b * T + t) * C + h * D + d;
-        old_keys[(long)(start + t) * D + d] = k[at];
-        old_values[(long)(start + t) * D + d] = v[at];
+    long new = (long)b * T * C + h * D;
+    remember(old_keys, old_values, k + new, v + new, start, T, C, D);
+    for (int m = 0; m < M; m++) {
+      long at = ((long)b * M + m) * C + h * D;
+      int t = first_query + m, first = MIN(text, t), last = t + 1, d = 0;
+      for (int s = first; s < last; s++) mine[s] = dot(q + at, old_keys + (long)s * D, D);
+      softmax(mine, scale, first, last, last);
+      for (; d + 64 <= D; d += 64) mix(y + at + d, mine, old_values + d, first, last, D, 8);
+      for (; d + 8 <= D; d += 8) mix(y + at + d, mine, old_values + d, first, last, D, 1);
+      for (; d < D; d++) {
+        float total = 0;
+        for (int s = first; s < last; s++) total += mine[s] * old_values[(long)s * D + d];
+        y[at + d] = total;
       }
-    long at = (long)b * M * C + h * D;
-    if (M > 8)
-      attend_many(y + at, q + at, old_keys, old_values, mine, scale, text, first_query, M, S, D, C);
-    else
-      for (int m = 0; m < M; m++)
-        attend_one(y + at + m * C, q + at + m * C, old_keys, old_values, mine, scale,
-                   MIN(text, first_query + m), first_query + m, D);
+    }
+  }
+}
+
+// Writes k and v into the cache, and lets T queries look at it, a band of them at a time.
+static void attention_cached(float *y,            // (B, T, C)
+                             float *keys,         // (B, H, S, D), as are values
+                             float *values,
+                             float *scores,       // (threads, min(T, BAND), S)
+                             const float *q,      // (B, T, C), as are k and v
+                             const float *k,
+                             const float *v,
+                             const int *starts,   // (B,): where each row begins; absent: start_pos
+                             const int *padding,  // (B,): how much of each row is none; or absent
+                             int core_id, int threads, int start_pos, int B, int T, int S, int H,
+                             int D, float scale) {
+  long C = (long)H * D;
+  range heads = share(B * H, core_id, threads);
+  float *mine = scores + (long)core_id * MIN(T, BAND) * S;
+  for (int i = heads.first; i < heads.last; i++) {
+    int b = i / H, h = i % H, start = starts ? starts[b] : start_pos;
+    int text = padding ? padding[b] : 0;
+    float *old_keys = keys + (long)i * S * D, *old_values = values + (long)i * S * D;
+    long at = (long)b * T * C + h * D;
+    remember(old_keys, old_values, k + at, v + at, start, T, C, D);
+    for (int t0 = 0; t0 < T; t0 += BAND) {
+      int rows = MIN(BAND, T - t0), end = start + t0 + rows;
+      gemm(mine, S, q + at + t0 * C, C, 0, old_keys, D, 1, rows, end, D);
+      for (int r = 0; r < rows; r++) {
+        int t = start + t0 + r;
+        softmax(mine + (long)r * S, scale, MIN(text, t), t + 1, end);
+      }
+      gemm(y + at + t0 * C, C, mine, S, 0, old_values, D, 0, rows, D, end);
+    }
   }
 }

@@ -102,7 +102,7 @@ def linear(
         {"y": _empty(x, *x.shape[:-1], N), "x": x, "weight": weight,
          "scale": scale, "bias": bias, "residual": residual},
         {"few": M if M <= _FEW_ROWS else 0, "M": M, "N": N, "K": K},
-        count_threads(flops), flops, fixed=("few",),
+        count_threads(flops), flops, fixed=("few", "N", "K") if M <= _FEW_ROWS else ("few",),
         gradient=gradient if weight.dtype == dtypes.float32 and scale is None else None,
     )["y"]  # fmt: skip
 
@@ -220,16 +220,20 @@ def attention_cached(
     flops = 2 * B * M * S * C
     threads = count_threads(flops, B * n_head)
     starts = start_pos if isinstance(start_pos, Tensor) else None
-    scores = _empty(q, threads, min(M, _BAND), S)
+    few = M <= _FEW_ROWS
+    scores = _empty(q, threads, 1 if few else min(M, _BAND), S)
     tensors = {"y": _empty(q, B, M, C), "keys": cache[0], "values": cache[1], "scores": scores}
     tensors |= {"q": q, "k": k, "v": v, "starts": starts, "padding": padding}
     numbers: dict[str, int | float | UOp] = {
         "start_pos": 0 if isinstance(start_pos, Tensor) else start_pos,
-        "row": 0 if row is None else row,
-        "B": B, "T": T, "M": M, "S": S, "H": n_head, "D": C // n_head, "scale": float(scale),
+        "B": B, "T": T, "S": S, "H": n_head, "D": C // n_head, "scale": float(scale),
     }  # fmt: skip
-    return launch.call(_file("attention.c"), "attention_cached", tensors, numbers, threads, flops,
-                       fixed=("D",))["y"]  # fmt: skip
+    if few:
+        numbers |= {"M": M, "row": 0 if row is None else row}
+    return launch.call(
+        _file("attention.c"), "attention_few" if few else "attention_cached", tensors, numbers,
+        threads, flops, fixed=("D",) if few else (),
+    )["y"]  # fmt: skip
 
 
 def _dropout_numbers(dropout: Dropout | None, scale: str = "scale") -> dict[str, int | float]:

@@ -49,7 +49,7 @@ INLINE void tile(float *c, long ldc, const float *packed, const float *panel, in
       } else {
         float edge[COLUMNS];
         UNROLLED(h, 2) store_reg(edge + h * LANES, acc[i][h]);
-        for (int n = 0; n < columns; n++) p[n] = add ? p[n] + edge[n] : edge[n];
+        AT_AN_EDGE for (int n = 0; n < columns; n++) p[n] = add ? p[n] + edge[n] : edge[n];
       }
     }
 }
@@ -69,7 +69,7 @@ static void pack_rows(float *packed, const float *a, long row, long step, int ro
       }
     if (row == 1 && m + 8 <= rows)
       for (; k < depth; k++) store(packed + k * ROWS, load(a + m + k * step));
-    for (; k < depth; k++)
+    AT_AN_EDGE for (; k < depth; k++)
       UNROLLED(i, ROWS) packed[k * ROWS + i] = a[MIN(m + i, rows - 1) * row + k * step];
   }
 }

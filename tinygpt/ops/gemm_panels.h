@@ -17,8 +17,8 @@ static void PACK(float *panel, const TYPE *b, long ld, int transposed, int colum
     for (; k < depth; k++)
       for (int n = 0; n < COLUMNS; n += 8)
         store(panel + k * COLUMNS + n, LOAD(b + k * ld + n));
-  for (; k < depth; k++)
-    for (int n = 0; n < COLUMNS; n++)
+  AT_AN_EDGE for (; k < depth; k++)
+    AT_AN_EDGE for (int n = 0; n < COLUMNS; n++)
       panel[k * COLUMNS + n] =
           n < columns ? LOAD1(transposed ? b + n * ld + k : b + k * ld + n) : 0;
 }

@@ -134,11 +134,15 @@ def call(
         for name, number in numbers.items()
         if isinstance(number, int) and name not in fixed
     }
-    text = program_text(file, function, tuple(present), tuple(variables), tuple(passed),
+    # Whether a pointer is null is a number too, so that the text is the same with and without.
+    flags = {f"has_{name}": int(tensor is not None) for name, tensor in tensors.items()}
+    text = program_text(file, function, tuple(variables), (*passed, *flags),
                  tuple((n, v) for n, v in numbers.items() if n not in passed | variables),
                  tuple(macros.items()))  # fmt: skip
     device = next(iter(present.values())).device
-    everything = {**present, "constants": constants(tuple(passed.values()), device)}
+    given = constants((*passed.values(), *flags.values()), device)
+    everything = {n: given if tensor is None else tensor for n, tensor in tensors.items()}
+    everything["constants"] = given
     order = list(everything)
     outs = tuple(order.index(name) for name in written)
     ins = tuple(i for i in range(len(order)) if i not in outs)
@@ -166,7 +170,9 @@ def call(
     def grad_fxn(upstream: UOp, kernel: UOp) -> tuple[UOp | None, ...]:
         assert gradient is not None, f"{function} has no gradient"
         known = dict(zip(order, kernel.src[1:], strict=False))
-        known = {n: u.after(kernel) if n in written else u for n, u in known.items()}
+        known = {
+            n: u.after(kernel) if n in written else u for n, u in known.items() if n in present
+        }
         found = gradient(Tensor(upstream), {n: Tensor(u) for n, u in known.items()})
         grads = [found[name].uop if name in found else None for name in order]
         return (*grads, *(None for _ in variables))
@@ -210,7 +216,6 @@ def _check(
 def program_text(
     file: Path,
     function: str,
-    present: tuple[str, ...],
     variables: tuple[str, ...],
     passed: tuple[str, ...],
     fixed: tuple[tuple[str, float], ...],
@@ -219,18 +224,23 @@ def program_text(
     """What is compiled: macros, the file, and a function that tinygrad can call.
 
     That one has the file's only name that is not static, so that clang puts it at the front.
+
+    Args:
+        variables: parameters that are passed as variables.
+        passed: parameters that stand in `constants`, and for each pointer P has_P.
+        fixed: parameters with values that are compiled in.
+        macros: with their values.
     """
     parameters, known = signature(file, function), dict(fixed)
-    types = {p.name: f"{'const ' * p.const}{p.type} *" for p in parameters if p.pointer}
-    takes = [f"{types[name]}{name}" for name in present]
+    takes = [f"{'const ' * p.const}{p.type} *{p.name}" for p in parameters if p.pointer]
     takes += ["const int *constants", *(f"int {name}" for name in ("core_id", *variables))]
     numbered, gives = {name: f"constants[{i}]" for i, name in enumerate(passed)}, []
     for parameter in parameters:
         if parameter.name in known:
             value = known[parameter.name]
             gives.append(f"{value!r}f" if parameter.type == "float" else str(value))
-        elif parameter.pointer and parameter.name not in present:
-            gives.append("0")
+        elif parameter.pointer:
+            gives.append(f"{numbered[f'has_{parameter.name}']} ? {parameter.name} : 0")
         elif parameter.name in numbered:
             gives.append(numbered[parameter.name])
         else:
