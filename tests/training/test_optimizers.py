@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from tinygrad import Tensor
 
-from tinygpt.training.optimizers import Optimizer, global_norm, orthogonal, scheduled
+from tinygpt.training.optimizers import Optimizer, global_norm, orthogonal
+from tinygpt.training.schedule import scheduled
 
 SHAPES = {"wte.weight": (7, 4), "blocks.0.mlp.c_fc.weight": (8, 4), "ln_f.weight": (4,)}
 

@@ -20,31 +20,6 @@ _MOMENTUM = 0.95  # Muon's
 _NEWTON_SCHULZ, _NEWTON_SCHULZ_STEPS = (3.4445, -4.775, 2.0315), 5
 
 
-def scheduled(
-    step: int,
-    steps: int,
-    warmup_steps: int,
-    schedule: Literal["cosine", "linear", "constant"],
-    start: float,
-    end: float,
-) -> float:
-    """The learning rate of a step: linear warm-up to `start`, then its decay to `end`.
-
-    Args:
-        step: from 0.
-        steps: how many there are; past them the rate is `end`.
-        start, end: the highest rate and the last; a constant schedule stays at `start`.
-    Source: nanoGPT, train.py, `get_lr`.
-    """
-    if step < warmup_steps:
-        return start * (step + 1) / (warmup_steps + 1)
-    if schedule == "constant":
-        return start
-    done = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
-    left = 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done
-    return end + left * (start - end)
-
-
 def global_norm(gradients: Mapping[str, Tensor]) -> Tensor:
     """The length of all gradients as one vector, a scalar."""
     return ops.sum_of_squares(list(gradients.values())).sqrt()

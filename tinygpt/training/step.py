@@ -17,7 +17,8 @@ from tinygpt.model import GPT
 from tinygpt.runtime import buffers, device, memory
 from tinygpt.runtime.capture import capture
 from tinygpt.training.lora import Lora
-from tinygpt.training.optimizers import Optimizer, StepInputs, global_norm, scheduled
+from tinygpt.training.optimizers import Optimizer, StepInputs, global_norm
+from tinygpt.training.schedule import scheduled
 from tinygpt.training.settings import TrainConfig
 
 # float16 holds small gradients only if they are scaled up: as far as they fit, tried again upwards
