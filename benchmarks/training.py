@@ -23,7 +23,7 @@ import numpy as np
 from tinygpt import GPT
 from tinygpt.data.dataset import Batches, Dataset
 from tinygpt.evaluation.losses import mean_loss, spread
-from tinygpt.training.optimizers import scheduled
+from tinygpt.training.schedule import scheduled
 from tinygpt.training.settings import RECIPES, TrainConfig
 
 SMALL = TrainConfig.of(RECIPES["shakespeare-cpu"])
