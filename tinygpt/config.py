@@ -13,6 +13,12 @@ _SIZE = {"low": 1, "below": 2**31}
 _SHARE = {"low": 0.0, "below": 1.0}
 
 
+# What an option may be, each list once.
+Norm = Literal["pre", "post"]
+Position = Literal["learned", "sinusoidal"]
+Activation = Literal["gelu_tanh", "gelu", "relu"]
+
+
 @dataclass(frozen=True)
 class GPTConfig:
     """The shape of a GPT. Frozen; a value that cannot work raises InputError, naming it.
@@ -40,9 +46,9 @@ class GPTConfig:
         short=("--inner",),
         limits=_SIZE,
     )
-    norm: Literal["pre", "post"] = option("pre", "layer norms before or after each sublayer")
-    position: Literal["learned", "sinusoidal"] = option("learned", "positional encodings")
-    activation: Literal["gelu_tanh", "gelu", "relu"] = option("gelu_tanh", "in the feed-forward")
+    norm: Norm = option("pre", "layer norms before or after each sublayer")
+    position: Position = option("learned", "positional encodings")
+    activation: Activation = option("gelu_tanh", "in the feed-forward")
     bias: bool = option(True, "whether linear layers and layer norms have bias terms")
     shortcut: bool = option(True, "whether both sublayers have residual connections")
     tie_word_embeddings: bool = option(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tinygpt.config import SHAPE as MODEL_SHAPE
-from tinygpt.config import GPTConfig
+from tinygpt.config import Activation, GPTConfig, Norm, Position
 from tinygpt.errors import CheckpointError, unknown
 from tinygpt.options import check_options, defaults, option, option_of
 from tinygpt.storage import read_text
@@ -44,9 +44,9 @@ class TrainConfig:
     n_embd: int = _shape("n_embd", 128)
     block_size: int = _shape("block_size", 64, "the window, and the tokens in each sample")
     n_inner: int | None = _shape("n_inner", None)
-    norm: Literal["pre", "post"] = _shape("norm", "pre")
-    position: Literal["learned", "sinusoidal"] = _shape("position", "learned")
-    activation: Literal["gelu_tanh", "gelu", "relu"] = _shape("activation", "gelu_tanh")
+    norm: Norm = _shape("norm", "pre")
+    position: Position = _shape("position", "learned")
+    activation: Activation = _shape("activation", "gelu_tanh")
     bias: bool = _shape("bias", False)
     shortcut: bool = _shape("shortcut", True)
     tie_word_embeddings: bool = _shape("tie_word_embeddings", True)
