@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from tinygpt.config import GPTConfig
+from tinygpt.config import Activation, GPTConfig
 from tinygpt.errors import CheckpointError, InputError, show, unknown
 from tinygpt.storage import read_json
 
@@ -20,14 +20,16 @@ _FIELDS = {
     "num_hidden_layers": "n_layer",
     "activation_function": "activation",
 }
+# Their names for activations, the first spelling of each being the one that is written. Those that
+# are not here have the same name there.
 _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "gelu": "gelu",
     "gelu_python": "gelu",
-    "relu": "relu",
 }
+_ACTIVATIONS |= {name: name for name in get_args(Activation) if name not in _ACTIVATIONS.values()}
 # Fields that change the forward pass in ways the model has no part for.
 _UNSUPPORTED = ("add_cross_attention", "is_encoder_decoder", "quantization_config", "pruned_heads")
 
