@@ -107,14 +107,14 @@ class MultiHeadAttention:
         self.k_proj = Linear(C, C, bias)
         self.v_proj = Linear(C, C, bias)
         self.out_proj = Linear(C, C, bias)
-        self.n_head = config.n_head
         self.weights_dropout = Dropout(config.attn_pdrop, 3 * layer + 1)
         self.output_dropout = Dropout(config.resid_pdrop, 3 * layer + 2)
-        self.scale = 1.0
+        scale = 1.0
         if config.scale_attn_weights:
-            self.scale /= math.sqrt(config.head_dim)
+            scale /= math.sqrt(config.head_dim)
         if config.scale_attn_by_inverse_layer_idx:
-            self.scale /= layer + 1
+            scale /= layer + 1
+        self.heads = ops.Heads(config.n_head, scale)
 
     def __call__(
         self,
@@ -136,9 +136,7 @@ class MultiHeadAttention:
             residual = None if residual is None else _column(residual, row)
         q = self.q_proj(x)
         dropout = self.weights_dropout.at(key)
-        y = ops.attention(
-            q, k, v, self.n_head, self.scale, cache, start_pos, padding, row, dropout
-        )  # (B, T, C)
+        y = ops.attention(q, k, v, self.heads, cache, start_pos, padding, row, dropout)
         return project(self.out_proj, y, residual, self.output_dropout, key)
 
 

@@ -17,7 +17,7 @@ from tinygrad.dtype import DType
 from tinygrad.runtime.support.compiler_cpu import ClangJITCompiler
 
 from tinygpt.ops import fast, plain
-from tinygpt.ops.plain import Dropout
+from tinygpt.ops.plain import Dropout, Heads
 from tinygpt.runtime import launch
 
 pytestmark = needs_clang
@@ -153,16 +153,16 @@ def test_embedding_of_narrow_weights(dtype):
 def test_attention(shape, rate, padded):
     B, T, H, D = shape
     given = {name: draw(B, T, H * D, seed=i) for i, name in enumerate("qkv")}
-    dropout = key_of(rate) if rate else None
+    dropout, heads = key_of(rate) if rate else None, Heads(H, 0.4)
     results = []
     for form in forms():
         args = tensors(given)
         pads = np.arange(B, dtype=np.int32) * 2 + 1
         padding = Tensor(pads, device="CPU").realize() if padded else None
         if form is plain:
-            y = plain.attention(*args.values(), H, 0.4, None, 0, padding, None, dropout)
+            y = plain.attention(*args.values(), heads, None, 0, padding, None, dropout)
         else:
-            y = fast.attention(*args.values(), H, 0.4, padding, dropout)
+            y = fast.attention(*args.values(), heads, padding, dropout)
         share = Tensor(draw(B, T, H * D, seed=9), device="CPU")
         gradients = (y * share).sum().gradient(*args.values())
         results.append([tensor.numpy() for tensor in (y, *gradients)])
@@ -177,7 +177,7 @@ def test_attention(shape, rate, padded):
 )
 def test_attention_with_a_cache(T, row, padded, start):
     B, H, D, S = 2, 3, 7, 90
-    C, M = H * D, T if row is None else 1
+    C, M, heads = H * D, T if row is None else 1, Heads(H, 0.4)
     q, k, v = draw(B, M, C), draw(B, T, C, seed=1), draw(B, T, C, seed=2)
     old = draw(2, B, H, S, D)
     where: int | UOp | Tensor = 6
@@ -193,9 +193,9 @@ def test_attention_with_a_cache(T, row, padded, start):
         elif start == "own":
             where = Tensor(np.array([6, 11], np.int32), device="CPU").realize()
         if form is plain:
-            y = plain.attention(*args.values(), H, 0.4, cache, where, padding, column, None)
+            y = plain.attention(*args.values(), heads, cache, where, padding, column, None)
         else:
-            y = fast.attention_cached(*args.values(), H, 0.4, cache, where, padding, column)
+            y = fast.attention_cached(*args.values(), heads, cache, where, padding, column)
         results.append([y.numpy(), *(part.numpy() for part in cache)])
     for true, *others in zip(*results, strict=True):
         for got in others:

@@ -10,10 +10,11 @@ from __future__ import annotations
 from tinygrad import Tensor, UOp
 
 from tinygpt.ops import fast, plain
-from tinygpt.ops.plain import Dropout, widen
+from tinygpt.ops.plain import Dropout, Heads, widen
 
 __all__ = [
     "Dropout",
+    "Heads",
     "activation",
     "adamw",
     "attention",
@@ -105,8 +106,7 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    n_head: int,
-    scale: float,
+    heads: Heads,
     cache: tuple[Tensor, Tensor] | None = None,
     start_pos: int | UOp | Tensor = 0,
     padding: Tensor | None = None,
@@ -118,7 +118,7 @@ def attention(
     Args:
         q: float32 (B, M, C): a query for each of the T tokens, or with `row` for that one alone.
         k, v: float32 (B, T, C).
-        scale: what scores are multiplied with.
+        heads: how many there are, and what scores are multiplied with.
         cache: keys and values, each (B, H, S, D): k and v are written into it at start_pos, and
             what stands before is read. None: the tokens stand alone.
         start_pos: position of the first token; a bound Variable compiles once for all. int32 (B,):
@@ -132,10 +132,10 @@ def attention(
     """
     if fast.usable(q, k, v):
         if cache is not None:
-            return fast.attention_cached(q, k, v, n_head, scale, cache, start_pos, padding, row)
+            return fast.attention_cached(q, k, v, heads, cache, start_pos, padding, row)
         if row is None:
-            return fast.attention(q, k, v, n_head, scale, padding, dropout)
-    return plain.attention(q, k, v, n_head, scale, cache, start_pos, padding, row, dropout)
+            return fast.attention(q, k, v, heads, padding, dropout)
+    return plain.attention(q, k, v, heads, cache, start_pos, padding, row, dropout)
 
 
 def dropout(x: Tensor, dropout: Dropout, residual: Tensor | None = None) -> Tensor:

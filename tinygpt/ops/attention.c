@@ -1,8 +1,8 @@
 // Causal attention, its gradient, and its form with a cache of keys and values. Source: Vaswani et
 // al. 2017, "Attention Is All You Need", section 3.2.
 //
-// In q, k, v and y, (B, T, C), the heads lie beside each other: head h has columns h * D to
-// (h + 1) * D. Each thread takes whole heads of whole texts.
+// In q, k, v and y, (B, T, C), the n_head (or H) heads lie beside each other: head h has columns
+// h * D to (h + 1) * D. Each thread takes whole heads of whole texts.
 #include "vector.h"
 #include "gemm.h"
 #include "dropout.h"
@@ -27,8 +27,8 @@ typedef struct {
 } head_dropout;
 
 INLINE head_dropout dropout_of(const unsigned *key, int head, int T, int place, unsigned threshold,
-                               float scale, int H) {
-  unsigned first = (key[2] * (unsigned)H + head) * (unsigned)T * (unsigned)T;
+                               float scale, int n_head) {
+  unsigned first = (key[2] * (unsigned)n_head + head) * (unsigned)T * (unsigned)T;
   return (head_dropout){dropout_keys(key, place), first, threshold, scale};
 }
 
@@ -53,22 +53,22 @@ static void attention(float *y,             // (B, T, C)
                       const float *v,
                       const unsigned *key,  // (3,): seed, step, first row; absent: no dropout
                       const int *padding,   // (B,): how much of each row is none; or absent
-                      int core_id, int threads, int B, int T, int H, int D, int place,
+                      int core_id, int threads, int B, int T, int n_head, int D, int place,
                       unsigned threshold, float scale, float dropout_scale) {
-  long C = (long)H * D;
-  range heads = share(B * H, core_id, threads);
+  long C = (long)n_head * D;
+  range heads = share(B * n_head, core_id, threads);
   for (int i = heads.first; i < heads.last; i++) {
-    long at = i / H * T * C + i % H * D;
+    long at = i / n_head * T * C + i % n_head * D;
     for (int t0 = 0; t0 < T; t0 += STRIP) {
       int rows = MIN(STRIP, T - t0), end = t0 + rows;
       float *weights = probs + ((long)i * T + t0) * T;
       gemm(weights, T, q + at + t0 * C, C, 0, k + at, C, 1, rows, end, D);
       for (int r = 0; r < rows; r++) {
-        int t = t0 + r, first = padding ? MIN(padding[i / H], t) : 0;  // padding sees itself
+        int t = t0 + r, first = padding ? MIN(padding[i / n_head], t) : 0;  // padding sees itself
         softmax(weights + (long)r * T, scale, first, t + 1, end);
       }
       if (key) {
-        head_dropout d = dropout_of(key, i, T, place, threshold, dropout_scale, H);
+        head_dropout d = dropout_of(key, i, T, place, threshold, dropout_scale, n_head);
         float *mine = scratch + (long)core_id * STRIP * T;
         for (int r = 0; r < rows; r++)
           drop(mine + (long)r * T, weights + (long)r * T, &d, t0 + r, T, end);
@@ -91,16 +91,16 @@ static void attention_backward(float *dq,            // (B, T, C), as are the ne
                                const float *k,
                                const float *v,
                                const unsigned *key,  // as in `attention`
-                               int core_id, int threads, int B, int T, int H, int D, int place,
+                               int core_id, int threads, int B, int T, int n_head, int D, int place,
                                unsigned threshold, float scale, float dropout_scale) {
-  long C = (long)H * D, TT = (long)T * T;
-  range heads = share(B * H, core_id, threads);
+  long C = (long)n_head * D, TT = (long)T * T;
+  range heads = share(B * n_head, core_id, threads);
   float *ds = scratch + core_id * 2 * TT, *dropped = ds + TT;
   for (int i = heads.first; i < heads.last; i++) {
-    long at = i / H * T * C + i % H * D;
+    long at = i / n_head * T * C + i % n_head * D;
     const float *p = probs + i * TT, *w = key ? dropped : p;
     head_dropout drops = {0};
-    if (key) drops = dropout_of(key, i, T, place, threshold, dropout_scale, H);
+    if (key) drops = dropout_of(key, i, T, place, threshold, dropout_scale, n_head);
     for (int t0 = 0; t0 < T; t0 += STRIP) {
       int rows = MIN(STRIP, T - t0), end = t0 + rows;
       float *strip = ds + (long)t0 * T;
@@ -172,12 +172,12 @@ static void attention_few(float *y,            // (B, M, C)
                           const int *starts,   // (B,): where each row begins; absent: start_pos
                           const int *padding,  // (B,): how much of each row is none; or absent
                           int core_id, int threads, int start_pos, int row, int B, int T, int M,
-                          int S, int H, int D, float scale) {
-  long C = (long)H * D;
-  range heads = share(B * H, core_id, threads);
+                          int S, int n_head, int D, float scale) {
+  long C = (long)n_head * D;
+  range heads = share(B * n_head, core_id, threads);
   float *mine = scores + (long)core_id * S;
   for (int i = heads.first; i < heads.last; i++) {
-    int b = i / H, h = i % H, start = starts ? starts[b] : start_pos;
+    int b = i / n_head, h = i % n_head, start = starts ? starts[b] : start_pos;
     int text = padding ? padding[b] : 0, first_query = start + (M < T ? row : 0);
     float *old_keys = keys + (long)i * S * D, *old_values = values + (long)i * S * D;
     long new = (long)b * T * C + h * D;
@@ -208,13 +208,13 @@ static void attention_cached(float *y,            // (B, T, C)
                              const float *v,
                              const int *starts,   // (B,): where each row begins; absent: start_pos
                              const int *padding,  // (B,): how much of each row is none; or absent
-                             int core_id, int threads, int start_pos, int B, int T, int S, int H,
+                             int core_id, int threads, int start_pos, int B, int T, int S, int n_head,
                              int D, float scale) {
-  long C = (long)H * D;
-  range heads = share(B * H, core_id, threads);
+  long C = (long)n_head * D;
+  range heads = share(B * n_head, core_id, threads);
   float *mine = scores + (long)core_id * MIN(T, BAND) * S;
   for (int i = heads.first; i < heads.last; i++) {
-    int b = i / H, h = i % H, start = starts ? starts[b] : start_pos;
+    int b = i / n_head, h = i % n_head, start = starts ? starts[b] : start_pos;
     int text = padding ? padding[b] : 0;
     float *old_keys = keys + (long)i * S * D, *old_values = values + (long)i * S * D;
     long at = (long)b * T * C + h * D;

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from tinygrad import Tensor, UOp, dtypes
 
-from tinygpt.ops.plain import Dropout
+from tinygpt.ops.plain import Dropout, Heads
 from tinygpt.runtime import device, launch
 
 # A thread is worth its while for so many floating-point operations: meeting it costs about a
@@ -41,8 +42,7 @@ def count_threads(flops: int, most: int | None = None) -> int:
     return threads if most is None else max(1, min(threads, most))
 
 
-def _file(name: str) -> Path:
-    return Path(__file__).with_name(name)
+_HERE = Path(__file__).parent
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
@@ -73,7 +73,7 @@ def matmul(a: Tensor, b: Tensor, a_transposed: bool, b_transposed: bool) -> Tens
         return {"a": da, "b": db}
 
     return launch.call(
-        _file("matmul.c"), "matmul",
+        _HERE / "matmul.c", "matmul",
         {"c": _empty(a, *leading, M, N), "a": a, "b": b},
         {"batch": batch, "M": M, "N": N, "K": K, "a_transposed": int(a_transposed),
          "b_transposed": int(b_transposed)},
@@ -98,7 +98,7 @@ def linear(
         return found
 
     return launch.call(
-        _file("linear.c"), "linear",
+        _HERE / "linear.c", "linear",
         {"y": _empty(x, *x.shape[:-1], N), "x": x, "weight": weight,
          "scale": scale, "bias": bias, "residual": residual},
         {"few": M if M <= _FEW_ROWS else 0, "M": M, "N": N, "K": K},
@@ -111,7 +111,7 @@ def _linear_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: bool) -> dict[
     (N, K), M = weight.shape, _rows(x)
     flops = 4 * M * N * K
     found = launch.call(
-        _file("linear.c"), "linear_backward",
+        _HERE / "linear.c", "linear_backward",
         {"dx": _empty(x, *x.shape), "dweight": _empty(x, N, K),
          "dbias": _empty(x, N) if bias else None,
          "dy": dy, "x": x, "weight": weight},
@@ -126,11 +126,11 @@ def activation(x: Tensor, kind: str) -> Tensor:
 
     def gradient(dy: Tensor, at: Tensors) -> Tensors:
         tensors = {"dx": _empty(x, *x.shape), "dy": dy, "x": at["x"]}
-        return {"x": launch.call(_file("activation.c"), "activation_backward", tensors, {"n": n},
+        return {"x": launch.call(_HERE / "activation.c", "activation_backward", tensors, {"n": n},
                                  threads, 20 * n, macros)["dx"]}  # fmt: skip
 
     tensors = {"y": _empty(x, *x.shape), "x": x}
-    return launch.call(_file("activation.c"), "activation", tensors, {"n": n}, threads, 20 * n,
+    return launch.call(_HERE / "activation.c", "activation", tensors, {"n": n}, threads, 20 * n,
                        macros, gradient=gradient)["y"]  # fmt: skip
 
 
@@ -142,13 +142,13 @@ def embedding(ids: Tensor, table: Tensor, scale: Tensor | None) -> Tensor:
         tensors = {"dtable": _empty(ids, V, C), "dy": dy, "ids": at["ids"]}
         flops = V * C + count * C
         threads = count_threads(flops, max(1, C // 16))
-        return {"table": launch.call(_file("embedding.c"), "embedding_backward", tensors, sizes,
+        return {"table": launch.call(_HERE / "embedding.c", "embedding_backward", tensors, sizes,
                                      threads, flops,
                                      launch.WEIGHTS[dtypes.float32])["dtable"]}  # fmt: skip
 
     y = _empty(ids, *ids.shape, C)
     return launch.call(
-        _file("embedding.c"), "embedding", {"y": y, "ids": ids, "table": table, "scale": scale},
+        _HERE / "embedding.c", "embedding", {"y": y, "ids": ids, "table": table, "scale": scale},
         sizes, count_threads(count * C, count), count * C,
         gradient=gradient if table.dtype == dtypes.float32 else None,
     )["y"]  # fmt: skip
@@ -163,14 +163,14 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -
     def gradient(dy: Tensor, at: Tensors) -> Tensors:
         tensors = {"dx": _empty(x, *x.shape), "parts": _empty(x, threads, 2, C), "dy": dy}
         tensors |= {"x": at["x"], "weight": at["weight"]}
-        found = launch.call(_file("layer_norm.c"), "layer_norm_backward", tensors, numbers, threads,
-                            2 * flops)  # fmt: skip
+        file = _HERE / "layer_norm.c"
+        found = launch.call(file, "layer_norm_backward", tensors, numbers, threads, 2 * flops)
         sums = found["parts"].sum(0)
         grads = {"x": found["dx"], "weight": sums[0]}
         return grads if bias is None else grads | {"bias": sums[1]}
 
     tensors = {"y": _empty(x, *x.shape), "x": x, "weight": weight, "bias": bias}
-    return launch.call(_file("layer_norm.c"), "layer_norm", tensors, numbers, threads, flops,
+    return launch.call(_HERE / "layer_norm.c", "layer_norm", tensors, numbers, threads, flops,
                        gradient=gradient)["y"]  # fmt: skip
 
 
@@ -178,15 +178,14 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    n_head: int,
-    scale: float,
+    heads: Heads,
     padding: Tensor | None,
     dropout: Dropout | None,
 ) -> Tensor:
     B, T, C = q.shape
     flops = 2 * B * T * T * C
-    threads = count_threads(flops, B * n_head)
-    numbers = {"B": B, "T": T, "H": n_head, "D": C // n_head, "scale": float(scale)}
+    threads = count_threads(flops, B * heads.n_head)
+    numbers = {"B": B, "T": T, "D": C // heads.n_head, **asdict(heads)}
     numbers |= _dropout_numbers(dropout, "dropout_scale")
     key = None if dropout is None else dropout.key
 
@@ -194,14 +193,18 @@ def attention(
         tensors = {name: _empty(q, B, T, C) for name in ("dq", "dk", "dv")}
         tensors |= {"scratch": _empty(q, threads, 2, T, T), "dy": dy}
         tensors |= {name: at[name] for name in ("probs", "q", "k", "v")} | {"key": at.get("key")}
-        found = launch.call(_file("attention.c"), "attention_backward", tensors, numbers, threads,
+        found = launch.call(_HERE / "attention.c", "attention_backward", tensors, numbers, threads,
                             2 * flops)  # fmt: skip
         return {name: found[f"d{name}"] for name in ("q", "k", "v")}
 
     scratch = _empty(q, threads, 1 if key is None else _STRIP, T)
-    tensors = {"y": _empty(q, B, T, C), "probs": _empty(q, B, n_head, T, T), "scratch": scratch}
+    tensors = {
+        "y": _empty(q, B, T, C),
+        "probs": _empty(q, B, heads.n_head, T, T),
+        "scratch": scratch,
+    }
     tensors |= {"q": q, "k": k, "v": v, "key": key, "padding": padding}
-    return launch.call(_file("attention.c"), "attention", tensors, numbers, threads, flops,
+    return launch.call(_HERE / "attention.c", "attention", tensors, numbers, threads, flops,
                        gradient=gradient)["y"]  # fmt: skip
 
 
@@ -209,8 +212,7 @@ def attention_cached(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    n_head: int,
-    scale: float,
+    heads: Heads,
     cache: tuple[Tensor, Tensor],
     start_pos: int | UOp | Tensor,
     padding: Tensor | None,
@@ -218,7 +220,7 @@ def attention_cached(
 ) -> Tensor:
     (B, M, C), T, S = q.shape, k.shape[1], cache[0].shape[2]
     flops = 2 * B * M * S * C
-    threads = count_threads(flops, B * n_head)
+    threads = count_threads(flops, B * heads.n_head)
     starts = start_pos if isinstance(start_pos, Tensor) else None
     few = M <= _FEW_ROWS
     scores = _empty(q, threads, 1 if few else min(M, _BAND), S)
@@ -226,12 +228,12 @@ def attention_cached(
     tensors |= {"q": q, "k": k, "v": v, "starts": starts, "padding": padding}
     numbers: dict[str, int | float | UOp] = {
         "start_pos": 0 if isinstance(start_pos, Tensor) else start_pos,
-        "B": B, "T": T, "S": S, "H": n_head, "D": C // n_head, "scale": float(scale),
+        "B": B, "T": T, "S": S, "D": C // heads.n_head, **asdict(heads),
     }  # fmt: skip
     if few:
         numbers |= {"M": M, "row": 0 if row is None else row}
     return launch.call(
-        _file("attention.c"), "attention_few" if few else "attention_cached", tensors, numbers,
+        _HERE / "attention.c", "attention_few" if few else "attention_cached", tensors, numbers,
         threads, flops, fixed=("D",) if few else (),
     )["y"]  # fmt: skip
 
@@ -251,7 +253,7 @@ def dropout(x: Tensor, dropout: Dropout, residual: Tensor | None) -> Tensor:
     def drop(x: Tensor, key: Tensor, residual: Tensor | None, gradient=None) -> Tensor:
         y = _empty(x, *x.shape)
         tensors = {"y": y, "x": x, "residual": residual, "key": key}
-        return launch.call(_file("dropout.c"), "dropout", tensors, numbers, threads, 20 * n,
+        return launch.call(_HERE / "dropout.c", "dropout", tensors, numbers, threads, 20 * n,
                            gradient=gradient)["y"]  # fmt: skip
 
     def gradient(dy: Tensor, at: Tensors) -> Tensors:
@@ -275,7 +277,7 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | No
     tensors = {"losses": _empty(x, *x.shape[:-1]), "errors": _empty(x, *x.shape[:-1], V)}
     tensors |= {"x": x, "weight": weight, "scale": scale, "targets": targets}
     return launch.call(
-        _file("cross_entropy.c"), "cross_entropy", tensors, {"R": R, "C": C, "V": V},
+        _HERE / "cross_entropy.c", "cross_entropy", tensors, {"R": R, "C": C, "V": V},
         count_threads(flops, R), flops,
         gradient=gradient if weight.dtype == dtypes.float32 and scale is None else None,
     )["losses"]  # fmt: skip
@@ -286,7 +288,7 @@ def sum_of_squares(tensors: list[Tensor]) -> Tensor:
     most = max(count_threads(2 * n) for n in sizes)
     totals = Tensor.zeros(most, device=tensors[0].device).contiguous()
     for tensor, n in zip(tensors, sizes, strict=True):
-        totals = launch.call(_file("adamw.c"), "sum_of_squares", {"totals": totals, "x": tensor},
+        totals = launch.call(_HERE / "adamw.c", "sum_of_squares", {"totals": totals, "x": tensor},
                              {"n": n}, count_threads(2 * n), 2 * n)["totals"]  # fmt: skip
     return totals.sum()
 
@@ -306,7 +308,7 @@ def adamw(
     numbers = {"n": n, "decay": float(decay)}
     for i, beta in enumerate(map(float, betas), 1):
         numbers |= {f"beta{i}": beta, f"rest{i}": 1 - beta}
-    found = launch.call(_file("adamw.c"), "adamw", tensors, numbers, count_threads(16 * n), 16 * n)
+    found = launch.call(_HERE / "adamw.c", "adamw", tensors, numbers, count_threads(16 * n), 16 * n)
     for name, tensor in written.items():
         tensor.replace(found[name])  # so that what reads it now waits for this
 
@@ -318,5 +320,5 @@ def threshold(order: Tensor, weights: Tensor, target: Tensor) -> Tensor:
         "order": order, "weights": weights.float(), "target": target.float(),
     }  # fmt: skip
     flops = 64 * B * V
-    return launch.call(_file("sampling.c"), "threshold", tensors, {"B": B, "V": V},
+    return launch.call(_HERE / "sampling.c", "threshold", tensors, {"B": B, "V": V},
                        count_threads(flops, B), flops)["found"]  # fmt: skip

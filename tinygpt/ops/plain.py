@@ -38,6 +38,14 @@ class Dropout:
         return 1 / (1 - self.rate)
 
 
+@dataclass(frozen=True)
+class Heads:
+    """How attention is cut into heads, and what they see. C takes each field by its name."""
+
+    n_head: int
+    scale: float  # what scores are multiplied with
+
+
 def widen(weight: Tensor) -> Tensor:
     """A weight of any dtype as float32, its scale not yet applied.
 
@@ -74,7 +82,11 @@ def linear(
 
 
 def activation(x: Tensor, kind: str) -> Tensor:
-    forms = {"gelu_tanh": lambda: x.gelu("tanh"), "gelu": lambda: x.gelu("none"), "relu": x.relu}
+    forms = {
+        "gelu_tanh": lambda: x.gelu("tanh"),
+        "gelu": lambda: x.gelu("none"),
+        "relu": x.relu,
+    }
     return forms[kind]().contiguous()  # computed once, not again for each output channel
 
 
@@ -94,8 +106,7 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    n_head: int,
-    scale: float,
+    heads: Heads,
     cache: tuple[Tensor, Tensor] | None,
     start_pos: int | UOp | Tensor,
     padding: Tensor | None,
@@ -103,10 +114,10 @@ def attention(
     dropout: Dropout | None,
 ) -> Tensor:
     mask = _causal_mask(q.shape[1], k.shape[1], cache, start_pos, padding, row)
-    q, k, v = (x.reshape(*x.shape[:2], n_head, -1).transpose(1, 2) for x in (q, k, v))
+    q, k, v = (x.reshape(*x.shape[:2], heads.n_head, -1).transpose(1, 2) for x in (q, k, v))
     if cache is not None:
         k, v = (_remember(new, old, start_pos) for new, old in zip((k, v), cache, strict=True))
-    weights = attention_weights(q, k, scale, mask)
+    weights = attention_weights(q, k, heads.scale, mask)
     if dropout is not None:
         weights = drop(weights, dropout)
     return matmul(weights, v, False, False).transpose(1, 2).flatten(2)  # (B, H, M, D) -> (B, M, C)
