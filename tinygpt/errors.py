@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import sys
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from difflib import get_close_matches
 from reprlib import Repr
@@ -19,7 +20,7 @@ class InputError(ValueError):
     """Something given by the user is wrong. The message is one line, written for that user."""
 
 
-def unknown(what: str, value: object, allowed: object) -> InputError:
+def unknown(what: str, value: object, allowed: Iterable[object]) -> InputError:
     """The error for a `value` that is none of the `allowed` names, with the nearest one offered."""
     names = [str(name) for name in allowed]
     near = get_close_matches(str(value)[:100], names, n=1)
@@ -28,7 +29,7 @@ def unknown(what: str, value: object, allowed: object) -> InputError:
 
 
 # The limits that a number may have: how an error says them, and what holds for a value within.
-_LIMITS = {
+_LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "low": ("{} or more", operator.ge),
     "above": ("above {}", operator.gt),
     "below": ("below {}", operator.lt),

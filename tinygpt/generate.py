@@ -60,7 +60,7 @@ class Generator:
             InputError: for an argument that cannot work, before anything is computed.
         """
         steps = self.generate_batch([prompt], max_new_tokens, seed, stop_tokens, **sampling)
-        return (token for (token,) in steps)
+        return (token for (token,) in steps if token is not None)
 
     def generate_batch(
         self,

@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-from tinygrad import Tensor, UOp
+from tinygrad import Tensor
 
 from tinygpt import ops
 from tinygpt.config import GPTConfig
+from tinygpt.ops.sizes import Position, Whole
 
 # Input and residual, each (B, T, C) -> their sum behind the sublayer, (B, T, C).
 Sublayer = Callable[[Tensor, Tensor | None], Tensor]
@@ -121,9 +122,9 @@ class MultiHeadAttention:
         x: Tensor,
         residual: Tensor | None = None,
         cache: tuple[Tensor, Tensor] | None = None,
-        start_pos: int | UOp | Tensor = 0,
+        start_pos: Position = 0,
         padding: Tensor | None = None,
-        row: int | UOp | None = None,
+        row: Whole | None = None,
         key: Tensor | None = None,
     ) -> Tensor:
         """(B, T, C) -> (B, T, C), to which the residual of that shape is added.
@@ -140,7 +141,7 @@ class MultiHeadAttention:
         return project(self.out_proj, y, residual, self.output_dropout, key)
 
 
-def _column(x: Tensor, row: int | UOp) -> Tensor:
+def _column(x: Tensor, row: Whole) -> Tensor:
     """(B, T, C) -> (B, 1, C)."""
     return x[:, row : row + 1].contiguous()
 
@@ -183,9 +184,9 @@ class TransformerBlock:
         self,
         x: Tensor,
         cache: tuple[Tensor, Tensor] | None = None,
-        start_pos: int | UOp | Tensor = 0,
+        start_pos: Position = 0,
         padding: Tensor | None = None,
-        row: int | UOp | None = None,
+        row: Whole | None = None,
         key: Tensor | None = None,
     ) -> Tensor:
         """(B, T, C) -> (B, T, C), or with `row` (B, 1, C); the arguments are those of

@@ -10,13 +10,14 @@ import math
 from pathlib import Path
 
 import numpy as np
-from tinygrad import Tensor, UOp, dtypes
+from tinygrad import Tensor, dtypes
 from tinygrad.nn.state import get_state_dict
 
 from tinygpt import ops
 from tinygpt.config import GPTConfig
 from tinygpt.errors import InputError
 from tinygpt.layers import Dropout, Embedding, LayerNorm, Linear, TransformerBlock
+from tinygpt.ops.sizes import Position, Whole, plus, shape
 from tinygpt.runtime import device
 from tinygpt.runtime.buffers import tensor, write
 from tinygpt.runtime.memory import require_memory
@@ -112,7 +113,7 @@ class GPT:
         self,
         tokens: Tensor,
         cache: Cache | None = None,
-        start_pos: int | UOp | Tensor = 0,
+        start_pos: Position = 0,
         padding: Tensor | None = None,
     ) -> Tensor:
         """Logits for the token after each position: (B, T) -> float32 (B, T, V).
@@ -125,9 +126,9 @@ class GPT:
         self,
         tokens: Tensor,
         cache: Cache | None = None,
-        start_pos: int | UOp | Tensor = 0,
+        start_pos: Position = 0,
         padding: Tensor | None = None,
-        row: int | UOp | None = None,
+        row: Whole | None = None,
         key: Tensor | None = None,
     ) -> Tensor:
         """All of the forward pass but the output projection.
@@ -149,7 +150,7 @@ class GPT:
         Raises:
             InputError: when the tokens reach past the window.
         """
-        T = tokens.shape[1]
+        T = shape(tokens)[1]
         if isinstance(start_pos, int) and start_pos + T > self.config.block_size:
             raise InputError(
                 f"tokens at positions {start_pos} to {start_pos + T - 1} reach past the window "
@@ -159,7 +160,7 @@ class GPT:
         x = self.dropout(x.contiguous(), key)  # (B, T, C)
         for i, block in enumerate(self.blocks):
             last_row = row if i == len(self.blocks) - 1 else None
-            x = block(x, cache and cache[i], start_pos, padding, last_row, key)
+            x = block(x, None if cache is None else cache[i], start_pos, padding, last_row, key)
         return self.ln_f(x) if self.config.norm == "pre" else x
 
     def encode_positions(self, positions: Tensor) -> Tensor:
@@ -195,8 +196,8 @@ class GPT:
         return head.weight, head.scale
 
 
-def _positions(T: int, start_pos: int | UOp | Tensor, padding: Tensor | None) -> Tensor:
+def _positions(T: int, start_pos: Position, padding: Tensor | None) -> Tensor:
     """The positions of T tokens, counted from where each row's padding ends: (B or 1, T)."""
     start = start_pos.reshape(-1, 1) if isinstance(start_pos, Tensor) else start_pos
-    time = Tensor.arange(T, dtype=dtypes.int32).reshape(1, T) + start
+    time = plus(Tensor.arange(T, dtype=dtypes.int32).reshape(1, T), start)
     return time if padding is None else (time - padding.reshape(-1, 1)).maximum(0)

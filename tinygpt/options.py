@@ -52,7 +52,7 @@ def option(
 def option_of(other: type, name: str, default: Any, help: str | None = None) -> Any:
     """A field declared as that of another dataclass is, with a default and perhaps words of its
     own."""
-    known = other.__dataclass_fields__[name].metadata
+    known = {each.name: each.metadata for each in fields(other)}[name]
     return field(default=default, metadata={**known, "help": help or known["help"]})
 
 

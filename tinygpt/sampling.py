@@ -13,10 +13,11 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
-from tinygrad import Tensor, UOp, dtypes
+from tinygrad import Tensor, dtypes
 
 from tinygpt.errors import unknown
 from tinygpt.ops import threshold
+from tinygpt.ops.sizes import Whole, plus, shape
 from tinygpt.options import check_options, kinds, option
 
 
@@ -172,7 +173,7 @@ def choose(
     logits: Tensor,
     steps: Sequence[Step],
     seeds: Tensor | None = None,
-    draw: int | UOp = 0,
+    draw: Whole = 0,
     counts: Tensor | None = None,
 ) -> Tensor:
     """The next token of each row.
@@ -190,11 +191,11 @@ def choose(
         arguments = (step.bound, counts) if step.counted else (step.bound,)
         logits = step.function(logits, *arguments).contiguous()
     if seeds is not None:
-        logits = logits + gumbel(seeds, draw, logits.shape[-1])
+        logits = logits + gumbel(seeds, draw, shape(logits)[-1])
     return logits.contiguous().argmax(-1).cast(dtypes.int32)
 
 
-def gumbel(seeds: Tensor, step: int | UOp, size: int) -> Tensor:
+def gumbel(seeds: Tensor, step: Whole, size: int) -> Tensor:
     """Gumbel noise: the argmax of logits plus it is a draw from their softmax.
 
     The generator is tinygrad's Threefry, a pure function of (seed, step, place): a row draws the
@@ -207,7 +208,7 @@ def gumbel(seeds: Tensor, step: int | UOp, size: int) -> Tensor:
         float32 (B, size).
     """
     places = Tensor.arange((size + 1) // 2, dtype=dtypes.uint32).cast(dtypes.uint64)
-    counter = places + (Tensor.zeros(1, dtype=dtypes.uint64) + step) * 2**32
+    counter = places + plus(Tensor.zeros(1, dtype=dtypes.uint64), step) * 2**32
     pairs = counter.reshape(1, -1).threefry(seeds.reshape(-1, 1))  # (B, size / 2) of 64 bits
     bits = Tensor.cat((pairs & 0xFFFFFFFF), pairs.rshift(32), dim=-1)[:, :size]
     # The middle of one of 2**24 equal steps: never 0 or 1, where a logarithm would be infinite.

@@ -10,6 +10,7 @@ from tinygrad import Tensor, UOp, Variable
 from tinygrad.nn.state import get_state_dict
 
 from tinygpt.model import GPT
+from tinygpt.ops.sizes import Whole
 from tinygpt.runtime import buffers
 from tinygpt.runtime.capture import CapturedStep, capture
 from tinygpt.sampling import Step, choose
@@ -153,8 +154,8 @@ class Session:
     def _next(
         self,
         start_pos: UOp,
-        row: int | UOp,
-        step: int | UOp,
+        row: Whole,
+        step: Whole,
         *,
         tokens: Tensor,
         choice: list[Step],

@@ -182,7 +182,7 @@ def _converter(
         # Unlike encode, this holds Python's lock hardly ever, so that threads do run at once.
         return tokenizer.encode_to_numpy(text, disallowed_special=())
 
-    def convert(group: list[Piece]):
+    def convert(group: list[Piece]) -> tuple[bool, np.ndarray, tuple[int, int, int]]:
         arrays = [np.empty(0, dtype)]
         for _, text, ends in group:
             if text:

@@ -38,7 +38,9 @@ class Scorer:
         """The losses alone, which is faster."""
         return self._run(self._losses, inputs, targets)
 
-    def _run(self, function, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    def _run(
+        self, function: Callable[[Tensor, Tensor], Tensor], inputs: np.ndarray, targets: np.ndarray
+    ) -> np.ndarray:
         key = function.__name__, inputs.shape
         if key not in self._graphs:
             what = function.__name__, self.model.config

@@ -7,10 +7,11 @@ batch, `T` time, `C` channels, `H` heads, `D` head_dim, `V` vocabulary, `...` an
 
 from __future__ import annotations
 
-from tinygrad import Tensor, UOp
+from tinygrad import Tensor
 
 from tinygpt.ops import fast, plain
 from tinygpt.ops.plain import Dropout, Heads, widen
+from tinygpt.ops.sizes import Position, Whole
 
 __all__ = [
     "Dropout",
@@ -108,9 +109,9 @@ def attention(
     v: Tensor,
     heads: Heads,
     cache: tuple[Tensor, Tensor] | None = None,
-    start_pos: int | UOp | Tensor = 0,
+    start_pos: Position = 0,
     padding: Tensor | None = None,
-    row: int | UOp | None = None,
+    row: Whole | None = None,
     dropout: Dropout | None = None,
 ) -> Tensor:
     """Causal attention of several heads, which lie beside each other in the channels.

@@ -7,14 +7,15 @@ equal. Arguments are those of the functions in `ops`, which choose between the t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from tinygrad import Tensor, UOp, dtypes
+from tinygrad import Tensor, dtypes
 
 from tinygpt.ops.plain import Dropout, Heads
+from tinygpt.ops.sizes import Position, Whole, shape
 from tinygpt.runtime import device, launch
+from tinygpt.runtime.launch import Gradient, Tensors
 
 # A thread is worth its while for so many floating-point operations: meeting it costs about a
 # microsecond.
@@ -24,7 +25,8 @@ _FEW_ROWS = 8
 # Of attention: see attention.c.
 _STRIP, _BAND = 66, 96
 
-Tensors = Mapping[str, Tensor]
+# What is passed to C: None is a null pointer.
+Given = dict[str, Tensor | None]
 
 
 def usable(*tensors: Tensor | None) -> bool:
@@ -45,18 +47,18 @@ def count_threads(flops: int, most: int | None = None) -> int:
 _HERE = Path(__file__).parent
 
 
-def _empty(like: Tensor, *shape: int) -> Tensor:
+def _empty(like: Tensor, *sizes: int) -> Tensor:
     """Memory for float32 numbers, beside those of another tensor."""
-    return Tensor.empty(*shape, device=like.device)
+    return Tensor.empty(*sizes, device=like.device)
 
 
 def _rows(x: Tensor) -> int:
-    return math.prod(x.shape[:-1])
+    return math.prod(shape(x)[:-1])
 
 
 def matmul(a: Tensor, b: Tensor, a_transposed: bool, b_transposed: bool) -> Tensor:
-    *leading, M, K = a.shape if not a_transposed else (*a.shape[:-2], a.shape[-1], a.shape[-2])
-    N, batch = b.shape[-2 if b_transposed else -1], math.prod(leading)
+    *leading, M, K = shape(a.transpose(-2, -1) if a_transposed else a)
+    N, batch = shape(b)[-2 if b_transposed else -1], math.prod(leading)
     flops = 2 * batch * M * N * K
 
     def gradient(d: Tensor, at: Tensors) -> Tensors:
@@ -65,11 +67,10 @@ def matmul(a: Tensor, b: Tensor, a_transposed: bool, b_transposed: bool) -> Tens
             da = matmul(b, d, b_transposed, True)
         else:
             da = matmul(d, b, False, not b_transposed)
-        db = (
-            matmul(d, a, True, a_transposed)
-            if b_transposed
-            else matmul(a, d, not a_transposed, False)
-        )
+        if b_transposed:
+            db = matmul(d, a, True, a_transposed)
+        else:
+            db = matmul(a, d, not a_transposed, False)
         return {"a": da, "b": db}
 
     return launch.call(
@@ -82,13 +83,9 @@ def matmul(a: Tensor, b: Tensor, a_transposed: bool, b_transposed: bool) -> Tens
 
 
 def linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    residual: Tensor | None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, residual: Tensor | None
 ) -> Tensor:
-    (N, K), M = weight.shape, _rows(x)
+    (N, K), M = shape(weight), _rows(x)
     flops = 2 * M * N * K
 
     def gradient(dy: Tensor, at: Tensors) -> Tensors:
@@ -99,7 +96,7 @@ def linear(
 
     return launch.call(
         _HERE / "linear.c", "linear",
-        {"y": _empty(x, *x.shape[:-1], N), "x": x, "weight": weight,
+        {"y": _empty(x, *shape(x)[:-1], N), "x": x, "weight": weight,
          "scale": scale, "bias": bias, "residual": residual},
         {"few": M if M <= _FEW_ROWS else 0, "M": M, "N": N, "K": K},
         count_threads(flops), flops, fixed=("few", "N", "K") if M <= _FEW_ROWS else ("few",),
@@ -108,11 +105,11 @@ def linear(
 
 
 def _linear_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: bool) -> dict[str, Tensor]:
-    (N, K), M = weight.shape, _rows(x)
+    (N, K), M = shape(weight), _rows(x)
     flops = 4 * M * N * K
     found = launch.call(
         _HERE / "linear.c", "linear_backward",
-        {"dx": _empty(x, *x.shape), "dweight": _empty(x, N, K),
+        {"dx": _empty(x, *shape(x)), "dweight": _empty(x, N, K),
          "dbias": _empty(x, N) if bias else None,
          "dy": dy, "x": x, "weight": weight},
         {"M": M, "N": N, "K": K}, count_threads(flops), flops, launch.WEIGHTS[dtypes.float32],
@@ -121,21 +118,21 @@ def _linear_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: bool) -> dict[
 
 
 def activation(x: Tensor, kind: str) -> Tensor:
-    macros, n = {"ACTIVATION": kind}, x.numel()
+    macros, n = {"ACTIVATION": kind}, math.prod(shape(x))
     threads = count_threads(20 * n)
 
     def gradient(dy: Tensor, at: Tensors) -> Tensors:
-        tensors = {"dx": _empty(x, *x.shape), "dy": dy, "x": at["x"]}
+        tensors = {"dx": _empty(x, *shape(x)), "dy": dy, "x": at["x"]}
         return {"x": launch.call(_HERE / "activation.c", "activation_backward", tensors, {"n": n},
                                  threads, 20 * n, macros)["dx"]}  # fmt: skip
 
-    tensors = {"y": _empty(x, *x.shape), "x": x}
+    tensors = {"y": _empty(x, *shape(x)), "x": x}
     return launch.call(_HERE / "activation.c", "activation", tensors, {"n": n}, threads, 20 * n,
                        macros, gradient=gradient)["y"]  # fmt: skip
 
 
 def embedding(ids: Tensor, table: Tensor, scale: Tensor | None) -> Tensor:
-    (V, C), count = table.shape, ids.numel()
+    (V, C), count = shape(table), math.prod(shape(ids))
     sizes = {"count": count, "V": V, "C": C}
 
     def gradient(dy: Tensor, at: Tensors) -> Tensors:
@@ -146,7 +143,7 @@ def embedding(ids: Tensor, table: Tensor, scale: Tensor | None) -> Tensor:
                                      threads, flops,
                                      launch.WEIGHTS[dtypes.float32])["dtable"]}  # fmt: skip
 
-    y = _empty(ids, *ids.shape, C)
+    y = _empty(ids, *shape(ids), C)
     return launch.call(
         _HERE / "embedding.c", "embedding", {"y": y, "ids": ids, "table": table, "scale": scale},
         sizes, count_threads(count * C, count), count * C,
@@ -155,13 +152,13 @@ def embedding(ids: Tensor, table: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
-    R, C = _rows(x), x.shape[-1]
+    R, C = _rows(x), shape(x)[-1]
     numbers = {"R": R, "C": C, "epsilon": float(epsilon)}
     flops = 10 * R * C
     threads = count_threads(flops, R)
 
     def gradient(dy: Tensor, at: Tensors) -> Tensors:
-        tensors = {"dx": _empty(x, *x.shape), "parts": _empty(x, threads, 2, C), "dy": dy}
+        tensors = {"dx": _empty(x, *shape(x)), "parts": _empty(x, threads, 2, C), "dy": dy}
         tensors |= {"x": at["x"], "weight": at["weight"]}
         file = _HERE / "layer_norm.c"
         found = launch.call(file, "layer_norm_backward", tensors, numbers, threads, 2 * flops)
@@ -169,7 +166,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -
         grads = {"x": found["dx"], "weight": sums[0]}
         return grads if bias is None else grads | {"bias": sums[1]}
 
-    tensors = {"y": _empty(x, *x.shape), "x": x, "weight": weight, "bias": bias}
+    tensors = {"y": _empty(x, *shape(x)), "x": x, "weight": weight, "bias": bias}
     return launch.call(_HERE / "layer_norm.c", "layer_norm", tensors, numbers, threads, flops,
                        gradient=gradient)["y"]  # fmt: skip
 
@@ -182,7 +179,7 @@ def attention(
     padding: Tensor | None,
     dropout: Dropout | None,
 ) -> Tensor:
-    B, T, C = q.shape
+    B, T, C = shape(q)
     flops = 2 * B * T * T * C
     threads = count_threads(flops, B * heads.n_head)
     numbers = {"B": B, "T": T, "D": C // heads.n_head, **asdict(heads)}
@@ -190,7 +187,7 @@ def attention(
     key = None if dropout is None else dropout.key
 
     def gradient(dy: Tensor, at: Tensors) -> Tensors:
-        tensors = {name: _empty(q, B, T, C) for name in ("dq", "dk", "dv")}
+        tensors: Given = {name: _empty(q, B, T, C) for name in ("dq", "dk", "dv")}
         tensors |= {"scratch": _empty(q, threads, 2, T, T), "dy": dy}
         tensors |= {name: at[name] for name in ("probs", "q", "k", "v")} | {"key": at.get("key")}
         found = launch.call(_HERE / "attention.c", "attention_backward", tensors, numbers, threads,
@@ -198,12 +195,8 @@ def attention(
         return {name: found[f"d{name}"] for name in ("q", "k", "v")}
 
     scratch = _empty(q, threads, 1 if key is None else _STRIP, T)
-    tensors = {
-        "y": _empty(q, B, T, C),
-        "probs": _empty(q, B, heads.n_head, T, T),
-        "scratch": scratch,
-    }
-    tensors |= {"q": q, "k": k, "v": v, "key": key, "padding": padding}
+    tensors: Given = {"y": _empty(q, B, T, C), "probs": _empty(q, B, heads.n_head, T, T)}
+    tensors |= {"scratch": scratch, "q": q, "k": k, "v": v, "key": key, "padding": padding}
     return launch.call(_HERE / "attention.c", "attention", tensors, numbers, threads, flops,
                        gradient=gradient)["y"]  # fmt: skip
 
@@ -214,19 +207,19 @@ def attention_cached(
     v: Tensor,
     heads: Heads,
     cache: tuple[Tensor, Tensor],
-    start_pos: int | UOp | Tensor,
+    start_pos: Position,
     padding: Tensor | None,
-    row: int | UOp | None,
+    row: Whole | None,
 ) -> Tensor:
-    (B, M, C), T, S = q.shape, k.shape[1], cache[0].shape[2]
+    (B, M, C), T, S = shape(q), shape(k)[1], shape(cache[0])[2]
     flops = 2 * B * M * S * C
     threads = count_threads(flops, B * heads.n_head)
     starts = start_pos if isinstance(start_pos, Tensor) else None
     few = M <= _FEW_ROWS
     scores = _empty(q, threads, 1 if few else min(M, _BAND), S)
-    tensors = {"y": _empty(q, B, M, C), "keys": cache[0], "values": cache[1], "scores": scores}
-    tensors |= {"q": q, "k": k, "v": v, "starts": starts, "padding": padding}
-    numbers: dict[str, int | float | UOp] = {
+    tensors: Given = {"y": _empty(q, B, M, C), "keys": cache[0], "values": cache[1]}
+    tensors |= {"scores": scores, "q": q, "k": k, "v": v, "starts": starts, "padding": padding}
+    numbers: dict[str, float | Whole] = {
         "start_pos": 0 if isinstance(start_pos, Tensor) else start_pos,
         "B": B, "T": T, "S": S, "D": C // heads.n_head, **asdict(heads),
     }  # fmt: skip
@@ -246,13 +239,14 @@ def _dropout_numbers(dropout: Dropout | None, scale: str = "scale") -> dict[str,
 
 
 def dropout(x: Tensor, dropout: Dropout, residual: Tensor | None) -> Tensor:
-    n, row_size = x.numel(), x.numel() // x.shape[0]
+    n, row_size = math.prod(shape(x)), math.prod(shape(x)[1:])
     numbers = {"n": n, "row_size": row_size, **_dropout_numbers(dropout)}
     threads = count_threads(20 * n)
 
-    def drop(x: Tensor, key: Tensor, residual: Tensor | None, gradient=None) -> Tensor:
-        y = _empty(x, *x.shape)
-        tensors = {"y": y, "x": x, "residual": residual, "key": key}
+    def drop(
+        x: Tensor, key: Tensor, residual: Tensor | None, gradient: Gradient | None = None
+    ) -> Tensor:
+        tensors = {"y": _empty(x, *shape(x)), "x": x, "residual": residual, "key": key}
         return launch.call(_HERE / "dropout.c", "dropout", tensors, numbers, threads, 20 * n,
                            gradient=gradient)["y"]  # fmt: skip
 
@@ -264,7 +258,7 @@ def dropout(x: Tensor, dropout: Dropout, residual: Tensor | None) -> Tensor:
 
 
 def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None) -> Tensor:
-    (V, C), R = weight.shape, _rows(x)
+    (V, C), R = shape(weight), _rows(x)
     flops = 2 * R * V * C
 
     def gradient(d: Tensor, at: Tensors) -> Tensors:
@@ -274,7 +268,7 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | No
         found = _linear_backward(at["errors"], (x * d).contiguous(), at["weight"], bias=False)
         return {"x": found["x"] * d, "weight": found["weight"]}
 
-    tensors = {"losses": _empty(x, *x.shape[:-1]), "errors": _empty(x, *x.shape[:-1], V)}
+    tensors: Given = {"losses": _empty(x, *shape(x)[:-1]), "errors": _empty(x, *shape(x)[:-1], V)}
     tensors |= {"x": x, "weight": weight, "scale": scale, "targets": targets}
     return launch.call(
         _HERE / "cross_entropy.c", "cross_entropy", tensors, {"R": R, "C": C, "V": V},
@@ -284,7 +278,7 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | No
 
 
 def sum_of_squares(tensors: list[Tensor]) -> Tensor:
-    sizes = [tensor.numel() for tensor in tensors]
+    sizes = [math.prod(shape(tensor)) for tensor in tensors]
     most = max(count_threads(2 * n) for n in sizes)
     totals = Tensor.zeros(most, device=tensors[0].device).contiguous()
     for tensor, n in zip(tensors, sizes, strict=True):
@@ -302,7 +296,7 @@ def adamw(
     decay: float,
     betas: tuple[float, float],
 ) -> None:
-    n = parameter.numel()
+    n = math.prod(shape(parameter))
     written = {"parameter": parameter, "mean": mean, "square": square}
     tensors = {**written, "gradient": gradient, "inputs": inputs}
     numbers = {"n": n, "decay": float(decay)}
@@ -314,7 +308,7 @@ def adamw(
 
 
 def threshold(order: Tensor, weights: Tensor, target: Tensor) -> Tensor:
-    B, V = order.shape
+    B, V = shape(order)
     tensors = {
         "found": Tensor.empty(B, 1, dtype=dtypes.uint32, device=order.device),
         "order": order, "weights": weights.float(), "target": target.float(),

@@ -10,8 +10,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tinygrad import Tensor, UOp, dtypes
+from tinygrad import Tensor, dtypes
 
+from tinygpt.ops.sizes import Position, Whole, plus, shape
 from tinygpt.runtime import buffers
 
 # tinygrad vectorises and threads a kernel along an axis whose length its factors divide. GPT-2's
@@ -69,7 +70,7 @@ def linear(
     scale: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
-    rows = weight.shape[0]
+    rows = shape(weight)[0]
     even = rows - rows % _EVEN
     if even in (0, rows):
         y = x @ widen(weight).transpose()
@@ -93,7 +94,7 @@ def activation(x: Tensor, kind: str) -> Tensor:
 def embedding(ids: Tensor, table: Tensor, scale: Tensor | None) -> Tensor:
     rows = widen(table[ids])
     rows = rows if scale is None else rows * scale[ids].unsqueeze(-1)
-    known = (ids >= 0) & (ids < table.shape[0])
+    known = (ids >= 0) & (ids < shape(table)[0])
     return known.unsqueeze(-1).where(rows, math.nan)
 
 
@@ -108,13 +109,13 @@ def attention(
     v: Tensor,
     heads: Heads,
     cache: tuple[Tensor, Tensor] | None,
-    start_pos: int | UOp | Tensor,
+    start_pos: Position,
     padding: Tensor | None,
-    row: int | UOp | None,
+    row: Whole | None,
     dropout: Dropout | None,
 ) -> Tensor:
-    mask = _causal_mask(q.shape[1], k.shape[1], cache, start_pos, padding, row)
-    q, k, v = (x.reshape(*x.shape[:2], heads.n_head, -1).transpose(1, 2) for x in (q, k, v))
+    mask = _causal_mask(shape(q)[1], shape(k)[1], cache, start_pos, padding, row)
+    q, k, v = (x.reshape(*shape(x)[:2], heads.n_head, -1).transpose(1, 2) for x in (q, k, v))
     if cache is not None:
         k, v = (_remember(new, old, start_pos) for new, old in zip((k, v), cache, strict=True))
     weights = attention_weights(q, k, heads.scale, mask)
@@ -142,18 +143,18 @@ def _causal_mask(
     M: int,
     T: int,
     cache: tuple[Tensor, Tensor] | None,
-    start_pos: int | UOp | Tensor,
+    start_pos: Position,
     padding: Tensor | None,
-    row: int | UOp | None,
+    row: Whole | None,
 ) -> Tensor | None:
     """True where a query may look: at itself and before, but not at padding. (B or 1, 1, M, S)."""
     own_starts = isinstance(start_pos, Tensor)
     if T == 1 and padding is None and not own_starts:
         return None
     start = start_pos.reshape(-1, 1, 1, 1) if isinstance(start_pos, Tensor) else start_pos
-    S = cache[0].shape[2] if own_starts and cache is not None else start_pos + T
-    query = Tensor.arange(M, dtype=dtypes.int32).reshape(1, 1, M, 1) + start
-    query = query if row is None or M == T else query + row
+    S = shape(cache[0])[2] if own_starts and cache is not None else start_pos + T
+    query = plus(Tensor.arange(M, dtype=dtypes.int32).reshape(1, 1, M, 1), start)
+    query = query if row is None or M == T else plus(query, row)
     key = Tensor.arange(S, dtype=dtypes.int32).reshape(1, 1, 1, S)
     mask = key <= query
     if padding is not None:
@@ -162,14 +163,14 @@ def _causal_mask(
     return mask
 
 
-def _remember(new: Tensor, cache: Tensor, start_pos: int | UOp | Tensor) -> Tensor:
+def _remember(new: Tensor, cache: Tensor, start_pos: Position) -> Tensor:
     """`new` (B, H, T, D) written into the cache at start_pos; the cache up to there: (B, H, S, D).
 
     The write happens when the result is computed: in place, so that a JIT sees one fixed buffer.
     """
-    T, new = new.shape[2], new.cast(cache.dtype)
+    T, new = shape(new)[2], new.cast(cache.dtype)
     if isinstance(start_pos, Tensor):  # each row has a place of its own, so all of it is written
-        B, H, S, D = cache.shape
+        B, H, S, D = shape(cache)
         at = Tensor.arange(S, dtype=dtypes.int32).reshape(1, 1, S, 1)
         at = at - start_pos.reshape(-1, 1, 1, 1)
         rows = new.gather(2, at.clip(0, T - 1).expand(B, H, S, D))
@@ -190,7 +191,7 @@ def drop(x: Tensor, dropout: Dropout) -> Tensor:
     Source: Srivastava et al. 2014, "Dropout: A Simple Way to Prevent Neural Networks from
     Overfitting".
     """
-    kept = dropout_bits(dropout, x.shape) >= dropout.threshold
+    kept = dropout_bits(dropout, shape(x)) >= dropout.threshold
     return kept.where(x * dropout.scale, 0)
 
 
@@ -217,7 +218,7 @@ def _mix(x: Tensor) -> Tensor:
 def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None) -> Tensor:
     logits = linear(x, weight, None, scale, None).contiguous()
     losses = logits.sparse_categorical_crossentropy(targets, reduction="none")
-    known = (targets >= 0) & (targets < weight.shape[0])
+    known = (targets >= 0) & (targets < shape(weight)[0])
     return known.where(losses, math.nan)
 
 
@@ -247,7 +248,7 @@ def adamw(
 def threshold(order: Tensor, weights: Tensor, target: Tensor) -> Tensor:
     # A sort of the vocabulary would take over a hundred kernels. This takes 32 runs of one: the
     # bit under trial is the candidate's lowest set bit.
-    candidate = Tensor.full((order.shape[0], 1), 2**31, dtype=dtypes.uint32).contiguous()
+    candidate = Tensor.full((shape(order)[0], 1), 2**31, dtype=dtypes.uint32).contiguous()
     for _ in range(32):
         bit = candidate & ((candidate ^ 0xFFFFFFFF) + 1)
         reached = (order >= candidate).where(weights, 0).sum(-1, keepdim=True) >= target

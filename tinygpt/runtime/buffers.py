@@ -5,10 +5,18 @@ from __future__ import annotations
 from threading import Lock
 
 import numpy as np
-from tinygrad import Tensor
+from tinygrad import Tensor, UOp
+from tinygrad.device import Buffer
 from tinygrad.dtype import _from_np_dtype, _to_np_dtype
 
 _MAKING = Lock()  # tinygrad makes tensors for one thread at a time
+
+
+def _buffer(uop: UOp) -> Buffer:
+    """The memory of what lies on one device."""
+    buffer = uop.buffer
+    assert isinstance(buffer, Buffer), f"it lies on several devices: {uop.device}"
+    return buffer
 
 
 def tensor(values: np.ndarray, device: str | None = None) -> Tensor:
@@ -19,21 +27,21 @@ def tensor(values: np.ndarray, device: str | None = None) -> Tensor:
     """
     with _MAKING:
         made = Tensor.empty(*values.shape, dtype=_from_np_dtype(values.dtype), device=device)
-        made.uop.buffer.ensure_allocated()
+        _buffer(made.uop).ensure_allocated()
     write(made, values)
     return made
 
 
 def write(target: Tensor, values: np.ndarray) -> None:
     """Replace the values of a tensor that has memory of its own by others of its shape and type."""
-    buffer = target.uop.buffer.ensure_allocated()
+    buffer = _buffer(target.uop).ensure_allocated()
     if (
         target.device == "CPU"
     ):  # straight into its memory, in whatever order the values lie in theirs
         memory = np.frombuffer(buffer.as_memoryview(force_zero_copy=True), values.dtype)
         np.copyto(memory.reshape(values.shape), values)
     else:
-        buffer.copyin(memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8)))
+        buffer.copyin(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
 
 
 def written(target: Tensor, part: Tensor, values: Tensor) -> Tensor:
@@ -54,7 +62,7 @@ def read(source: Tensor) -> np.ndarray:
 
     `Tensor.tolist` would build a graph first, though there is nothing to compute.
     """
-    buffer = source.uop.base.buffer
+    buffer = _buffer(source.uop.base)
     if source.device != "CPU":
         return buffer.numpy()
     return np.frombuffer(

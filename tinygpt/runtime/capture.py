@@ -107,11 +107,9 @@ class CapturedStep:
                 raise JitError("a captured step cannot be called while another is captured")
             inputs = Inputs(args, kwargs)
             stored = self._stored(inputs)
-            replay = stored.load(inputs) if stored else None
-            self.origin = "stored"
-            if replay is None:
-                replay = _record(self._function, inputs, stored)
-                self.origin = "captured"
+            loaded = stored.load(inputs) if stored else None
+            replay = loaded or _record(self._function, inputs, stored)
+            self.origin = "stored" if loaded else "captured"
             result = replay(args, kwargs)
         if isinstance(replay, _Tinygrad):
             self.origin = "tinygrad"
@@ -193,7 +191,7 @@ def _record(
     found = make_plan(linear, inputs, result, older, names)
     if found is None:
         linear = graph_split_rewrite(linear, max_batch_size=JIT_BATCH_SIZE.value)
-        captured = CapturedJit(result, linear, inputs.names, inputs.info)
+        captured: CapturedJit[Any] = CapturedJit(result, linear, inputs.names, inputs.info)
         return _Tinygrad(None, captured)
     plan, uops = found
     if stored and all(plan.storages[i].name or u not in older for i, u in enumerate(uops)):

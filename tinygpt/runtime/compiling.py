@@ -11,6 +11,7 @@ import copy
 import hashlib
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 from tinygrad import Device, UOp
 from tinygrad.codegen import (
@@ -26,6 +27,7 @@ from tinygrad.codegen import (
     pm_to_program,
     to_program_cache,
 )
+from tinygrad.device import Compiler
 from tinygrad.engine.realize import compile_linear
 from tinygrad.helpers import BEAM, CPU_COUNT, DEBUG, getenv
 from tinygrad.renderer import Renderer
@@ -38,11 +40,12 @@ from tinygpt.runtime import cache
 _compiled: dict[bytes, bytes] = {}
 
 
-class _Batch:
+class _Batch(Compiler):
     """A compiler in tinygrad's eyes that only takes orders, and has them carried out meanwhile."""
 
     def __init__(self, executor: ThreadPoolExecutor) -> None:
-        self.compiler = Device["CPU"].compiler
+        super().__init__()
+        self.compiler: Any = Device["CPU"].compiler  # clang's, which alone has `args`
         self.orders: dict[bytes, tuple[str, Future[bytes]]] = {}  # by digest, in their order
         self.executor = executor
 

@@ -106,7 +106,8 @@ def _choose(target: str) -> None:
 def opencl_is_cpu() -> bool:
     """Whether the OpenCL device is the processor, by the names that PoCL gives it."""
     with suppress(Exception):  # a driver that is not there may raise anything
-        return Device["CL"].device_name.startswith(("pthread", "cpu", "basic"))
+        name: str = getattr(Device["CL"], "device_name", "")
+        return name.startswith(("pthread", "cpu", "basic"))
     return False
 
 

@@ -30,6 +30,9 @@ WEIGHTS: dict[DType, dict[str, object]] = {
     dtypes.uint16: {"WEIGHT": "unsigned short", "BFLOAT16": 1},
     dtypes.int8: {"WEIGHT": "signed char"},
 }
+# The gradient at a call's first tensor, and its tensors by name -> the gradients of some of them.
+Tensors = Mapping[str, Tensor]
+Gradient = Callable[[Tensor, Tensors], Tensors]
 _COMMENT = re.compile(r"//[^\n]*")
 _PARAMETER = re.compile(r"(const )?(\w+) (\*?)(\w+)")
 
@@ -105,7 +108,7 @@ def call(
     flops: int,
     macros: Mapping[str, object] | None = None,
     fixed: Collection[str] = (),
-    gradient: Callable[[Tensor, Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None,
+    gradient: Gradient | None = None,
 ) -> dict[str, Tensor]:
     """Call a C function on tensors of the CPU, once the results are realised.
 

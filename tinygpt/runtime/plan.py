@@ -126,8 +126,8 @@ def make_plan(
             return None
         resolved = [_resolve(u, tuple(inputs.uops)) for u in found]
         of = [given[p[0]] if (p := _param(u)) else numbers for u in found]
-        work = estimate_uop(call)
-        work = float(sum(getattr(x, "vmax", x) for x in (work.ops, work.mem)))
+        estimates = estimate_uop(call)
+        work = float(sum(getattr(x, "vmax", x) for x in (estimates.ops, estimates.mem)))
         for parts, fixed in unwrap_multi(call, resolved):
             if ast.op is Ops.COPY:
                 accesses = _accesses((0, 1), (0,), (1,), parts, of)

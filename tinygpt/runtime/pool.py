@@ -93,6 +93,12 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
+class _Bell(ctypes.c_void_p):
+    """The address of a POSIX semaphore, and the memory there."""
+
+    memory: ctypes.Array[ctypes.c_char]
+
+
 def semaphores() -> tuple[int, int, Callable[[], Any]]:
     """The functions that wait for a semaphore and post it, and one that makes one.
 
@@ -104,11 +110,12 @@ def semaphores() -> tuple[int, int, Callable[[], Any]]:
         make = library.dispatch_semaphore_create
         make.restype, make.argtypes = ctypes.c_void_p, [ctypes.c_long]
         names = "dispatch_semaphore_wait", "dispatch_semaphore_signal"
-        return *(_address(getattr(library, name)) for name in names), lambda: make(0)
+        wait, post = (_address(getattr(library, name)) for name in names)
+        return wait, post, lambda: make(0)
 
-    def make_posix() -> ctypes.c_void_p:
+    def make_posix() -> _Bell:
         memory = ctypes.create_string_buffer(64)
-        bell = ctypes.c_void_p(ctypes.addressof(memory))
+        bell = _Bell(ctypes.addressof(memory))
         bell.memory = memory
         if library.sem_init(bell, 0, 0):
             raise OSError("sem_init failed")

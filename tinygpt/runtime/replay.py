@@ -11,6 +11,7 @@ from weakref import ref
 
 import numpy as np
 from tinygrad import Device, Tensor, UOp
+from tinygrad.device import Buffer
 from tinygrad.engine.jit import JitError
 from tinygrad.engine.realize import capturing
 from tinygrad.helpers import GlobalCounters
@@ -65,7 +66,7 @@ class Replay:
         self._simple = self._simple_inputs(inputs)
         # What was given last time, of which no more than the address need be known.
         self._last: list[tuple[Any, int]] = [(lambda: None, 0)] * len(self._simple or ())
-        self._copies: dict[int, UOp] = {}
+        self._copies: dict[int, np.ndarray] = {}
         self._careful = False
         own = self._addresses_of(uops, plan.private)
         self._result = _Result(result, uops, own)
@@ -73,7 +74,7 @@ class Replay:
         self._results.result = self._result
 
     def __call__(self, args: tuple, kwargs: dict) -> Any:
-        found = self._addresses(args) if self._simple is not None and not kwargs else None
+        found = None if kwargs else self._addresses(args)
         if found is None:
             found = self._addresses_at_length(args, kwargs)
         addresses, values, keep = found
@@ -113,9 +114,11 @@ class Replay:
 
     def _addresses(self, args: tuple) -> tuple[list[int], dict[str, int], Any] | None:
         """Addresses of the inputs and values of variables, or None for a look at length."""
+        if (expected := self._simple) is None:
+            return None
         values: dict[str, int] = {}
         addresses: list[int] = []
-        expected, at = self._simple, 0
+        at = 0
         for position, given in enumerate(args):
             if given.__class__ is UOp:
                 if given.op is not Ops.BIND:
@@ -127,9 +130,10 @@ class Replay:
                 uop = given.uop
                 last, address = self._last[at]
                 if last() is not uop:
-                    address = self._address(uop, (position, *expected[at]))
-                    if address is None:
+                    found = self._address(uop, (position, *expected[at]))
+                    if found is None:
                         return None
+                    address = found
                     self._last[at] = ref(uop), address
                 elif position != expected[at][0]:
                     return None
@@ -153,7 +157,9 @@ class Replay:
         if [position, uop.shape, uop.dtype, buffer.arg, buffer.src[1].arg] != like:
             return None
         memory = buffers.get(buffer)
-        return memory._buf.va_addr if memory is not None and memory.is_initialized() else None
+        if not isinstance(memory, Buffer) or not memory.is_initialized():
+            return None
+        return memory._buf.va_addr
 
     def _addresses_at_length(
         self, args: tuple, kwargs: dict

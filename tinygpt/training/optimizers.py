@@ -120,7 +120,9 @@ class Optimizer:
             ops.adamw(parameter, *means, gradients[name], adamw_inputs, decay, self.betas)
         return [*self.parameters.values(), *self.state.values()]
 
-    def _move_by_muon(self, name, gradient, rate, decay, good) -> None:
+    def _move_by_muon(
+        self, name: str, gradient: Tensor, rate: float | Tensor, decay: float, good: Tensor
+    ) -> None:
         """Source: Jordan et al. 2024, with Nesterov's momentum."""
         parameter, average = self.parameters[name], self.state[f"{name}.momentum"]
         new = average * _MOMENTUM + gradient * (1 - _MOMENTUM)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tinygpt.data.dataset import Batches, Dataset
 from tinygpt.errors import CheckpointError, InputError, reason, say, show
@@ -118,7 +118,7 @@ class Run:
             raise InputError(f"cannot write {self.folder}: {reason(error)}") from error
         return self.signal
 
-    def _go(self, log) -> None:
+    def _go(self, log: TextIO) -> None:
         bar = _Bar()
         saved = self.counters.step
         if saved == 0:
@@ -142,7 +142,7 @@ class Run:
     def _finished(self) -> bool:
         return self.minutes is None and self.counters.step >= self.config.steps
 
-    def _step(self, log, bar: _Bar) -> None:
+    def _step(self, log: TextIO, bar: _Bar) -> None:
         start = time.perf_counter()
         config = self.config
         rate = self.trainer.learning_rate
@@ -165,7 +165,7 @@ class Run:
                 f"{self.folder / 'last'}; try a lower --learning-rate"
             )
 
-    def _evaluate(self, log, bar: _Bar) -> None:
+    def _evaluate(self, log: TextIO, bar: _Bar) -> None:
         config, step = self.config, self.counters.step
         most = config.eval_batches * config.batch_size
         places = spread(len(self.data.val), config.block_size, most)
@@ -218,7 +218,7 @@ class Run:
         self.minutes = None
 
     @staticmethod
-    def _log(log, entry: dict[str, Any]) -> None:
+    def _log(log: TextIO, entry: dict[str, Any]) -> None:
         for name, value in entry.items():  # JSON has no word for what is not finite
             if isinstance(value, float) and not math.isfinite(value):
                 entry = entry | {name: None}
@@ -249,7 +249,15 @@ class _Bar:
     def __init__(self) -> None:
         self.wide = shutil.get_terminal_size().columns if sys.stderr.isatty() else 0
 
-    def show(self, step, steps, loss, val_loss, tokens_per_s, left_s) -> None:
+    def show(
+        self,
+        step: int,
+        steps: int,
+        loss: float,
+        val_loss: float | None,
+        tokens_per_s: float,
+        left_s: float,
+    ) -> None:
         if not self.wide:
             return
         done = 20 * step // max(step, steps)
