@@ -17,7 +17,7 @@ from tinygrad.helpers import Context
 from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo
 
 from tinygpt import Generator
-from tinygpt.runtime import buffers, cache, compiling, graph, store
+from tinygpt.runtime import buffers, compiling, disk_cache, graph, step_store
 from tinygpt.runtime.capture import capture
 
 needs_runner = pytest.mark.skipif(graph.missing() is not None, reason=str(graph.missing()))
@@ -372,8 +372,8 @@ def run_kept(key: object = "step", seed: int = 0, model: Model | None = None) ->
 
 
 def entries() -> list[str]:
-    with cache._connect() as connection:
-        query = f"SELECT key FROM '{store.TABLE}_{helpers.VERSION}'"
+    with disk_cache._connect() as connection:
+        query = f"SELECT key FROM '{step_store.TABLE}_{helpers.VERSION}'"
         return [key for (key,) in connection.execute(query)]
 
 
@@ -388,7 +388,7 @@ def test_no_weights_are_kept(kept):
     model = Model()
     run_kept(model=model)
     (key,) = entries()
-    assert model.weight.numpy()[0].tobytes() not in cache.read(store.TABLE, key)
+    assert model.weight.numpy()[0].tobytes() not in disk_cache.read(step_store.TABLE, key)
 
 
 @needs_runner
@@ -441,10 +441,10 @@ def test_values_that_a_function_writes_into_memory_itself_are_not_taken_for_resu
 def test_a_damaged_or_foreign_entry_is_made_anew(kept, cut):
     assert run_kept() == "captured"
     (key,) = entries()
-    good = cache.read(store.TABLE, key)
+    good = disk_cache.read(step_store.TABLE, key)
     if cut == "other":  # a good entry of another step
         run_kept("another")
-        good = cache.read(store.TABLE, next(k for k in entries() if k != key))
+        good = disk_cache.read(step_store.TABLE, next(k for k in entries() if k != key))
     damaged = {
         "half": good[: len(good) // 2],
         "bit": good[:-100] + bytes([good[-100] ^ 1]) + good[-99:],
@@ -453,7 +453,7 @@ def test_a_damaged_or_foreign_entry_is_made_anew(kept, cut):
         "type": {"a": 1},
         "empty": b"",
     }[cut]
-    cache.write(store.TABLE, key, damaged)
+    disk_cache.write(step_store.TABLE, key, damaged)
     assert run_kept() == "captured"
     assert run_kept() == "stored"
 
@@ -464,7 +464,7 @@ def test_an_entry_must_fit_what_it_is_found_for(kept):
     model = Model()
     assert run_kept(model=model) == "captured"
     (key,) = entries()
-    plan = store.load(key)
+    plan = step_store.load(key)
     for field, value in {
         "name": "other",
         "size": 3,
@@ -474,9 +474,9 @@ def test_an_entry_must_fit_what_it_is_found_for(kept):
         named = next(i for i, s in enumerate(plan.storages) if s.name == "weight")
         storages = list(plan.storages)
         storages[named] = storages[named]._replace(**{field: value})
-        store.save(key, plan._replace(storages=tuple(storages)))
+        step_store.save(key, plan._replace(storages=tuple(storages)))
         assert run_kept() == "captured", field
-    store.save(key, pickle.dumps("no plan"))
+    step_store.save(key, pickle.dumps("no plan"))
     assert run_kept() == "captured"
 
 

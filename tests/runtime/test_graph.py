@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinygpt.runtime import graph, placing, pool
+from tinygpt.runtime import graph, placing, thread_pool
 from tinygpt.runtime.compiling import compile_all
 from tinygpt.runtime.graph import Access, Call, Graph
 
@@ -53,7 +53,7 @@ def kernels() -> list[tuple[int, bool, object, int]]:
     """(how many sources, whether it reads what it writes, program, address) of each."""
     kinds = [(sources, adds) for sources in (1, 2, 3) for adds in (False, True)]
     binaries = compile_all([kernel(*kind) for kind in kinds])
-    return [(*kind, *pool.load(b, "mix")) for kind, b in zip(kinds, binaries, strict=True)]
+    return [(*kind, *thread_pool.load(b, "mix")) for kind, b in zip(kinds, binaries, strict=True)]
 
 
 def random_calls(rng: random.Random, kernels, count: int, buffers: int, most: int) -> list[Call]:
@@ -103,7 +103,7 @@ def check_random_graph(seed: int, kernels, most: int) -> Graph:
     made = Graph(calls, functions, addresses, inputs, memory, threads=most)
     for turn in range(2):
         size = SIZE - turn
-        with pool.running:
+        with thread_pool.running:
             for i in range(inputs):  # the second time somewhere else
                 memory[i] = memory[i].copy()
                 made.set_address(i, memory[i].ctypes.data)
@@ -152,12 +152,12 @@ def test_more_arguments_than_the_runner_passes():
     total = " + ".join(f"{i + 1}LL * v{i}" for i in range(count))
     parameters = ", ".join(f"int {name}" for name in names)
     text = f"void many(long long *out, {parameters}, int core_id) {{ out[core_id] = {total}; }}"
-    program, address = pool.load(compile_all([text])[0], "many")
+    program, address = thread_pool.load(compile_all([text])[0], "many")
     out = np.zeros(2, np.int64)
     values = (*range(-3, count - 4), "last", None)
     calls = [Call("many", 0, (Access(0, 0, 16, False, True),), values, threads=2)]
     made = Graph(calls, [address], [out.ctypes.data], 0, (out, program))
-    with pool.running:
+    with thread_pool.running:
         made.set_variable("last", 5)
         made.run()
     want = sum((i + 1) * v for i, v in enumerate([*range(-3, count - 4), 5]))
@@ -175,7 +175,7 @@ def test_careful_runs_calls_that_overlap_in_order(kernels):
         expected[0] = expected[1]
         addresses = [array.ctypes.data for array in memory]
         made = Graph(calls, [k[3] for k in kernels], addresses, 1, memory, threads=4)
-        with pool.running:
+        with thread_pool.running:
             made.set_address(0, memory[1].ctypes.data)
             made.set_variable("size", SIZE)
             made.run(careful=True)
@@ -204,7 +204,7 @@ def test_many_python_threads_run_tables_of_their_own(kernels):
 def test_threads_end_and_start_again(kernels):
     check_random_graph(1, kernels, 4)
     assert "tinygpt-runner-1" in {t.name for t in threading.enumerate()}
-    pool.stop()
+    thread_pool.stop()
     assert not [t for t in threading.enumerate() if t.name.startswith("tinygpt-runner")]
     check_random_graph(2, kernels, 4)
 
@@ -212,7 +212,7 @@ def test_threads_end_and_start_again(kernels):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_child_starts_threads_of_its_own(kernels):
     check_random_graph(7, kernels, 3)
-    with pool.running:  # as another thread may hold it at that moment
+    with thread_pool.running:  # as another thread may hold it at that moment
         child = os.fork()
         if child == 0:
             status = 1
@@ -239,7 +239,7 @@ def test_it_says_how_steps_are_started(monkeypatch):
 
 
 def test_a_process_ends_while_threads_wait():
-    script = "from tinygpt.runtime import pool; print(pool.start_threads(3).count)"
+    script = "from tinygpt.runtime import thread_pool; print(thread_pool.start_threads(3).count)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "3"), done.stderr
 

@@ -35,11 +35,11 @@ from tinygrad.nn.state import get_parameters
 from tinygrad.schedule.memory import memory_plan_rewrite
 from tinygrad.uop.ops import Ops, buffers
 
-from tinygpt.runtime import graph, launch, pool, store
+from tinygpt.runtime import graph, launch, step_store, thread_pool
 from tinygpt.runtime.compiling import compile_calls
 from tinygpt.runtime.plan import Inputs, make_plan
 from tinygpt.runtime.replay import Replay
-from tinygpt.runtime.stored import StoredStep
+from tinygpt.runtime.stored_step import StoredStep
 
 Named = Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]]
 
@@ -75,7 +75,7 @@ class CapturedStep:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         replay = self._replay
         if replay is None:
-            with pool.building:
+            with thread_pool.building:
                 if self._replay is None:
                     return self._first(args, kwargs)
                 replay = self._replay
@@ -118,7 +118,7 @@ class CapturedStep:
         return result
 
     def _stored(self, inputs: Inputs) -> StoredStep | None:
-        if self._named is None or self._key is None or not store.wanted():
+        if self._named is None or self._key is None or not step_store.wanted():
             return None
         named = self._named() if callable(self._named) else self._named
         return StoredStep.of(self._key, named, inputs)
@@ -142,7 +142,7 @@ class _Tinygrad:
             self.jit.cnt = 1  # its first call captures
 
     def __call__(self, args: tuple, kwargs: dict) -> Any:
-        with pool.building:
+        with thread_pool.building:
             result = self.jit(*args, **kwargs)
             if self.jit.captured is not None:
                 self.jit.fxn = None
@@ -186,7 +186,7 @@ def _record(
         held |= {u for u in tensor.uop.toposort() if u.op is Ops.BUFFER}
     params = {u: UOp.param(i, u.dtype, u.shape, u.device) for i, u in enumerate(inputs.uops)}
     linear = UOp(Ops.LINEAR, src=tuple(recorder.calls)).substitute(params, walk=True)
-    linear = memory_plan_rewrite(compile_calls(linear, also=[pool.runner_source()]), held)
+    linear = memory_plan_rewrite(compile_calls(linear, also=[thread_pool.runner_source()]), held)
     names = {**stored.names, **launch.constant_names()} if stored else {}
     found = make_plan(linear, inputs, result, older, names)
     if found is None:

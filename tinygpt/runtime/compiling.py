@@ -33,7 +33,7 @@ from tinygrad.helpers import BEAM, CPU_COUNT, DEBUG, getenv
 from tinygrad.renderer import Renderer
 from tinygrad.uop.ops import Ops, ProgramInfo, graph_rewrite
 
-from tinygpt.runtime import cache
+from tinygpt.runtime import disk_cache
 
 # Compiled code by the digest of its text and its compiler. tinygrad's cache on disk may be off,
 # damaged, or opened by another thread, and no text should be compiled twice even then.
@@ -55,7 +55,7 @@ class _Batch(Compiler):
         digest = hashlib.sha256(kind + source.encode()).digest()
         if digest not in self.orders and digest not in _compiled:
             table = self.compiler.cachekey
-            found = cache.read(table, source) if table else None
+            found = disk_cache.read(table, source) if table else None
             if isinstance(found, bytes) and found:
                 _compiled[digest] = found
             else:
@@ -68,7 +68,7 @@ class _Batch(Compiler):
         for digest, (source, order) in self.orders.items():
             _compiled[digest] = order.result()
             if self.compiler.cachekey:
-                cache.write(self.compiler.cachekey, source, _compiled[digest])
+                disk_cache.write(self.compiler.cachekey, source, _compiled[digest])
 
 
 def compile_all(sources: Iterable[str]) -> list[bytes]:

@@ -17,7 +17,7 @@ from typing import Any
 from tinygrad import Device
 from tinygrad.helpers import CPU_COUNT
 
-from tinygpt.runtime import pool
+from tinygpt.runtime import thread_pool
 from tinygpt.runtime.placing import Access, Call, place_calls, spaces_of
 
 __all__ = ["Access", "Call", "Graph", "describe", "missing"]
@@ -58,8 +58,8 @@ class Graph:
         self.calls = tuple(calls)
         self.addresses = list(addresses)
         most = max([threads or CPU_COUNT.value, *(call.threads for call in calls)])
-        if most > pool.MOST_THREADS:
-            raise ValueError(f"{most} threads: there can be {pool.MOST_THREADS}")
+        if most > thread_pool.MOST_THREADS:
+            raise ValueError(f"{most} threads: there can be {thread_pool.MOST_THREADS}")
         self.placed = place_calls(calls, spaces_of(calls, addresses, inputs), most)
         self.threads = max(
             (p.first + call.threads for p, call in zip(self.placed, calls, strict=True)), default=1
@@ -76,7 +76,7 @@ class Graph:
                 core_at = len(call.accesses) + call.values.index(None)
             caller = 0
             if count > MOST_ARGUMENTS:
-                program, caller = pool.make_caller(count)
+                program, caller = thread_pool.make_caller(count)
                 self._callers.append(program)
             meets = meets and self.threads > 1
             self._starts.append(len(words))
@@ -101,7 +101,7 @@ class Graph:
         self._values: dict[str, int] = {}
 
     def set_address(self, buffer: int, address: int) -> None:
-        """Move a buffer. Only to be called with `pool.running` held."""
+        """Move a buffer. Only to be called with `thread_pool.running` held."""
         if self.addresses[buffer] != address:
             self.addresses[buffer] = address
             words = self._words
@@ -109,7 +109,7 @@ class Graph:
                 words[at] = address + offset
 
     def set_variable(self, name: str, value: int) -> None:
-        """Give a variable a value. Only to be called with `pool.running` held."""
+        """Give a variable a value. Only to be called with `thread_pool.running` held."""
         if self._values.get(name) != value:
             self._values[name] = value
             words = self._words
@@ -117,14 +117,14 @@ class Graph:
                 words[at] = value
 
     def run(self, careful: bool = False) -> None:
-        """Run all calls and wait for their end. Only to be called with `pool.running` held.
+        """Run all calls and wait for their end. Only to be called with `thread_pool.running` held.
 
         Args:
             careful: run them one by one, for buffers that overlap where they did not before.
         """
-        ready = pool.current
+        ready = thread_pool.current
         if ready is None or ready.count < self.threads:
-            ready = pool.start_threads(self.threads)
+            ready = thread_pool.start_threads(self.threads)
         ready.run(ready.place, self._address, self.threads, 0, careful)
 
     def describe(self) -> str:
@@ -151,7 +151,7 @@ def missing() -> str | None:
     if type(Device["CPU"].renderer).__name__ != "ClangJITRenderer":
         return "the CPU's kernels are not compiled by clang"
     try:
-        pool.semaphores()
+        thread_pool.semaphores()
     except (AttributeError, OSError):
         return "no semaphores in the C library"
     return None

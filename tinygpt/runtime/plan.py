@@ -14,7 +14,7 @@ from tinygrad.nn.state import get_parameters
 from tinygrad.uop.ops import Ops
 
 from tinygpt.runtime.placing import Access, Call
-from tinygpt.runtime.pool import MOST_THREADS
+from tinygpt.runtime.thread_pool import MOST_THREADS
 
 
 class Storage(NamedTuple):

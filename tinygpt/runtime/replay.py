@@ -17,7 +17,7 @@ from tinygrad.engine.realize import capturing
 from tinygrad.helpers import GlobalCounters
 from tinygrad.uop.ops import Ops, buffers
 
-from tinygpt.runtime import pool
+from tinygpt.runtime import thread_pool
 from tinygpt.runtime.graph import Graph
 from tinygpt.runtime.placing import Call
 from tinygpt.runtime.plan import Inputs, Plan, as_tensors, buffers_of, params_of, whole
@@ -51,9 +51,9 @@ class Replay:
             self._first_of.append(len(addresses))
             addresses += [buffer._buf.va_addr for buffer in storage]
         self._count = sum(len(storage) for storage in parts[: len(inputs.uops)])
-        loaded = [pool.load(binary, "step") for binary in plan.binaries]
+        loaded = [thread_pool.load(binary, "step") for binary in plan.binaries]
         functions = [address for _, address in loaded]
-        functions.append(pool.memcpy())  # a copy is call number -1
+        functions.append(thread_pool.memcpy())  # a copy is call number -1
         self.graph = Graph(
             plan.calls, functions, addresses, self._count, (loaded, parts[len(inputs.uops) :])
         )
@@ -80,7 +80,7 @@ class Replay:
         addresses, values, keep = found
         result = getattr(self._results, "result", None) or self._new_result()
         table = self.graph
-        with pool.running:
+        with thread_pool.running:
             if capturing and capturing[0].thread == threading.get_ident():
                 raise JitError("a captured step cannot be called while another is captured")
             for device in self._devices:
@@ -169,7 +169,7 @@ class Replay:
         Raises:
             JitError: where it is not like what was given at first.
         """
-        with pool.building:
+        with thread_pool.building:
             inputs = Inputs(args, kwargs)
         if inputs.names != self.names or inputs.info != self.info:
             raise JitError(f"the step was captured with {self.info}, not {inputs.info}")

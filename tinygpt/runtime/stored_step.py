@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from tinygrad import Tensor, UOp
 from tinygrad.uop.ops import Ops
 
-from tinygpt.runtime import launch, store
+from tinygpt.runtime import launch, step_store
 from tinygpt.runtime.plan import Inputs, Plan, Storage, as_tensors, whole
 from tinygpt.runtime.replay import Replay
 
@@ -45,11 +45,11 @@ class StoredStep:
             key, signature, views, inputs.names, inputs.bound, inputs.constants, inputs.shapes,
             inputs.storages,
         )  # fmt: skip
-        return cls(store.digest(what), bases)
+        return cls(step_store.digest(what), bases)
 
     def load(self, inputs: Inputs) -> Replay | None:
         """The step, if it is there and fits what is at hand in every part."""
-        plan = store.load(self.digest)
+        plan = step_store.load(self.digest)
         if not isinstance(plan, Plan) or plan.inputs != inputs.storages:
             return None
         uops = []
@@ -66,4 +66,4 @@ class StoredStep:
         return Replay(plan, inputs, uops, result)
 
     def save(self, plan: Plan) -> None:
-        store.save(self.digest, plan)
+        step_store.save(self.digest, plan)

@@ -20,7 +20,7 @@ from typing import Any
 from tinygrad import Device
 from tinygrad.helpers import CACHELEVEL, ContextVar
 
-from tinygpt.runtime import cache
+from tinygpt.runtime import disk_cache
 
 TABLE = "tinygpt_steps"
 # Settings of tinygrad that change no kernel.
@@ -50,7 +50,7 @@ def digest(what: object) -> str:
 
 def load(key: str) -> Any:
     """What was saved under a digest, or None where it is not there as it was saved."""
-    found = cache.read(TABLE, key)
+    found = disk_cache.read(TABLE, key)
     if not isinstance(found, bytes) or len(found) < 64:
         return None
     content = found[64:]
@@ -64,7 +64,7 @@ def load(key: str) -> Any:
 def save(key: str, value: Any) -> None:
     """Keep a value under a digest."""
     content = pickle.dumps(value)
-    cache.write(TABLE, key, bytes.fromhex(key) + hashlib.sha256(content).digest() + content)
+    disk_cache.write(TABLE, key, bytes.fromhex(key) + hashlib.sha256(content).digest() + content)
 
 
 @functools.cache
