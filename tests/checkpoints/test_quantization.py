@@ -17,7 +17,6 @@ from tinygrad import Device, Tensor
 from tinygrad.nn.state import get_state_dict
 
 from tinygpt import GPT, InputError
-from tinygpt.checkpoints import quantization
 from tinygpt.checkpoints.quantization import (
     convert,
     dtype_of,
@@ -29,6 +28,7 @@ from tinygpt.checkpoints.quantization import (
 from tinygpt.checkpoints.safetensors_file import read_header, write
 from tinygpt.checkpoints.stored_tensor import read_tensor
 from tinygpt.errors import CheckpointError
+from tinygpt.runtime import device
 
 README = Path(__file__).parents[2] / "README.md"
 TOKENS = np.arange(20, dtype=np.int32).reshape(2, 10)
@@ -109,11 +109,11 @@ def test_a_backend_without_a_dtype_widens_what_is_stored_and_refuses_what_is_ask
 def test_a_backend_is_asked_once_what_it_can_hold(monkeypatch):
     asked, compiler = [], Device[Device.DEFAULT].compiler
     monkeypatch.setattr(compiler, "compile_cached", asked.append)  # as often as there are tensors
-    quantization._widens_half.cache_clear()
+    device._widens_half.cache_clear()
     assert supported("float16")
     assert supported("float16")
     assert len(asked) == 1
-    quantization._widens_half.cache_clear()
+    device._widens_half.cache_clear()
 
 
 @needs_clang
