@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tinygrad import Tensor
 
-from tinygpt.training.optimizers import Optimizer, global_norm, orthogonal
+from tinygpt.training.optimizers import Optimizer, StepInputs, global_norm, orthogonal
 from tinygpt.training.schedule import scheduled
 
 SHAPES = {"wte.weight": (7, 4), "blocks.0.mlp.c_fc.weight": (8, 4), "ln_f.weight": (4,)}
@@ -20,8 +20,8 @@ def draw(seed: int, scale: float = 1.0) -> dict[str, np.ndarray]:
 def run(optimizer: Optimizer, gradients: list[dict[str, np.ndarray]], rates, good=True) -> dict:
     for update, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), 1):
         tensors = {name: Tensor(value) for name, value in gradient.items()}
-        numbers = Tensor(optimizer.numbers(rate, 2 * rate, update))
-        Tensor.realize(*optimizer.updates(tensors, global_norm(tensors), numbers, Tensor(good)))
+        inputs = StepInputs.of(Tensor(optimizer.inputs(rate, 2 * rate, update).array()))
+        Tensor.realize(*optimizer.updates(tensors, global_norm(tensors), inputs, Tensor(good)))
     return {name: parameter.numpy() for name, parameter in optimizer.parameters.items()}
 
 
