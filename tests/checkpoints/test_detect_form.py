@@ -311,7 +311,7 @@ def test_what_convert_refuses_leaves_nothing(ours, tmp_path, capsys):
         ),
         ((folder, "new", "--to", "hf", "--dtype", "int8"), "dtype is 'int8', which Hugging Face"),
         ((folder, "no/new", "--to", "gguf"), "cannot write"),
-        ((folder, "new", "--to", "onnx"), "invalid choice: 'onnx'"),
+        ((folder, "new", "--to", "onnx"), "unknown --to 'onnx'"),
         (("absent", "new", "--to", "hf"), "cannot fetch"),
     ):
         source, out, *rest = argv
