@@ -68,6 +68,13 @@ def test_cached_equals_uncached(model):
     np.testing.assert_allclose(np.concatenate(pieces, 1), whole, atol=1e-5, rtol=1e-5)
 
 
+def test_ids_may_be_of_any_whole_type(model):
+    narrow, wide = (Tensor(TOKENS.astype(kind)) for kind in (np.int32, np.int64))
+    np.testing.assert_array_equal(model(wide).numpy(), model(narrow).numpy())
+    losses = [model.losses(ids, ids).numpy() for ids in (wide, narrow)]
+    np.testing.assert_array_equal(*losses)
+
+
 def test_padding_is_ignored(model):
     alone = model(Tensor(TOKENS[:1, 3:].astype(np.int32))).numpy()
     padding = Tensor([3, 0])

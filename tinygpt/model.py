@@ -134,11 +134,12 @@ class GPT:
         """All of the forward pass but the output projection.
 
         Args:
-            tokens: int32 (B, T), ids in [0, vocab_size).
+            tokens: whole numbers (B, T), ids in [0, vocab_size).
             cache: from `empty_cache`; the tokens' keys and values are written into it, and those
                 before start_pos are read from it. None: the tokens stand alone.
             start_pos: position of tokens[:, 0]; a bound tinygrad Variable compiles once for all.
-                int32 (B,): one for each row of the cache.
+                int32 (B,): one for each row of the cache; where a row would reach past the cache,
+                its result is NaN.
             padding: int32 (B,): how many positions at the start of each row are padding, to be
                 ignored.
             row: compute what comes out for this column of tokens alone; the last block skips the
@@ -151,6 +152,7 @@ class GPT:
             InputError: when the tokens reach past the window.
         """
         T = shape(tokens)[1]
+        tokens = tokens.cast(dtypes.int32)
         if isinstance(start_pos, int) and start_pos + T > self.config.block_size:
             raise InputError(
                 f"tokens at positions {start_pos} to {start_pos + T - 1} reach past the window "
@@ -188,7 +190,7 @@ class GPT:
         """
         x = self.hidden_states(tokens, key=key)
         weight, scale = self._unembedding
-        return ops.cross_entropy(x, weight, targets, scale)
+        return ops.cross_entropy(x, weight, targets.cast(dtypes.int32), scale)
 
     @property
     def _unembedding(self) -> tuple[Tensor, Tensor | None]:

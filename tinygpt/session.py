@@ -144,7 +144,8 @@ class Session:
             tensors |= {f"keys {i}": keys, f"values {i}": values}
         if self.padding is not None:
             tensors["padding"] = self.padding
-        key = ("fill" if choice is None else list(choice), self.model.config)
+        functions = None if choice is None else [each.function for each in self._choice]
+        key = (functions, self.model, type(self))
         return capture(partial(function, **held), tensors, key)
 
     def _fill(self, start_pos: UOp, *, tokens: Tensor) -> Tensor:

@@ -11,12 +11,12 @@ import threading
 
 import numpy as np
 import pytest
-from tinygrad import Tensor, UOp, Variable, dtypes, helpers
+from tinygrad import Tensor, TinyJit, UOp, Variable, dtypes, helpers
 from tinygrad.engine.jit import JitError
 from tinygrad.helpers import Context
 from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo
 
-from tinygpt import Generator
+from tinygpt import GPT, Generator, GPTConfig, ops
 from tinygpt.runtime import buffers, compiling, disk_cache, graph, step_store
 from tinygpt.runtime.capture import capture
 
@@ -410,6 +410,37 @@ def test_another_key_shape_or_setting_is_another_step(kept, monkeypatch):
 
 
 @needs_runner
+def test_a_step_of_what_another_process_would_not_know_is_not_kept(kept, monkeypatch):
+    """A class or function from elsewhere, or one that was replaced, has no lasting name."""
+
+    class Elsewhere(GPT):
+        def logits(self, x):
+            return -super().logits(x)
+
+    def first_step(model) -> tuple[set[str], list[int]]:
+        generator = Generator(model)
+        ids = list(generator.generate([1, 2, 3], max_new_tokens=4, temperature=0))
+        steps = generator._idle[1]._choice_steps.values()
+        return {step.origin for step in steps}, ids
+
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=50)
+    _, usual = first_step(GPT(config))
+    assert first_step(GPT(config)) == ({"stored"}, usual)
+    origin, other = first_step(Elsewhere(config))
+    assert origin == {"captured"}
+    assert other != usual
+    scaled = GPT(config)
+    scaled.blocks[0].attn.heads = ops.Heads(2, 30.0)
+    assert first_step(scaled)[0] == {"captured"}
+    usual_logits = GPT.logits
+    monkeypatch.setattr(GPT, "logits", lambda model, x: -usual_logits(model, x))
+    assert first_step(GPT(config)) == ({"captured"}, other)
+    monkeypatch.undo()
+    monkeypatch.setattr(step_store, "_IMPORTED", 0.0)  # as if files had changed since
+    assert first_step(GPT(config)) == ({"captured"}, usual)
+
+
+@needs_runner
 def test_the_store_can_be_turned_off(kept, monkeypatch):
     monkeypatch.setenv("TINYGPT_STORE", "0")
     assert run_kept() == "captured"
@@ -516,3 +547,13 @@ def test_a_later_process_finds_the_step(kept, tmp_path):
         for _ in range(2)
     ]
     assert found == ["captured", "stored"]
+
+
+@needs_runner
+def test_a_step_within_a_tinyjit_is_refused_by_name():
+    step = capture(lambda x: (x + 1).realize())
+    step(tensor([1.0, 2.0]))
+    outer = TinyJit(lambda x: step(x) + x)
+    outer.cnt = 1  # so that it captures now
+    with pytest.raises(JitError, match="while a TinyJit captures"):
+        outer(tensor([1.0, 2.0]))

@@ -30,6 +30,13 @@ _ACTIVATIONS = {
     "gelu_python": "gelu",
 }
 _ACTIVATIONS |= {name: name for name in get_args(Activation) if name not in _ACTIVATIONS.values()}
+# Fields of ours that it has, under the same name or one of `_FIELDS`. Any other is our own.
+_GPT2_SAYS = (
+    "n_layer", "n_head", "n_embd", "block_size", "vocab_size", "n_inner", "activation",
+    "tie_word_embeddings", "layer_norm_epsilon", "scale_attn_weights",
+    "scale_attn_by_inverse_layer_idx", "embd_pdrop", "attn_pdrop", "resid_pdrop",
+    "initializer_range",
+)  # fmt: skip
 # Fields that change the forward pass in ways the model has no part for.
 _UNSUPPORTED = ("add_cross_attention", "is_encoder_decoder", "quantization_config", "pruned_heads")
 
@@ -61,13 +68,20 @@ def read_config(path: Path) -> GPTConfig:
         raise CheckpointError(f"{path}: {error}") from error
 
 
+def beyond_gpt2(config: GPTConfig) -> dict[str, Any]:
+    """What of a configuration the `config.json` of a GPT-2 cannot say: names and values."""
+    ours = {field.name: getattr(config, field.name) for field in fields(config)}
+    known = (*_GPT2_SAYS, "bias")  # without biases, they are written as zeros
+    return {k: v for k, v in ours.items() if k not in known and v != getattr(GPTConfig, k)}
+
+
 def to_json(config: GPTConfig, dtype: str) -> dict[str, Any]:
     """What `config.json` is to hold; a model that GPT-2's form cannot say has a type of our own."""
     ours = {field.name: getattr(config, field.name) for field in fields(config)}
     names = {v: k for k, v in reversed(_ACTIVATIONS.items())}  # the first spelling of each
-    extra = {name: ours.pop(name) for name in ("norm", "position", "shortcut", "bias")}
-    changed = {k: v for k, v in extra.items() if v != getattr(GPTConfig, k)}
-    is_gpt2 = changed.keys() <= {"bias"} and dtype != "int8"
+    own = {name: ours.pop(name) for name in list(ours) if name not in _GPT2_SAYS}
+    changed = {k: v for k, v in own.items() if v != getattr(GPTConfig, k)}
+    is_gpt2 = not beyond_gpt2(config) and dtype != "int8"
     end = 50256 if config.vocab_size > 50256 else None
     return {
         "model_type": "gpt2" if is_gpt2 else "tinygpt",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,13 @@ if TYPE_CHECKING:
 
 # GGUF's type for a matrix of each of ours: int8 there has a scale for each 32 numbers.
 GGUF_TYPES = {"float32": "F32", "float16": "F16", "int8": "Q8_0"}
-# What llama.cpp's GPT-2 always has.
-_FIXED = ("norm", "position", "activation", "shortcut", "scale_attn_weights",
-          "scale_attn_by_inverse_layer_idx")  # fmt: skip
+# Fields that GGUF's gpt2 has, or that say nothing of a trained model. Others must be as llama.cpp
+# always has it, which is as GPT-2 is.
+_GGUF_SAYS = (
+    "n_layer", "n_head", "n_embd", "block_size", "vocab_size", "n_inner", "bias",
+    "tie_word_embeddings", "layer_norm_epsilon", "embd_pdrop", "attn_pdrop", "resid_pdrop",
+    "initializer_range",
+)  # fmt: skip
 
 
 def save_gguf(
@@ -56,7 +61,7 @@ def check_gguf(config: GPTConfig, dtype: str | None) -> None:
     """
     if dtype not in (None, *GGUF_TYPES):
         raise unknown("dtype of GGUF", dtype, GGUF_TYPES)
-    for name in _FIXED:
+    for name in (field.name for field in fields(config) if field.name not in _GGUF_SAYS):
         if (value := getattr(config, name)) != getattr(GPTConfig, name):
             raise InputError(f"{name} is {value!r}, which GGUF's gpt2 cannot say: use another form")
 

@@ -10,11 +10,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinygpt.checkpoints.config_json import beyond_gpt2
 from tinygpt.checkpoints.open_checkpoint import Checkpoint, open_checkpoint
 from tinygpt.checkpoints.quantization import DTYPES, check_dtype, dtype_of
 from tinygpt.checkpoints.save_gguf import check_gguf, save_gguf
 from tinygpt.commands.flags import add_flag, add_shared
-from tinygpt.config import GPTConfig
 from tinygpt.errors import CheckpointError, InputError, say
 from tinygpt.options import Kind
 from tinygpt.runtime import device
@@ -70,9 +70,8 @@ def to_hf(found: Checkpoint, out: Path, tokenizer: Encoding | None, dtype: str |
     Raises:
         InputError: for a model that GPT-2's form cannot say, or what cannot be written.
     """
-    for name in ("norm", "position", "shortcut"):
-        if (value := getattr(found.config, name)) != getattr(GPTConfig, name):
-            raise InputError(f"{name} is {value!r}, which Hugging Face's gpt2 cannot say")
+    for name, value in beyond_gpt2(found.config).items():
+        raise InputError(f"{name} is {value!r}, which Hugging Face's gpt2 cannot say")
     model = found.load(dtype)
     if (held := dtype_of(model.wte)) == "int8":
         raise InputError(f"dtype is {held!r}, which Hugging Face's gpt2 cannot say: give --dtype")

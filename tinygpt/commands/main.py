@@ -80,9 +80,10 @@ def _run(argv: Sequence[str]) -> int:
 def _refuse_unknown_verb(argv: Sequence[str]) -> None:
     """Refuse a first word that is written as commands are: it is more likely a slip than a prompt.
 
-    A prompt of several words, or with a capital letter or punctuation, is none.
+    A prompt of several words, or with punctuation, or with a capital letter where no command is
+    spelled like it, is none.
     """
-    if argv and re.fullmatch(r"[a-z][a-z0-9_-]+", argv[0]):
+    if argv and (argv[0].lower() in VERBS or re.fullmatch(r"[a-z][a-z0-9_-]+", argv[0])):
         prompt = " ".join(takewhile(lambda word: not word.startswith("-"), argv))
         raise InputError(
             f"{unknown('command', argv[0], VERBS)}; to continue it as a prompt: "

@@ -56,7 +56,7 @@ def start(
             )
     found = open_checkpoint(model)
     data.check(found.config.vocab_size, found.tokenizer())
-    gpt = found.load()
+    gpt = found.load("float32")  # gradients need it, whatever the file holds
     shape = {name: getattr(gpt.config, name) for name in SHAPE}
     window = settings.get("block_size", min(TrainConfig.block_size, shape["block_size"]))
     config = TrainConfig.of(shape, settings, {"block_size": window}, spelled=spelled)

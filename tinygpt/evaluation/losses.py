@@ -13,6 +13,7 @@ from tinygrad.nn.state import get_state_dict
 from tinygpt.data.dataset import Dataset
 from tinygpt.errors import InputError
 from tinygpt.model import GPT
+from tinygpt.runtime import buffers
 from tinygpt.runtime.capture import CapturedStep, capture
 
 if TYPE_CHECKING:
@@ -43,9 +44,10 @@ class Scorer:
     ) -> np.ndarray:
         key = function.__name__, inputs.shape
         if key not in self._graphs:
-            what = function.__name__, self.model.config
+            what = function.__name__, self.model, type(self)
             self._graphs[key] = capture(function, get_state_dict(self.model), what)
-        return self._graphs[key](Tensor(inputs).realize(), Tensor(targets).realize()).numpy()
+        found = self._graphs[key](buffers.tensor(inputs), buffers.tensor(targets))
+        return buffers.read(found).reshape(found.shape)
 
     def _score(self, inputs: Tensor, targets: Tensor) -> Tensor:
         logits = self.model(inputs).contiguous()

@@ -150,6 +150,15 @@ INLINE void mix(float *y, const float *p, const float *values, int first, int la
     if (i < W) store(y + i * 8, acc[i]);
 }
 
+// Whether T tokens from `start` on lie within the cache. Where a row of its own start tells another
+// place, its result is NaN, and nothing is written.
+INLINE int within(int start, int T, int S) { return start >= 0 && start <= S - T; }
+
+FREE static void refuse(float *y, int rows, long C, int D) {
+  for (int r = 0; r < rows; r++)
+    for (int d = 0; d < D; d++) y[r * C + d] = __builtin_nanf("");
+}
+
 // Writes the k and v of one text and head, T of them and C apart, into the cache at `start`.
 INLINE void remember(float *keys, float *values, const float *k, const float *v, int start, int T,
                      long C, int D) {
@@ -180,6 +189,10 @@ static void attention_few(float *y,            // (B, M, C)
     int b = i / n_head, h = i % n_head, start = starts ? starts[b] : start_pos;
     int text = padding ? padding[b] : 0, first_query = start + (M < T ? row : 0);
     float *old_keys = keys + (long)i * S * D, *old_values = values + (long)i * S * D;
+    if (!within(start, T, S)) {
+      refuse(y + (long)b * M * C + h * D, M, C, D);
+      continue;
+    }
     long new = (long)b * T * C + h * D;
     remember(old_keys, old_values, k + new, v + new, start, T, C, D);
     for (int m = 0; m < M; m++) {
@@ -218,6 +231,10 @@ static void attention_cached(float *y,            // (B, T, C)
     int text = padding ? padding[b] : 0;
     float *old_keys = keys + (long)i * S * D, *old_values = values + (long)i * S * D;
     long at = (long)b * T * C + h * D;
+    if (!within(start, T, S)) {
+      refuse(y + at, T, C, D);
+      continue;
+    }
     remember(old_keys, old_values, k + at, v + at, start, T, C, D);
     for (int t0 = 0; t0 < T; t0 += BAND) {
       int rows = MIN(BAND, T - t0), end = start + t0 + rows;

@@ -114,14 +114,19 @@ def attention(
     row: Whole | None,
     dropout: Dropout | None,
 ) -> Tensor:
-    mask = _causal_mask(shape(q)[1], shape(k)[1], cache, start_pos, padding, row)
+    T = shape(k)[1]
+    mask = _causal_mask(shape(q)[1], T, cache, start_pos, padding, row)
     q, k, v = (x.reshape(*shape(x)[:2], heads.n_head, -1).transpose(1, 2) for x in (q, k, v))
     if cache is not None:
         k, v = (_remember(new, old, start_pos) for new, old in zip((k, v), cache, strict=True))
     weights = attention_weights(q, k, heads.scale, mask)
     if dropout is not None:
         weights = drop(weights, dropout)
-    return matmul(weights, v, False, False).transpose(1, 2).flatten(2)  # (B, H, M, D) -> (B, M, C)
+    y = matmul(weights, v, False, False).transpose(1, 2).flatten(2)  # (B, H, M, D) -> (B, M, C)
+    if isinstance(start_pos, Tensor) and cache is not None:  # a row outside of the cache is none
+        inside = (start_pos >= 0) & (start_pos + T <= shape(cache[0])[2])
+        y = inside.reshape(-1, 1, 1).where(y, math.nan)
+    return y
 
 
 def attention_weights(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
@@ -174,7 +179,9 @@ def _remember(new: Tensor, cache: Tensor, start_pos: Position) -> Tensor:
         at = Tensor.arange(S, dtype=dtypes.int32).reshape(1, 1, S, 1)
         at = at - start_pos.reshape(-1, 1, 1, 1)
         rows = new.gather(2, at.clip(0, T - 1).expand(B, H, S, D))
-        whole = ((at >= 0) & (at < T)).where(rows, cache)
+        inside = (start_pos >= 0) & (start_pos + T <= S)
+        here = (at >= 0) & (at < T) & inside.reshape(-1, 1, 1, 1)
+        whole = here.where(rows, cache)
         return buffers.written(cache, cache, whole.contiguous())
     end = start_pos + T
     return buffers.written(cache, cache[:, :, start_pos:end], new)[:, :, :end]

@@ -55,8 +55,8 @@ def capture(
         function: of realised tensors, lists of them, bound variables, and constants, to tensors.
         named: every tensor that the function touches, is not given and does not make itself, by
             name; or a function that tells them.
-        key: whatever else the step depends on, as its `repr` tells it. With `named` and `key` the
-            step is kept on disk.
+        key: whatever else the step depends on: see `step_store.identity`. With `named` and `key`
+            the step is kept on disk.
     """
     return CapturedStep(function, named, key)
 
@@ -104,7 +104,7 @@ class CapturedStep:
             result = replay(args, kwargs)
         else:
             if capturing:
-                raise JitError("a captured step cannot be called while another is captured")
+                raise JitError("a captured step cannot be called while a TinyJit captures")
             inputs = Inputs(args, kwargs)
             stored = self._stored(inputs)
             loaded = stored.load(inputs) if stored else None

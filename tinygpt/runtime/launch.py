@@ -184,6 +184,12 @@ def call(
     return {name: Tensor(uops[order.index(name)].after(kernel)) for name in written}
 
 
+def _need(fits: bool, words: str) -> None:
+    """Refuse a call that does not fit the C signature, also where Python runs without asserts."""
+    if not fits:
+        raise TypeError(words)
+
+
 def _check(
     function: str,
     parameters: tuple[Parameter, ...],
@@ -193,25 +199,25 @@ def _check(
     """Hold what is passed against the C signature; what WEIGHT stands for, if it does."""
     macros: dict[str, object] = {}
     pointers = [p.name for p in parameters if p.pointer]
-    assert pointers == list(tensors), f"{function} takes {pointers}, not {list(tensors)}"
+    _need(pointers == list(tensors), f"{function} takes {pointers}, not {list(tensors)}")
     others = {p.name for p in parameters if not p.pointer}
     given = {"core_id", "threads", *numbers}
-    assert others == given, f"{function} takes {sorted(others)}, not {sorted(given)}"
+    _need(others == given, f"{function} takes {sorted(others)}, not {sorted(given)}")
     for parameter in parameters:
         if not parameter.pointer:
             number = numbers.get(parameter.name, 0)
             whole = isinstance(number, int | UOp)
-            assert whole == (parameter.type != "float"), f"{function}: {parameter.name}, {number}"
+            _need(whole == (parameter.type != "float"), f"{function}: {parameter.name}, {number}")
             continue
         tensor = tensors[parameter.name]
         if tensor is None:
             continue
         if parameter.type == "WEIGHT":
-            assert tensor.dtype in WEIGHTS, f"{function}: {parameter.name} is {tensor.dtype}"
+            _need(tensor.dtype in WEIGHTS, f"{function}: {parameter.name} is {tensor.dtype}")
             macros |= WEIGHTS[tensor.dtype]
         else:
             expected = _TYPES[parameter.type]
-            assert tensor.dtype == expected, f"{function}: {parameter.name} is {tensor.dtype}"
+            _need(tensor.dtype == expected, f"{function}: {parameter.name} is {tensor.dtype}")
     return macros
 
 

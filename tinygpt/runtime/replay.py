@@ -81,8 +81,10 @@ class Replay:
         result = getattr(self._results, "result", None) or self._new_result()
         table = self.graph
         with thread_pool.running:
-            if capturing and capturing[0].thread == threading.get_ident():
-                raise JitError("a captured step cannot be called while another is captured")
+            # A recorder of ours knows its thread; a TinyJit may be of any.
+            here = threading.get_ident()
+            if capturing and getattr(capturing[0], "thread", here) == here:
+                raise JitError("a captured step cannot be called while a TinyJit captures")
             for device in self._devices:
                 _finish(device)
             moved = result is not self._result

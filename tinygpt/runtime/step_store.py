@@ -12,12 +12,14 @@ import os
 import pickle
 import platform
 import sys
+import time
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
-from tinygrad import Device
+from tinygrad import Device, Tensor
 from tinygrad.helpers import CACHELEVEL, ContextVar
 
 from tinygpt.runtime import disk_cache
@@ -30,9 +32,55 @@ _BESIDE = {
 }  # fmt: skip
 
 
+_PACKAGE = Path(__file__).parents[1]
+_IMPORTED = time.time()
+
+
+class NotKept(Exception):
+    """A step depends on something that a later process would not know again."""
+
+
 def wanted() -> bool:
     """Whether steps are kept: not with TINYGPT_STORE=0, nor without tinygrad's cache."""
     return os.environ.get("TINYGPT_STORE") != "0" and CACHELEVEL.value >= 1
+
+
+def identity(value: object) -> object:
+    """What a value is made of, as plain data whose `repr` is the same in another process.
+
+    An object is its class and its attributes, without the values of tensors. A class or a function
+    must be one of this package, as its files say it: one that was replaced, or stands elsewhere,
+    may be another next time.
+
+    Raises:
+        NotKept: for anything else.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor):
+        return "tensor"
+    if isinstance(value, list | tuple):
+        return [identity(item) for item in value]
+    if isinstance(value, dict):
+        return [(identity(name), identity(item)) for name, item in value.items()]
+    if isinstance(value, FunctionType):
+        if Path(value.__code__.co_filename).is_relative_to(_PACKAGE):
+            return f"{value.__module__}.{value.__qualname__}"
+        raise NotKept(value)
+    if isinstance(value, type):
+        return _class(value)
+    return _class(type(value)), identity(vars(value))
+
+
+def _class(kind: type) -> str:
+    for part in kind.__mro__[:-1]:
+        if not part.__module__.startswith("tinygpt."):
+            raise NotKept(kind)
+        for name, member in vars(part).items():
+            made = name.startswith("__")  # as dataclass makes them
+            if isinstance(member, FunctionType) and not made:
+                identity(member)
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def digest(what: object) -> str:
@@ -78,11 +126,21 @@ def _machine() -> tuple[str, ...]:
     return version("tinygrad"), sys.version, platform.system(), platform.machine(), features
 
 
-@functools.cache
 def _sources() -> str:
-    """A digest of this package's text, C and Python, whichever version it says it is."""
-    folder = Path(__file__).parents[1]
+    """A digest of this package's text, C and Python, whichever version it says it is.
+
+    Raises:
+        NotKept: when a file was changed after it was imported.
+    """
+    files = sorted(p for kind in ("py", "c", "h") for p in _PACKAGE.rglob(f"*.{kind}"))
+    if any(path.stat().st_mtime > _IMPORTED for path in files):
+        raise NotKept("the sources")
+    return _digest_of(tuple(files))
+
+
+@functools.cache
+def _digest_of(files: tuple[Path, ...]) -> str:
     found = hashlib.sha256()
-    for path in sorted([*folder.rglob("*.py"), *folder.rglob("*.c"), *folder.rglob("*.h")]):
-        found.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    for path in files:
+        found.update(path.relative_to(_PACKAGE).as_posix().encode() + path.read_bytes())
     return found.hexdigest()

@@ -23,7 +23,8 @@ class StoredStep:
 
     @classmethod
     def of(cls, key: object, named: Mapping[str, Tensor], inputs: Inputs) -> StoredStep | None:
-        """None where a tensor is no view of just one buffer, or an argument is no plain value."""
+        """None where a tensor is no view of just one buffer, an argument is no plain value, or the
+        key is nothing that a later process would know again."""
         if not inputs.plain:
             return None
         bases: dict[str, UOp] = {}
@@ -42,10 +43,13 @@ class StoredStep:
             signature.append((name, same, view, base.device, base.arg, base.dtype))
         views = [(v.key.hex(), [x.arg for x in bound], d, e) for v, bound, d, e in inputs.info]
         what = (
-            key, signature, views, inputs.names, inputs.bound, inputs.constants, inputs.shapes,
+            signature, views, inputs.names, inputs.bound, inputs.constants, inputs.shapes,
             inputs.storages,
         )  # fmt: skip
-        return cls(step_store.digest(what), bases)
+        try:
+            return cls(step_store.digest((step_store.identity(key), what)), bases)
+        except step_store.NotKept:
+            return None
 
     def load(self, inputs: Inputs) -> Replay | None:
         """The step, if it is there and fits what is at hand in every part."""

@@ -98,12 +98,13 @@ class TrainConfig:
             InputError: in those words, with the value and what is allowed.
         """
         check_options(cls, values, spelled)
-        shape = {name: values[name] for name in SHAPE}
+        shape = {name: values[name] for name in SHAPE if name in values}
         GPTConfig.check({**defaults(GPTConfig), **shape}, spelled)
 
     def gpt_config(self, vocab_size: int) -> GPTConfig:
         """The shape of a new model for so many token ids."""
-        changes: dict[str, Any] = {name: getattr(self, name) for name in SHAPE}
+        own = {setting.name for setting in fields(self)}
+        changes: dict[str, Any] = {name: getattr(self, name) for name in SHAPE if name in own}
         changes |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), self.dropout)
         return GPTConfig(vocab_size=vocab_size, **changes)
 

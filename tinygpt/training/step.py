@@ -74,7 +74,7 @@ class Trainer:
             config.grad_clip,
         )
         self.counters = Counters(loss_scale=_FIRST_SCALE if config.compute == "float16" else 1.0)
-        self._captured = capture(self._step, self._named, (model.config, config))
+        self._captured = capture(self._step, self._named, (model, config, type(self)))
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -116,8 +116,9 @@ class Trainer:
         # Each array is an input of its own: a slice of one would be captured where it lies.
         given = zip(batches, keys, strict=True)
         arrays = [array for (tokens, targets), key in given for array in (tokens, targets, key)]
-        tensors = [Tensor(array).realize() for array in arrays]
-        loss, norm, good = self._captured(tensors, Tensor(inputs.array()).realize()).tolist()
+        tensors = [buffers.tensor(array) for array in arrays]
+        result = self._captured(tensors, buffers.tensor(inputs.array()))
+        loss, norm, good = buffers.read(result).tolist()
         self._count(good > 0)
         return Outcome(loss, norm, good > 0)
 
