@@ -14,7 +14,7 @@ enum { STRIP = 11 * ROWS, BAND = 96 };
 // Makes probabilities of the scores p[first..last), and zeros of all else in p[0..end).
 FREE static void softmax(float *p, float scale, int first, int last, int end) {
   float top, share = 1 / exponentials(p + first, last - first, scale, &top);
-  for (int i = 0; i < first; i++) p[i] = 0;
+  AT_AN_EDGE for (int i = 0; i < first; i++) p[i] = 0;
   for (int i = first; i < last; i++) p[i] *= share;
   for (int i = last; i < end; i++) p[i] = 0;
 }
@@ -135,7 +135,7 @@ INLINE float dot(const float *a, const float *b, int n) {
   int i = 0;
   for (; i + 8 <= n; i += 8) total += load(a + i) * load(b + i);
   float s = sum(total);
-  for (; i < n; i++) s += a[i] * b[i];
+  AT_AN_EDGE for (; i < n; i++) s += a[i] * b[i];
   return s;
 }
 
@@ -202,9 +202,9 @@ static void attention_few(float *y,            // (B, M, C)
       softmax(mine, scale, first, last, last);
       for (; d + 64 <= D; d += 64) mix(y + at + d, mine, old_values + d, first, last, D, 8);
       for (; d + 8 <= D; d += 8) mix(y + at + d, mine, old_values + d, first, last, D, 1);
-      for (; d < D; d++) {
+      AT_AN_EDGE for (; d < D; d++) {
         float total = 0;
-        for (int s = first; s < last; s++) total += mine[s] * old_values[(long)s * D + d];
+        AT_AN_EDGE for (int s = first; s < last; s++) total += mine[s] * old_values[(long)s * D + d];
         y[at + d] = total;
       }
     }

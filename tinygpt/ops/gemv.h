@@ -31,7 +31,7 @@ INLINE void gemv(float *c, long ldc, const float *a, const WEIGHT *b, int M, int
         UNROLLED(j, MOST_ROWS)
           if (j < AT_ONCE) {
             float s = sum_reg(acc[i][j][0] + acc[i][j][1]);
-            for (int l = k; l < K; l++) s += widen1(w[i] + l) * rows[j][l];
+            AT_AN_EDGE for (int l = k; l < K; l++) s += widen1(w[i] + l) * rows[j][l];
             c[MIN(m + j, M - 1) * ldc + MIN(n + i * part, n1 - 1)] = s;
           }
     }

@@ -7,14 +7,14 @@ static void moments(const float *x, int C, float epsilon, float *mean, float *sc
   int i = 0;
   for (; i + 8 <= C; i += 8) total += load(x + i);
   float m = sum(total);
-  for (; i < C; i++) m += x[i];
+  AT_AN_EDGE for (; i < C; i++) m += x[i];
   m /= C;
   for (i = 0; i + 8 <= C; i += 8) {
     vec d = load(x + i) - m;
     squares += d * d;
   }
   float variance = sum(squares);
-  for (; i < C; i++) variance += (x[i] - m) * (x[i] - m);
+  AT_AN_EDGE for (; i < C; i++) variance += (x[i] - m) * (x[i] - m);
   *mean = m, *scale = 1 / __builtin_sqrtf(variance / C + epsilon);
 }
 
@@ -34,7 +34,7 @@ static void layer_norm(float *y,             // (R, C)
       vec v = (load(p + i) - mean) * scale * load(weight + i);
       store(to + i, bias ? v + load(bias + i) : v);
     }
-    for (; i < C; i++) to[i] = (p[i] - mean) * scale * weight[i] + (bias ? bias[i] : 0);
+    AT_AN_EDGE for (; i < C; i++) to[i] = (p[i] - mean) * scale * weight[i] + (bias ? bias[i] : 0);
   }
 }
 

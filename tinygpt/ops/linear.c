@@ -19,7 +19,7 @@ static void finish(float *y, const float *scale, const float *bias, const float 
         if (r) x += load(r);
         store(p, x);
       } else
-        for (int i = 0; i < left; i++) {
+        AT_AN_EDGE for (int i = 0; i < left; i++) {
           float x = p[i];
           if (scale) x *= scale[n + i];
           if (bias) x += bias[n + i];

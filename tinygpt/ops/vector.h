@@ -65,11 +65,11 @@ INLINE float sum_reg(reg x) {
 // The first n of 8 numbers, n < 8; the others are 0.
 INLINE vec load_some(const float *p, int n) {
   vec x = {0};
-  for (int i = 0; i < n; i++) x[i] = p[i];
+  AT_AN_EDGE for (int i = 0; i < n; i++) x[i] = p[i];
   return x;
 }
 INLINE void store_some(float *p, vec x, int n) {
-  for (int i = 0; i < n; i++) p[i] = x[i];
+  AT_AN_EDGE for (int i = 0; i < n; i++) p[i] = x[i];
 }
 
 // e**x as 2**n * 2**f with |f| <= 1/2, and Taylor's polynomial for 2**f. The relative error is
@@ -90,14 +90,14 @@ INLINE float exponentials(float *p, int n, float scale, float *top) {
   for (; i + 8 <= n; i += 8) tops = select(load(p + i) > tops, load(p + i), tops);
   *top = tops[0];
   for (int j = 1; j < 8; j++) *top = MAX(*top, tops[j]);
-  for (; i < n; i++) *top = MAX(*top, p[i]);
+  AT_AN_EDGE for (; i < n; i++) *top = MAX(*top, p[i]);
   for (i = 0; i + 8 <= n; i += 8) {
     vec e = vexp((load(p + i) - *top) * scale);
     totals += e;
     store(p + i, e);
   }
   float total = sum(totals);
-  for (; i < n; i++) total += p[i] = vexp(splat((p[i] - *top) * scale))[0];
+  AT_AN_EDGE for (; i < n; i++) total += p[i] = vexp(splat((p[i] - *top) * scale))[0];
   return total;
 }
 

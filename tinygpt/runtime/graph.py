@@ -23,7 +23,7 @@ from tinygpt.runtime.placing import Access, Call, place_calls, spaces_of
 __all__ = ["Access", "Call", "Graph", "describe", "missing"]
 
 # The most arguments that runner.c passes on by itself. A function with more has a caller made.
-MOST_ARGUMENTS = 256
+MOST_ARGUMENTS = 64
 # Words of `struct call` in runner.c in front of its arguments.
 _HEADER = 8
 _TICKS_AT = 6

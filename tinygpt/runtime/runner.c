@@ -124,8 +124,6 @@ static void serve(struct place *place, int id) {
 #define F16(m, i) F8(m, i), F8(m, i + 8)
 #define F32(m, i) F16(m, i), F16(m, i + 16)
 #define F64(m, i) F32(m, i), F32(m, i + 32)
-#define F128(m, i) F64(m, i), F64(m, i + 64)
-#define F256(m, i) F128(m, i), F128(m, i + 128)
 #define TYPE(i) word
 #define VALUE(i) a[i]
 #define CALL(F) ((void (*)(F(TYPE, 0)))f)(F(VALUE, 0))
@@ -139,9 +137,7 @@ static void start(word f, const word *a, word count) {
   else if (count <= 8) CALL(F8);
   else if (count <= 16) CALL(F16);
   else if (count <= 32) CALL(F32);
-  else if (count <= 64) CALL(F64);
-  else if (count <= 128) CALL(F128);
-  else CALL(F256);
+  else CALL(F64);
 }
 
 static void call(const struct call *c, const word *a) {
@@ -153,7 +149,7 @@ static void call(const struct call *c, const word *a) {
 
 // With arguments of its own for each thread, which differ in the number of the thread.
 static __attribute__((noinline)) void call_numbered(const struct call *c, int id) {
-  word a[c->count < 256 ? 256 : c->count];
+  word a[c->count < 64 ? 64 : c->count];
   for (word i = 0; i < c->count; i++) a[i] = c->arguments[i];
   a[c->core_at] = id - c->first;
   call(c, a);
