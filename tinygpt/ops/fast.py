@@ -99,7 +99,7 @@ def linear(
         {"y": _empty(x, *shape(x)[:-1], N), "x": x, "weight": weight,
          "scale": scale, "bias": bias, "residual": residual},
         {"few": M if M <= _FEW_ROWS else 0, "M": M, "N": N, "K": K},
-        count_threads(flops), flops, fixed=("few", "N", "K") if M <= _FEW_ROWS else ("few",),
+        count_threads(flops), flops, fixed=("few", "K") if M <= _FEW_ROWS else ("few",),
         gradient=gradient if weight.dtype == dtypes.float32 and scale is None else None,
     )["y"]  # fmt: skip
 
