@@ -75,7 +75,7 @@ def run(
     )
     source = "\n".join([*lines, launch.source(file), *declared, body])
     made = place / "harness"
-    command = ["clang", "-O1", "-g", "-fsanitize=thread", "-march=native", "-w", "-x", "c", "-"]
+    command = ["clang", "-O0", "-g", "-fsanitize=thread", "-march=native", "-w", "-x", "c", "-"]
     subprocess.run([*command, "-lpthread", "-o", str(made)], input=source.encode(), check=True)
     return subprocess.run([str(made)], capture_output=True, text=True).stderr
 
