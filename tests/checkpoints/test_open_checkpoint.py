@@ -83,7 +83,7 @@ def test_a_command_parses_each_header_once(form, tmp_path, monkeypatch, capsys):
 
     for what, (module, name) in READERS.items():
         monkeypatch.setattr(module, name, counting(what, getattr(module, name)))
-    assert main(["hello there", "--model", str(path), "--max-new-tokens", "1"]) == 0, (
+    assert main(["generate", "hello", "--model", str(path), "--max-new-tokens", "1"]) == 0, (
         capsys.readouterr()
     )
     assert counted == FORMS[form]
