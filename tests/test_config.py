@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 from conftest import SMALL
 from tinygrad.nn.state import get_state_dict
 
 from tinygpt import GPT, GPTConfig, InputError
+from tinygpt.checkpoints.config_json import beyond_gpt2, to_json
 from tinygpt.config import PRESETS
 
 
@@ -66,3 +68,12 @@ def test_a_near_miss_is_offered():
         GPTConfig.preset("gpt2-lrage")
     with pytest.raises(InputError, match="'n_layer'"):
         GPTConfig.preset("gpt2", n_layers=3)
+
+
+def test_what_gpt2_cannot_say_is_told_by_name():
+    """A field that config.json does not know is none of GPT-2's, also one that is yet to come."""
+    assert beyond_gpt2(SMALL) == {}
+    changed = replace(SMALL, norm="post", position="sinusoidal", shortcut=False, bias=False)
+    expected = {"norm": "post", "position": "sinusoidal", "shortcut": False}
+    assert beyond_gpt2(changed) == expected
+    assert to_json(changed, "float32")["model_type"] == "tinygpt"

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import weights_of
+from conftest import NARROW, weights_of
 from prepared import TEXT, prepared
 from tinygrad import Tensor
 
-from tinygpt import GPT, InputError, load_tokenizer
+from tinygpt import GPT, GPTConfig, InputError, load_tokenizer
+from tinygpt.checkpoints.quantization import convert
 from tinygpt.commands import train
 from tinygpt.data.dataset import Dataset
-from tinygpt.tokenizer.encoding import char_tokenizer, encode
+from tinygpt.tokenizer.encoding import char_tokenizer, encode, save_tokenizer
 from tinygpt.training.run import _Bar
 from tinygpt.training.settings import RECIPES, TrainConfig
 
@@ -128,6 +129,7 @@ def test_resuming_is_exact_with(settings, data, tmp_path):
 PROGRAM = """
 import argparse, sys
 from tinygpt import InputError
+from tinygpt.checkpoints.quantization import convert
 from tinygpt.commands import train
 parser = argparse.ArgumentParser()
 train.add_flags(parser)
@@ -246,6 +248,20 @@ def test_fine_tuning_lowers_the_loss(lora, whole, data, tmp_path):
     )
     same = np.array_equal(saved["wte.weight"], base["wte.weight"])
     assert same == bool(lora)
+
+
+@pytest.mark.parametrize("dtype", [name for name in NARROW if name != "int8"])
+def test_a_model_that_is_held_in_fewer_bits_is_widened_to_be_trained(dtype, data, tmp_path):
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8}
+    model = convert(GPT(GPTConfig(vocab_size=data.header.vocab_size, **shape)), dtype)
+    model.save_pretrained(tmp_path / "narrow")
+    save_tokenizer(data.tokenizer(), tmp_path / "narrow")
+    settings = {"steps": 2, "eval_every": 2, "sample_tokens": 0, "batch_size": 2, "block_size": 8}
+    run = train.start(
+        tmp_path / "run", data, settings | {"eval_batches": 1}, model=str(tmp_path / "narrow")
+    )
+    assert run.go() is None
+    assert run.counters.updates == 2
 
 
 def test_minutes_fit_the_schedule(data, tmp_path):
