@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 from conftest import needs_clang
+from operations import operations
 from tinygrad import Tensor, UOp, Variable, dtypes
 from tinygrad.dtype import DType
 from tinygrad.runtime.support.compiler_cpu import ClangJITCompiler
@@ -315,15 +314,6 @@ def test_a_call_is_held_against_the_c_signature():
     with pytest.raises(TypeError, match="bias"):
         fast.linear(x, weight, Tensor(np.zeros(4, np.int32), device="CPU"), None, None)
     assert isinstance(x.dtype, DType)
-
-
-def operations() -> list[tuple[Path, str]]:
-    """Every C function that tensors are passed to, with its file."""
-    found = []
-    for file in sorted(Path(fast.__file__).parent.glob("*.c")):
-        functions = re.findall(r"static void (\w+)\((.*?)\) {$", file.read_text(), re.S | re.M)
-        found += [(file, name) for name, parameters in functions if "core_id" in parameters]
-    return found
 
 
 @pytest.mark.parametrize(

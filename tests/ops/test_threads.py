@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 from conftest import needs_clang
+from operations import operations
 
 from tinygpt.ops import fast
 from tinygpt.runtime import launch
@@ -42,15 +42,6 @@ def sanitizer_works() -> bool:
         return False
     command = ["clang", "-fsanitize=thread", "-x", "c", "-", "-o", "/dev/null"]
     return subprocess.run(command, input=b"int main(void) { }", capture_output=True).returncode == 0
-
-
-def operations() -> list[tuple[Path, str]]:
-    """Every C function that tensors are passed to, with its file."""
-    found = []
-    for file in sorted(Path(fast.__file__).parent.glob("*.c")):
-        functions = re.findall(r"static void (\w+)\((.*?)\) {$", file.read_text(), re.S | re.M)
-        found += [(file, name) for name, parameters in functions if "core_id" in parameters]
-    return found
 
 
 def run(
