@@ -241,6 +241,7 @@ def test_several_devices_and_copies_between_them():
     assert "copy" in names
 
 
+@needs_runner  # tinygrad by itself lets no other thread use a device while it compiles
 def test_ten_threads_each_with_a_step_of_their_own():
     models = [Model(number) for number in range(10)]
     weights = [model.weight.numpy() for model in models]
@@ -292,6 +293,7 @@ def run_threads(work, count: int) -> None:
         thread.join()
 
 
+@needs_runner  # tinygrad by itself lets no other thread use a device while it compiles
 def test_what_another_thread_computes_meanwhile_is_no_part_of_the_step():
     found = []
 
