@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from tinygpt.errors import InputError, unknown
-from tinygpt.options import check_options, option
+from tinygpt.options import Checked, check_names, option
 
 _SIZE = {"low": 1, "below": 2**31}
 _SHARE = {"low": 0.0, "below": 1.0}
@@ -20,7 +20,7 @@ Activation = Literal["gelu_tanh", "gelu", "relu"]
 
 
 @dataclass(frozen=True)
-class GPTConfig:
+class GPTConfig(Checked):
     """The shape of a GPT. Frozen; a value that cannot work raises InputError, naming it.
 
     The defaults are GPT-2 124M. Names follow GPT-2's published `config.json` where it has one.
@@ -73,20 +73,10 @@ class GPTConfig:
         limits={"low": 0.0, "below": 1e6},
     )
 
-    def __post_init__(self) -> None:
-        self.check(vars(self))
-
     @classmethod
     def check(cls, values: Mapping[str, Any], spelled: Callable[[str], str] = str) -> None:
-        """Refuse values of which no model can be made.
-
-        Args:
-            values: one for each field, by its name.
-            spelled: a field's name -> what the user calls it: the flag, if it was given as one.
-        Raises:
-            InputError: in those words, with the value and what is allowed.
-        """
-        check_options(cls, values, spelled)
+        """Refuse values of which no model can be made: see `options.check_options`."""
+        super().check(values, spelled)
         width, heads = values["n_embd"], values["n_head"]
         if width % heads:
             raise InputError(
@@ -134,10 +124,7 @@ class GPTConfig:
         """
         if name not in PRESETS:
             raise unknown("preset", name, PRESETS)
-        names = [field.name for field in fields(cls)]
-        for field in overrides:
-            if field not in names:
-                raise unknown("field of GPTConfig", field, names)
+        check_names(cls, overrides, "field of GPTConfig")
         return cls(**{**PRESETS[name], **overrides})
 
 

@@ -2,12 +2,12 @@
 
 A setting is a field of a dataclass. Its type says what kind of value it takes, and its metadata
 says what it means, what values it may have, and what else its flag is called. From the one
-declaration come the check (`check_options`), the flag and its help (`commands.flags`).
+declaration come the check (`Checked`), the flag and its help (`commands.flags`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -107,6 +107,32 @@ def check_options(
     for each in fields(owner):
         name, limits = each.name, each.metadata["limits"]
         check_value(spelled(name), values[name], known[name], limits)
+
+
+def check_names(owner: type, names: Iterable[str], what: str) -> None:
+    """Refuse a name that no field of a dataclass has.
+
+    Args:
+        what: what an error calls such a name.
+    Raises:
+        InputError: for the first one, with the nearest that there is.
+    """
+    known = [each.name for each in fields(owner)]
+    for name in names:
+        if name not in known:
+            raise unknown(what, name, known)
+
+
+class Checked:
+    """What a frozen dataclass of settings inherits to be checked when it is made."""
+
+    def __post_init__(self) -> None:
+        self.check(vars(self))
+
+    @classmethod
+    def check(cls, values: Mapping[str, Any], spelled: Callable[[str], str] = str) -> None:
+        """Refuse values that cannot work, before anything is made of them: see `check_options`."""
+        check_options(cls, values, spelled)
 
 
 def defaults(owner: type) -> dict[str, Any]:

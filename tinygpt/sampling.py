@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from tinygrad import Tensor, dtypes
 
-from tinygpt.errors import unknown
 from tinygpt.ops import threshold
 from tinygpt.ops.sizes import Whole, plus, shape
-from tinygpt.options import check_options, kinds, option
+from tinygpt.options import Checked, check_names, kinds, option
 
 
 def repetition_penalty(logits: Tensor, penalty: Tensor, counts: Tensor) -> Tensor:
@@ -95,7 +94,7 @@ def _step(default: Any, function: Callable[..., Tensor], help: str, **more: Any)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class Sampling(Checked):
     """How to choose the next token. Frozen; a value that cannot work raises InputError.
 
     The steps apply in the order of the fields, each to what the one before has left.
@@ -135,16 +134,10 @@ class Sampling:
         limits={"low": 0, "most": 1},
     )
 
-    def __post_init__(self) -> None:
-        check_options(type(self), vars(self))
-
     @classmethod
     def of(cls, **settings: Any) -> Sampling:
         """Sampling(**settings), where a name that does not exist is an InputError too."""
-        names = [field.name for field in fields(cls)]
-        for name in settings:
-            if name not in names:
-                raise unknown("sampling setting", name, names)
+        check_names(cls, settings, "sampling setting")
         return cls(**settings)
 
     @property

@@ -39,13 +39,11 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"FILE goes with {' and '.join(_TASKS)}, and with them alone")
     found = open_checkpoint(args.model)
     data = None if args.file else Dataset.open(args.data)  # before the model's seconds
+    window = found.config.block_size
+    if data and args.stride is not None and args.stride > window:
+        raise InputError(f"--stride is {args.stride}: it must be from 1 to the window, {window}")
     model = found.load()
     if data:
-        window = model.config.block_size
-        if args.stride is not None and args.stride > window:
-            raise InputError(
-                f"--stride is {args.stride}: it must be from 1 to the window, {window}"
-            )
         result = evaluate_data(model, data, args.split, args.stride)
     else:
         tokenizer = found.tokenizer(args.tokenizer)

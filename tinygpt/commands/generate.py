@@ -141,7 +141,7 @@ def _read_prompt(given: str | None) -> str:
     return text
 
 
-def open_session(request: Request) -> Writer:
+def open_writer(request: Request) -> Writer:
     """The model and the tokenizer that a request names, loaded or made."""
     if request.model:
         return Writer.open(request.model, request.dtype, request.tokenizer)
@@ -153,12 +153,12 @@ def run(args: argparse.Namespace) -> int:
     """Write the text, and say on stderr what wrote it and how fast; the exit status."""
     request, output = parse(args), None
     with _Interrupts() as interrupts, _backend_is_asked_first():
-        session = open_session(request)
-        ids = session.encode(request.prompt, request.special_tokens)
+        writer = open_writer(request)
+        ids = writer.encode(request.prompt, request.special_tokens)
         seeds, count = request.seeds, request.max_new_tokens
-        steps = session.stream(ids, count, seeds, **request.sampling)
-        introduce(request, session, ids)
-        output = _Output(request, session, ids, interrupts)
+        steps = writer.stream(ids, count, seeds, **request.sampling)
+        introduce(request, writer, ids)
+        output = _Output(request, writer, ids, interrupts)
         output.follow(steps)
     if output:  # else Ctrl-C came before anything
         output.finish()
@@ -180,9 +180,9 @@ def _backend_is_asked_first() -> Iterator[None]:
         raise
 
 
-def introduce(request: Request, session: Writer, ids: list[int]) -> None:
+def introduce(request: Request, writer: Writer, ids: list[int]) -> None:
     """Say what is about to write, and what of the prompt it will not see."""
-    config = session.model.config
+    config = writer.model.config
     if device.note:
         say(device.note)
     name = request.model or request.preset
@@ -234,9 +234,9 @@ class _Output:
     """What one call shows: its text as it comes, or all its samples at the end, or JSON."""
 
     def __init__(
-        self, request: Request, session: Writer, prompt_ids: list[int], interrupts: _Interrupts
+        self, request: Request, writer: Writer, prompt_ids: list[int], interrupts: _Interrupts
     ) -> None:
-        self.request, self.session, self.prompt_ids = request, session, prompt_ids
+        self.request, self.writer, self.prompt_ids = request, writer, prompt_ids
         self.interrupts = interrupts
         self.samples: list[list[int]] = [[] for _ in request.seeds]
         self.times: list[float] = []  # seconds after the start, for each token
@@ -250,13 +250,13 @@ class _Output:
         start, stop = time.perf_counter(), self.request.stop
         if self.request.json or len(self.samples) > 1:
             for _ in self._collect(steps, start):
-                if all(self.session.has_stopped(ids, stop) for ids in self.samples):
+                if all(self.writer.has_stopped(ids, stop) for ids in self.samples):
                     return
             return
         self._show(self.request.prompt)
         ids = (row[0] for row in self._collect(steps, start))
         try:
-            for piece in self.session.text(ids, stop):
+            for piece in self.writer.text(ids, stop):
                 self._show(piece)
         except Exception:  # its message is to have a line of its own
             self._show("\n")
@@ -310,5 +310,5 @@ class _Output:
     def _sample(self, ids: list[int]) -> dict[str, Any]:
         """A sample's text, and its tokens up to where a stop text ended it."""
         unread = iter(ids)
-        text = "".join(self.session.text(unread, self.request.stop))
+        text = "".join(self.writer.text(unread, self.request.stop))
         return {"tokens": ids[: len(ids) - len(list(unread))], "text": text}

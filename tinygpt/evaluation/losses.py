@@ -1,10 +1,10 @@
-"""How well a model predicts: loss on prepared tokens, and the published tests of understanding."""
+"""How well a model predicts the next token: its loss on prepared tokens."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tinygrad import Tensor
@@ -15,9 +15,6 @@ from tinygpt.errors import InputError
 from tinygpt.model import GPT
 from tinygpt.runtime import buffers
 from tinygpt.runtime.capture import CapturedStep, capture
-
-if TYPE_CHECKING:
-    pass
 
 # int32 (B, T) inputs and targets -> float32 (B, T), the targets' losses in nats.
 Losses = Callable[[np.ndarray, np.ndarray], np.ndarray]

@@ -7,6 +7,8 @@ batch, `T` time, `C` channels, `H` heads, `D` head_dim, `V` vocabulary, `...` an
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from tinygrad import Tensor
 
 from tinygpt.ops import fast, plain
@@ -31,6 +33,11 @@ __all__ = [
 ]
 
 
+def _form(*tensors: Tensor) -> ModuleType:
+    """Where an operation on these tensors is defined: in C if that can take them."""
+    return fast if fast.usable(*tensors) else plain
+
+
 def matmul(a: Tensor, b: Tensor, a_transposed: bool = False, b_transposed: bool = False) -> Tensor:
     """a @ b, of which either may be given transposed.
 
@@ -41,8 +48,7 @@ def matmul(a: Tensor, b: Tensor, a_transposed: bool = False, b_transposed: bool 
     Returns:
         float32 (..., M, N).
     """
-    form = fast if fast.usable(a, b) else plain
-    return form.matmul(a, b, a_transposed, b_transposed)
+    return _form(a, b).matmul(a, b, a_transposed, b_transposed)
 
 
 def linear(
@@ -64,8 +70,7 @@ def linear(
     Returns:
         float32 (..., out_features).
     """
-    form = fast if fast.usable(x, weight) else plain
-    return form.linear(x, weight, bias, scale, residual)
+    return _form(x, weight).linear(x, weight, bias, scale, residual)
 
 
 def activation(x: Tensor, kind: str) -> Tensor:
@@ -74,7 +79,7 @@ def activation(x: Tensor, kind: str) -> Tensor:
     Source: Hendrycks and Gimpel 2016, "Gaussian Error Linear Units": "gelu" is the exact form, and
     "gelu_tanh", which GPT-2 uses, the approximation.
     """
-    return (fast if fast.usable(x) else plain).activation(x, kind)
+    return _form(x).activation(x, kind)
 
 
 def embedding(ids: Tensor, table: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -87,7 +92,7 @@ def embedding(ids: Tensor, table: Tensor, scale: Tensor | None = None) -> Tensor
     Returns:
         float32 (..., C).
     """
-    return (fast if fast.usable(ids, table) else plain).embedding(ids, table, scale)
+    return _form(ids, table).embedding(ids, table, scale)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
@@ -100,7 +105,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -
         float32 (..., C).
     Source: Ba, Kiros, Hinton 2016, "Layer Normalization", equation 4.
     """
-    return (fast if fast.usable(x, weight) else plain).layer_norm(x, weight, bias, epsilon)
+    return _form(x, weight).layer_norm(x, weight, bias, epsilon)
 
 
 def attention(
@@ -146,7 +151,7 @@ def dropout(x: Tensor, dropout: Dropout, residual: Tensor | None = None) -> Tens
         x: float32 (B, ...).
         residual: of the shape of x.
     """
-    return (fast if fast.usable(x) else plain).dropout(x, dropout, residual)
+    return _form(x).dropout(x, dropout, residual)
 
 
 def cross_entropy(
@@ -161,13 +166,12 @@ def cross_entropy(
     Returns:
         float32 (...).
     """
-    form = fast if fast.usable(x, weight) else plain
-    return form.cross_entropy(x, weight, targets, scale)
+    return _form(x, weight).cross_entropy(x, weight, targets, scale)
 
 
 def sum_of_squares(tensors: list[Tensor]) -> Tensor:
     """The sum of the squares of all numbers in some float32 tensors, a scalar."""
-    return (fast if fast.usable(*tensors) else plain).sum_of_squares(tensors)
+    return _form(*tensors).sum_of_squares(tensors)
 
 
 def adamw(
@@ -189,8 +193,7 @@ def adamw(
         betas: memory of the two means.
     Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2.
     """
-    form = fast if fast.usable(parameter, gradient) else plain
-    form.adamw(parameter, mean, square, gradient, inputs, decay, betas)
+    _form(parameter, gradient).adamw(parameter, mean, square, gradient, inputs, decay, betas)
 
 
 def threshold(order: Tensor, weights: Tensor, target: Tensor) -> Tensor:
@@ -203,4 +206,4 @@ def threshold(order: Tensor, weights: Tensor, target: Tensor) -> Tensor:
     Returns:
         uint32 (B, 1).
     """
-    return (fast if fast.usable(order, weights) else plain).threshold(order, weights, target)
+    return _form(order, weights).threshold(order, weights, target)

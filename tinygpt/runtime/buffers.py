@@ -35,9 +35,8 @@ def tensor(values: np.ndarray, device: str | None = None) -> Tensor:
 def write(target: Tensor, values: np.ndarray) -> None:
     """Replace the values of a tensor that has memory of its own by others of its shape and type."""
     buffer = _buffer(target.uop).ensure_allocated()
-    if (
-        target.device == "CPU"
-    ):  # straight into its memory, in whatever order the values lie in theirs
+    if target.device == "CPU":
+        # Straight into its memory, in whatever order the values lie in theirs.
         memory = np.frombuffer(buffer.as_memoryview(force_zero_copy=True), values.dtype)
         np.copyto(memory.reshape(values.shape), values)
     else:

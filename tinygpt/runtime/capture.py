@@ -19,18 +19,8 @@ from tinygrad.engine.jit import (
     _check_no_non_tensor_return,
     graph_split_rewrite,
 )
-from tinygrad.engine.realize import (
-    capturing,
-    run_linear,
-)
-from tinygrad.helpers import (
-    DEBUG,
-    JIT,
-    JIT_BATCH_SIZE,
-    PROFILE,
-    VALIDATE_WITH_CPU,
-    VIZ,
-)
+from tinygrad.engine.realize import capturing, run_linear
+from tinygrad.helpers import DEBUG, JIT, JIT_BATCH_SIZE, PROFILE, VALIDATE_WITH_CPU, VIZ
 from tinygrad.nn.state import get_parameters
 from tinygrad.schedule.memory import memory_plan_rewrite
 from tinygrad.uop.ops import Ops, buffers
@@ -99,22 +89,21 @@ class CapturedStep:
 
     def _first(self, args: tuple, kwargs: dict) -> Any:
         assert self._function is not None
+        origin = "tinygrad"
         if not _takes_graphs():
             replay: Replay | _Tinygrad = _Tinygrad(self._function)
-            result = replay(args, kwargs)
+        elif capturing:
+            raise JitError("a captured step cannot be called while a TinyJit captures")
         else:
-            if capturing:
-                raise JitError("a captured step cannot be called while a TinyJit captures")
             inputs = Inputs(args, kwargs)
             stored = self._stored(inputs)
             loaded = stored.load(inputs) if stored else None
             replay = loaded or _record(self._function, inputs, stored)
-            self.origin = "stored" if loaded else "captured"
-            result = replay(args, kwargs)
-        if isinstance(replay, _Tinygrad):
-            self.origin = "tinygrad"
-        self._replay, self._named = replay, None
-        self._function = None
+            if isinstance(replay, Replay):
+                origin = "stored" if loaded else "captured"
+        result = replay(args, kwargs)
+        self._replay, self.origin = replay, origin
+        self._function = self._named = None
         return result
 
     def _stored(self, inputs: Inputs) -> StoredStep | None:

@@ -125,7 +125,7 @@ def make_plan(
         ):
             return None
         resolved = [_resolve(u, tuple(inputs.uops)) for u in found]
-        of = [given[p[0]] if (p := _param(u)) else numbers for u in found]
+        of = [numbers if (i := _input_of(u)) is None else given[i] for u in found]
         estimates = estimate_uop(call)
         work = float(sum(getattr(x, "vmax", x) for x in (estimates.ops, estimates.mem)))
         for parts, fixed in unwrap_multi(call, resolved):
@@ -159,9 +159,9 @@ def make_plan(
     return plan, uops
 
 
-def _param(uop: UOp) -> tuple[int] | None:
+def _input_of(uop: UOp) -> int | None:
     """The number of the input that an argument is a part of."""
-    return next(((u.arg,) for u in uop.toposort() if u.op is Ops.PARAM), None)
+    return next((u.arg for u in uop.toposort() if u.op is Ops.PARAM), None)
 
 
 def _accesses(

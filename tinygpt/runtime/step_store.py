@@ -30,8 +30,6 @@ _BESIDE = {
     "DEBUG", "VIZ", "PROFILE", "TRACEMETA", "JIT", "CAPTURING", "TRACK_MATCH_STATS", "LRU",
     "CACHELEVEL", "ALLOW_DEVICE_USAGE", "SPEC", "CCACHE", "MAX_BUFFER_SIZE",
 }  # fmt: skip
-
-
 _PACKAGE = Path(__file__).parents[1]
 _IMPORTED = time.time()
 
@@ -121,8 +119,8 @@ def _machine() -> tuple[str, ...]:
     features = platform.processor()
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        wanted = ("flags", "Features", "model name", "CPU part")
-        features = "\n".join(sorted({x for x in lines if x.startswith(wanted)}))
+        telling = ("flags", "Features", "model name", "CPU part")
+        features = "\n".join(sorted({x for x in lines if x.startswith(telling)}))
     return version("tinygrad"), sys.version, platform.system(), platform.machine(), features
 
 

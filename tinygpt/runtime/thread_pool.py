@@ -134,11 +134,6 @@ def memcpy() -> int:
     return _address(ctypes.CDLL(None).memcpy)
 
 
-def copy_bytes(target: int, source: int, size: int) -> None:
-    """Copy memory by its addresses."""
-    ctypes.memmove(target, source, size)
-
-
 def runner_source() -> str:
     """runner.c as it is compiled, whose text the settings are a part of."""
     profile = "#define PROFILE\n" if os.environ.get("TINYGPT_PROFILE") == "1" else ""

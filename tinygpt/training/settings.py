@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from tinygpt.config import SHAPE as MODEL_SHAPE
 from tinygpt.config import Activation, GPTConfig, Norm, Position
 from tinygpt.errors import CheckpointError, unknown
-from tinygpt.options import check_options, defaults, option, option_of
+from tinygpt.options import Checked, check_names, defaults, option, option_of
 from tinygpt.storage import read_text
 
 # What describes a new model; how many token ids it has, the data says.
@@ -31,7 +31,7 @@ def _amount(default: float, help: str, **limits: float) -> Any:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Checked):
     """All settings of a training run. Frozen; a value that cannot work raises InputError.
 
     Each field is a flag of `tinygpt train` (`--batch-size` for batch_size) and a key of its TOML
@@ -84,27 +84,16 @@ class TrainConfig:
         1337, "of the initial weights, the batches and dropout", limits={"low": 0, "below": 2**32}
     )
 
-    def __post_init__(self) -> None:
-        self.check(vars(self))
-
     @classmethod
     def check(cls, values: Mapping[str, Any], spelled: Callable[[str], str] = str) -> None:
-        """Refuse settings with which nothing can be trained.
-
-        Args:
-            values: one for each field, by its name.
-            spelled: a field's name -> what the user calls it: the flag, if it was given as one.
-        Raises:
-            InputError: in those words, with the value and what is allowed.
-        """
-        check_options(cls, values, spelled)
-        shape = {name: values[name] for name in SHAPE if name in values}
+        """Refuse settings with which nothing can be trained: see `options.check_options`."""
+        super().check(values, spelled)
+        shape = {name: values[name] for name in SHAPE}
         GPTConfig.check({**defaults(GPTConfig), **shape}, spelled)
 
     def gpt_config(self, vocab_size: int) -> GPTConfig:
         """The shape of a new model for so many token ids."""
-        own = {setting.name for setting in fields(self)}
-        changes: dict[str, Any] = {name: getattr(self, name) for name in SHAPE if name in own}
+        changes: dict[str, Any] = {name: getattr(self, name) for name in SHAPE}
         changes |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), self.dropout)
         return GPTConfig(vocab_size=vocab_size, **changes)
 
@@ -118,10 +107,7 @@ class TrainConfig:
             InputError: for an unknown setting, or a value that cannot work.
         """
         merged = {name: value for layer in layers for name, value in layer.items()}
-        names = [setting.name for setting in fields(cls)]
-        for name in merged:
-            if name not in names:
-                raise unknown("setting", name, names)
+        check_names(cls, merged, "setting")
         cls.check({**defaults(cls), **merged}, spelled)
         return cls(**merged)
 

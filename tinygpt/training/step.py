@@ -67,7 +67,7 @@ class Trainer:
             self.lora = Lora(self.weights, config.lora_rank, config.lora_alpha, config.seed)
         self.optimizer = Optimizer(
             self.lora.parameters if self.lora else self.weights,
-            "adamw" if config.optimizer == "adamw" else "muon",
+            config.optimizer,
             config.beta1,
             config.beta2,
             config.weight_decay,
