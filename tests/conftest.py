@@ -14,7 +14,7 @@ from tinygrad import Device, Tensor
 from tinygrad.helpers import NOOPT
 from tinygrad.nn.state import get_state_dict
 
-from tinygpt import GPT, Generator, GPTConfig
+from tinygpt import GPT, Generator, GPTConfig, load_tokenizer
 from tinygpt.checkpoints.quantization import DTYPES, supported
 from tinygpt.commands.main import main
 from tinygpt.runtime import device
@@ -55,6 +55,12 @@ def randomize(model: GPT, seed: int = 0) -> GPT:
         )
         parameter.assign(Tensor(value.astype(np.float32)).to(parameter.device)).realize()
     return model
+
+
+def save_with_bytes(model: GPT, folder: Path) -> None:
+    """A folder of the model and the tokenizer of bytes, as `--model` takes it."""
+    model.save_pretrained(folder)
+    save_tokenizer(load_tokenizer("bytes"), folder)
 
 
 def weights_of(model: GPT) -> dict[str, np.ndarray]:

@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, randomize
+from conftest import SMALL, randomize, save_with_bytes
 
-from tinygpt import GPT, load_tokenizer
-from tinygpt.tokenizer.encoding import save_tokenizer
+from tinygpt import GPT
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -39,8 +38,7 @@ def room(tmp_path_factory) -> Path:
     model = randomize(GPT(SMALL.__class__(n_layer=1, n_head=2, n_embd=16, vocab_size=257)))
     cache = room / "hub" / "models--gpt2"
     for folder in (room / "my-gpt2", cache / "snapshots" / "main"):
-        model.save_pretrained(folder)
-        save_tokenizer(load_tokenizer("bytes"), folder)
+        save_with_bytes(model, folder)
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("main")
     return room

@@ -1,13 +1,13 @@
-"""A session: what the command line and a server have in common, without either."""
+"""A writer: what the command line and a server have in common, without either."""
 
 from __future__ import annotations
 
 import pytest
-from conftest import randomize
+from conftest import randomize, save_with_bytes
 from program import CONFIG
 
-from tinygpt import GPT, Generator, GPTConfig, InputError, load_tokenizer
-from tinygpt.tokenizer.encoding import decode, save_tokenizer
+from tinygpt import GPT, Generator, GPTConfig, InputError
+from tinygpt.tokenizer.encoding import decode
 from tinygpt.writer import Writer
 
 
@@ -17,41 +17,40 @@ def model() -> GPT:
 
 
 @pytest.fixture(scope="module")
-def session(model, tmp_path_factory) -> Writer:
+def writer(model, tmp_path_factory) -> Writer:
     folder = tmp_path_factory.mktemp("saved")
-    model.save_pretrained(folder)
-    save_tokenizer(load_tokenizer("bytes"), folder)
+    save_with_bytes(model, folder)
     return Writer.open(str(folder))
 
 
-def test_it_streams_what_the_generator_yields(session, model):
-    ids = session.encode("Hi")
+def test_it_streams_what_the_generator_yields(writer, model):
+    ids = writer.encode("Hi")
     assert ids == list(b"Hi")
-    rows = list(session.stream(ids, 6, [3, 4], temperature=0.9))
+    rows = list(writer.stream(ids, 6, [3, 4], temperature=0.9))
     for row, seed in enumerate((3, 4)):
         expected = list(Generator(model).generate(ids, 6, seed, [256], temperature=0.9))
         assert [step[row] for step in rows if step[row] is not None] == expected
 
 
-def test_it_goes_on_with_another_prompt(session, model):
+def test_it_goes_on_with_another_prompt(writer, model):
     for prompt in ("Hi", "You there"):
-        ids = session.encode(prompt)
+        ids = writer.encode(prompt)
         (expected,) = zip(*Generator(model).generate_batch([ids], 4, temperature=0), strict=True)
-        assert [token for (token,) in session.stream(ids, 4, [0], temperature=0)] == list(expected)
+        assert [token for (token,) in writer.stream(ids, 4, [0], temperature=0)] == list(expected)
 
 
-def test_its_text_ends_before_a_stop_text(session):
+def test_its_text_ends_before_a_stop_text(writer):
     ids = list(b"one two")
-    assert "".join(session.text(iter(ids))) == decode(session.tokenizer, ids) == "one two"
-    assert "".join(session.text(iter(ids), ["tw"])) == "one "
-    assert session.has_stopped(ids, ["tw", "x"])
-    assert not session.has_stopped(ids, ["x"])
+    assert "".join(writer.text(iter(ids))) == decode(writer.tokenizer, ids) == "one two"
+    assert "".join(writer.text(iter(ids), ["tw"])) == "one "
+    assert writer.has_stopped(ids, ["tw", "x"])
+    assert not writer.has_stopped(ids, ["x"])
 
 
-def test_an_empty_prompt_is_the_end_token_and_special_tokens_are_text(session):
-    assert session.encode("") == [256]
-    assert session.encode("<|endoftext|>") == list(b"<|endoftext|>")
-    assert session.encode("<|endoftext|>", special_tokens=True) == [256]
+def test_an_empty_prompt_is_the_end_token_and_special_tokens_are_text(writer):
+    assert writer.encode("") == [256]
+    assert writer.encode("<|endoftext|>") == list(b"<|endoftext|>")
+    assert writer.encode("<|endoftext|>", special_tokens=True) == [256]
 
 
 def test_a_new_model_has_the_ids_of_its_tokenizer():

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import writers
-from conftest import randomize, weights_of
+from conftest import randomize, save_with_bytes, weights_of
 from tinygrad import Tensor
 from writers import SHAPE, TOKENS, WRITERS
 
@@ -38,8 +38,7 @@ def our_logits(model: GPT, tokens: np.ndarray = TOKENS) -> np.ndarray:
 def ours(tmp_path_factory) -> tuple[Path, GPT]:
     """A model of ours and its folder, with a tokenizer."""
     folder = tmp_path_factory.mktemp("ours")
-    (model := randomize(GPT(SMALL))).save_pretrained(folder)
-    save_tokenizer(load_tokenizer("bytes"), folder)
+    save_with_bytes(model := randomize(GPT(SMALL)), folder)
     return folder, model
 
 

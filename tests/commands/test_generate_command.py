@@ -13,12 +13,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import randomize
+from conftest import randomize, save_with_bytes
 from program import CONFIG, ROOT, SHORT, finish, is_refused, start
 
 from tinygpt import GPT, Generator, GPTConfig, load_tokenizer
 from tinygpt.runtime import device
-from tinygpt.tokenizer.encoding import decode, save_tokenizer
+from tinygpt.tokenizer.encoding import decode
 
 pytestmark = pytest.mark.usefixtures("no_network")
 
@@ -26,8 +26,7 @@ pytestmark = pytest.mark.usefixtures("no_network")
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> tuple[Path, GPT]:
     folder = tmp_path_factory.mktemp("saved")
-    (model := randomize(GPT(CONFIG))).save_pretrained(folder)
-    save_tokenizer(load_tokenizer("bytes"), folder)
+    save_with_bytes(model := randomize(GPT(CONFIG)), folder)
     return folder, model
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import randomize, reference_of
+from conftest import randomize, reference_of, save_with_bytes
 from prepared import prepared
 
 from tinygpt import GPT, GPTConfig, InputError, load_tokenizer
@@ -15,7 +15,7 @@ from tinygpt.commands import evaluate
 from tinygpt.data.dataset import Dataset
 from tinygpt.evaluation import tasks
 from tinygpt.evaluation.losses import Scorer, Window, evaluate_data, spread, windows
-from tinygpt.tokenizer.encoding import encode, save_tokenizer
+from tinygpt.tokenizer.encoding import encode
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=257)
 TEXT = "Ünder the sea, a café was öpen. " * 9
@@ -27,8 +27,7 @@ def saved(tmp_path_factory):
     model = randomize(GPT(CONFIG))
     for parameter in (model.wte.weight, model.wpe.weight):  # so that losses are no hundreds
         parameter.assign(parameter * 0.3).realize()
-    model.save_pretrained(folder)
-    save_tokenizer(load_tokenizer("bytes"), folder)
+    save_with_bytes(model, folder)
     return folder, model
 
 
