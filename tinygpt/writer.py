@@ -5,7 +5,7 @@ It knows no command line and prints nothing: who asks, and how the text is shown
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from tinygpt.config import GPTConfig
 from tinygpt.generate import Generator
 from tinygpt.model import GPT
 from tinygpt.runtime import device
-from tinygpt.tokenizer.encoding import decode, decode_stream, encode, end_token
+from tinygpt.tokenizer.encoding import TextStream, encode, end_token
 
 if TYPE_CHECKING:
     from tiktoken import Encoding
@@ -104,13 +104,9 @@ class Writer:
         prompts, ends = [prompt_ids] * len(seeds), [] if self.end is None else [self.end]
         return self.generator.generate_batch(prompts, max_new_tokens, seeds, ends, **sampling)
 
-    def text(self, ids: Iterable[int], stop: Sequence[str] = ()) -> Iterator[str]:
-        """The text of ids as they come, in pieces, up to just before the first stop text."""
-        return decode_stream(self.tokenizer, ids, stop)
-
-    def has_stopped(self, ids: Sequence[int], stop: Sequence[str]) -> bool:
-        """Whether the text of the ids holds one of the stop texts."""
-        return any(each in decode(self.tokenizer, ids) for each in stop)
+    def text_stream(self, stop: Sequence[str] = ()) -> TextStream:
+        """What makes text of the ids of one sample, up to just before the first stop text."""
+        return TextStream(self.tokenizer, stop)
 
 
 def _check(dtype: str | None) -> None:

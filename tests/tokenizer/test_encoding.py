@@ -6,7 +6,7 @@ import random
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -17,9 +17,9 @@ from tinygpt.checkpoints.load_tokenizer import load_tokenizer
 from tinygpt.errors import InputError
 from tinygpt.tokenizer import encoding
 from tinygpt.tokenizer.encoding import (
+    TextStream,
     char_tokenizer,
     decode,
-    decode_stream,
     encode,
     end_token,
     save_tokenizer,
@@ -445,6 +445,19 @@ def test_long_white_space(small: tiktoken.Encoding, monkeypatch: pytest.MonkeyPa
 # Decoding in pieces.
 
 
+def decode_stream(
+    tokenizer: tiktoken.Encoding, ids: Iterable[int], stop: str | list[str] = ()
+) -> Iterator[str]:
+    stream = TextStream(tokenizer, stop)
+    for token in ids:
+        if piece := stream.add(token):
+            yield piece
+        if stream.stopped:
+            return
+    if piece := stream.end():
+        yield piece
+
+
 def cut(text: str, stops: list[str]) -> str:
     """The text before the stop text that is complete first: the plain definition."""
     for end in range(len(text) + 1):
@@ -541,7 +554,7 @@ def test_unknown_ids() -> None:
 
 def test_empty_stop_is_refused_at_once() -> None:
     with pytest.raises(InputError) as error:
-        decode_stream(load_tokenizer("bytes"), [97], ["a", ""])
+        TextStream(load_tokenizer("bytes"), ["a", ""])
     assert "''" in message(error)
 
 

@@ -22,6 +22,7 @@ from tinygpt.errors import InputError, say
 from tinygpt.options import defaults
 from tinygpt.runtime import device
 from tinygpt.sampling import Sampling
+from tinygpt.tokenizer.encoding import TextStream
 from tinygpt.writer import Writer
 
 _DEFAULT_PRESET = "nano"
@@ -230,15 +231,35 @@ class _Interrupts:
         return kind is KeyboardInterrupt
 
 
+class _Sample:
+    """One text that is being written."""
+
+    def __init__(self, stream: TextStream) -> None:
+        self.stream, self.tokens, self.text = stream, list[int](), ""
+
+    def add(self, token: int) -> str:
+        """What one more token adds to the text."""
+        self.tokens.append(token)
+        piece = self.stream.add(token)
+        self.text += piece
+        return piece
+
+    def end(self) -> str:
+        """What was held back."""
+        piece = self.stream.end()
+        self.text += piece
+        return piece
+
+
 class _Output:
     """What one call shows: its text as it comes, or all its samples at the end, or JSON."""
 
     def __init__(
         self, request: Request, writer: Writer, prompt_ids: list[int], interrupts: _Interrupts
     ) -> None:
-        self.request, self.writer, self.prompt_ids = request, writer, prompt_ids
-        self.interrupts = interrupts
-        self.samples: list[list[int]] = [[] for _ in request.seeds]
+        self.request, self.prompt_ids, self.interrupts = request, prompt_ids, interrupts
+        self.samples = [_Sample(writer.text_stream(request.stop)) for _ in request.seeds]
+        self.at_once = len(self.samples) == 1 and not request.json
         self.times: list[float] = []  # seconds after the start, for each token
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")
@@ -247,43 +268,41 @@ class _Output:
 
     def follow(self, steps: Iterator[list[int | None]]) -> None:
         """Take all steps, showing the text at once where there is one sample to show."""
-        start, stop = time.perf_counter(), self.request.stop
-        if self.request.json or len(self.samples) > 1:
-            for _ in self._collect(steps, start):
-                if all(self.writer.has_stopped(ids, stop) for ids in self.samples):
-                    return
-            return
-        self._show(self.request.prompt)
-        ids = (row[0] for row in self._collect(steps, start))
+        start = time.perf_counter()
+        if self.at_once:
+            self._show(self.request.prompt)
         try:
-            for piece in self.writer.text(ids, stop):
-                self._show(piece)
-        except Exception:  # its message is to have a line of its own
-            self._show("\n")
+            for row in steps:
+                self._add(row, time.perf_counter() - start)
+                if self.interrupts.came or all(each.stream.stopped for each in self.samples):
+                    break
+        except Exception:
+            if self.at_once:  # the message is to have a line of its own
+                self._show("\n")
             raise
+        for sample in self.samples:
+            piece = sample.end()
+            if self.at_once:
+                self._show(piece)
 
-    def _collect(
-        self, steps: Iterator[list[int | None]], start: float
-    ) -> Iterator[list[int | None]]:
-        for row in steps:
-            now = time.perf_counter() - start
-            for sample, token in zip(self.samples, row, strict=True):
-                if token is not None:
-                    sample.append(token)
-                    self.times.append(now)
-                    self.interrupts.has_text = True
-            yield row
-            if self.interrupts.came:
-                return
+    def _add(self, row: list[int | None], time_s: float) -> None:
+        for sample, token in zip(self.samples, row, strict=True):
+            if token is None or sample.stream.stopped:
+                continue
+            self.times.append(time_s)
+            self.interrupts.has_text = True
+            piece = sample.add(token)
+            if self.at_once:
+                self._show(piece)
 
     def _show(self, text: str) -> None:
-        sys.stdout.write(text.translate(self.hidden))
-        sys.stdout.flush()
+        if text:
+            sys.stdout.write(text.translate(self.hidden))
+            sys.stdout.flush()
 
     def finish(self) -> None:
         """Show what `follow` has not shown, and say how long it took."""
         request = self.request
-        samples = [self._sample(ids) for ids in self.samples]
         first = last = rate = None
         if self.times:
             first, last = self.times[0], self.times[-1]
@@ -296,19 +315,13 @@ class _Output:
                 "device": device.describe(),
                 "prompt": request.prompt,
                 "prompt_tokens": self.prompt_ids,
-                "samples": samples,
+                "samples": [{"tokens": each.tokens, "text": each.text} for each in self.samples],
                 "timings": {"first_token_s": first, "total_s": last, "tokens_per_s": rate},
             }
             self._show(json.dumps(facts, ensure_ascii=False))
-        elif len(samples) > 1:
-            self._show("\n---\n".join(request.prompt + sample["text"] for sample in samples))
+        elif not self.at_once:
+            self._show("\n---\n".join(request.prompt + each.text for each in self.samples))
         self._show("\n")
         if first is not None:
             speed = f", then {rate:.1f} tokens/s" if rate else ""
             say(f"{len(self.times)} tokens, the first after {first:.2f} s{speed}")
-
-    def _sample(self, ids: list[int]) -> dict[str, Any]:
-        """A sample's text, and its tokens up to where a stop text ended it."""
-        unread = iter(ids)
-        text = "".join(self.writer.text(unread, self.request.stop))
-        return {"tokens": ids[: len(ids) - len(list(unread))], "text": text}

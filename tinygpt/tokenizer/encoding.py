@@ -6,7 +6,7 @@ import codecs
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -203,26 +203,64 @@ def end_token(tokenizer: Encoding) -> int | None:
 
 
 def decode(tokenizer: Encoding, ids: Iterable[int]) -> str:
-    """The text of some ids: what `decode_stream` gives, in one piece."""
-    return "".join(decode_stream(tokenizer, ids))
+    """The text of some ids: what a `TextStream` gives, in one piece."""
+    stream = TextStream(tokenizer)
+    return "".join(map(stream.add, ids)) + stream.end()
 
 
-def decode_stream(
-    tokenizer: Encoding, ids: Iterable[int], stop: Sequence[str] = ()
-) -> Iterator[str]:
-    """The text of ids as they come, in pieces that never split a character.
+class TextStream:
+    """The text of ids that are added one by one, in pieces that never split a character.
 
-    Args:
-        ids: taken one at a time; one the tokenizer lacks (a padded vocabulary) gives U+FFFD.
-        stop: texts of which the first to be complete ends the output, just before it. No further
-            id is taken then; text that may yet become a stop text is held back.
-    Raises:
-        InputError: at once, for an empty stop text.
+    Attributes:
+        stopped: whether a stop text was complete. The text ends just before it.
     """
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    if "" in stops:
-        raise InputError("stop text '' is empty: give at least one character, or leave it out")
-    return filter(None, _until_stop(_texts(tokenizer, ids), stops))
+
+    def __init__(self, tokenizer: Encoding, stop: str | Sequence[str] = ()) -> None:
+        """
+        Args:
+            stop: texts of which the first to be complete ends the text.
+        Raises:
+            InputError: for an empty stop text.
+        """
+        self.tokenizer = tokenizer
+        self.stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if "" in self.stops:
+            raise InputError("stop text '' is empty: give at least one character, or leave it out")
+        self.stopped = False
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""  # what may yet become a stop text
+
+    def add(self, token: int) -> str:
+        """What the next id adds to the text, perhaps nothing yet.
+
+        Args:
+            token: one the tokenizer lacks (a padded vocabulary) gives U+FFFD.
+        """
+        try:
+            data = self.tokenizer.decode_single_token_bytes(token)
+        except (KeyError, OverflowError):
+            data = b"\xff"  # a byte that UTF-8 never has: the decoder makes it U+FFFD
+        return self._until_stop(self._decoder.decode(data))
+
+    def end(self) -> str:
+        """What was held back, when no more ids come."""
+        text = self._until_stop(self._decoder.decode(b"", final=True)) + self._held
+        self._held = ""
+        return text
+
+    def _until_stop(self, text: str) -> str:
+        if self.stopped:
+            return ""
+        text, self._held = self._held + text, ""
+        found = [(text.index(stop) + len(stop), text.index(stop))
+                 for stop in self.stops if stop in text]  # fmt: skip
+        if found:  # the first to end decides, however the ids divide the text
+            self.stopped = True
+            return text[: min(found)[1]]
+        starts = (stop[:n] for stop in self.stops for n in range(1, len(stop)))
+        keep = len(text) - max((len(start) for start in starts if text.endswith(start)), default=0)
+        self._held = text[keep:]
+        return text[:keep]
 
 
 def _utf8(text: str) -> bytes:
@@ -232,32 +270,6 @@ def _utf8(text: str) -> bytes:
         raise InputError(
             f"{show(text)} has half of a surrogate pair, which is not valid Unicode: take it out"
         ) from None
-
-
-def _texts(tokenizer: Encoding, ids: Iterable[int]) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for token in ids:
-        try:
-            data = tokenizer.decode_single_token_bytes(token)
-        except (KeyError, OverflowError):
-            data = b"\xff"  # a byte that UTF-8 never has: the decoder makes it U+FFFD
-        yield decoder.decode(data)
-    yield decoder.decode(b"", final=True)
-
-
-def _until_stop(texts: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
-    held = ""
-    for text in texts:
-        held += text
-        found = [(held.index(stop) + len(stop), held.index(stop)) for stop in stops if stop in held]
-        if found:  # the first to end decides, however the ids divide the text
-            yield held[: min(found)[1]]
-            return
-        starts = ((stop, n) for stop in stops for n in range(1, min(len(stop), len(held) + 1)))
-        keep = max((n for stop, n in starts if held.endswith(stop[:n])), default=0)
-        yield held[: len(held) - keep]
-        held = held[len(held) - keep :]
-    yield held
 
 
 def _from_own(path: Path) -> Encoding:
