@@ -107,6 +107,7 @@ class Worker:
             self.process = subprocess.Popen(
                 command, stdin=-1, stdout=-1, stderr=errors, text=True, cwd=checkout,
                 env={**os.environ, **settings},
+                encoding="utf-8",
             )  # fmt: skip
 
     def turn(self, number: int) -> dict[str, Any]:
@@ -116,7 +117,7 @@ class Worker:
             self.process.stdin.flush()
         if reply := self.process.stdout.readline():
             return json.loads(reply)
-        lines = self.said.read_text(errors="replace").split("\n")
+        lines = self.said.read_text(errors="replace", encoding="utf-8").split("\n")
         raise RuntimeError(next(filter(str.strip, reversed(lines)), "it ended without a word"))
 
     def close(self) -> None:
@@ -176,7 +177,7 @@ def conditions(old: Path, new: Path, rounds: int) -> dict[str, Any]:
         time.sleep(1)
     cpu = platform.processor() or platform.machine()
     with suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         cpu = next(x for x in lines if x.startswith("model name")).partition(": ")[2]
     packages = {"python": platform.python_version()}
     for name in PACKAGES:
@@ -186,7 +187,10 @@ def conditions(old: Path, new: Path, rounds: int) -> dict[str, Any]:
     def commit(checkout: Path) -> str:
         described = ("git", "describe", "--always", "--dirty", "--exclude=*")
         return subprocess.run(
-            described, cwd=checkout, capture_output=True, text=True
+            described,
+            cwd=checkout,
+            capture_output=True,
+            encoding="utf-8",
         ).stdout.strip()
 
     return {
@@ -250,7 +254,7 @@ def main() -> int:
                 print(f"| {work.name} | failed: {error} | | | | | | |", flush=True)
     print(f"\nload after: {os.getloadavg()[0]:.2f}")
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return int(bool(result["failures"]))
 
 

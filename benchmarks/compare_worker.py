@@ -157,7 +157,7 @@ def peak_bytes(children: bool) -> int | None:
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
     with suppress(OSError, StopIteration):
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return int(next(x for x in lines if x.startswith("VmHWM:")).split()[1]) * 1024
     return None
 

@@ -109,7 +109,10 @@ def main() -> None:
     command += ["--run", args.run] if args.run else []
     processes = {
         name: subprocess.Popen(
-            [*command, "--serve", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [*command, "--serve", name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
         )
         for name in ("ours", "torch")
     }

@@ -51,7 +51,7 @@ def safetensors(folder: Path, n_layer: int, count: int = 120_000) -> Path:
     header = json.dumps(dict.fromkeys(LETTERS[:count], entry), separators=(",", ":")).encode()
     data = struct.pack("<Q", len(header)) + header
     (folder / "model.safetensors").write_bytes(data)
-    (folder / "config.json").write_text(json.dumps({"n_layer": n_layer, **SHAPE}))
+    (folder / "config.json").write_text(json.dumps({"n_layer": n_layer, **SHAPE}), encoding="utf-8")
     return folder
 
 
@@ -86,8 +86,8 @@ def gguf_texts(folder: Path) -> Path:
 
 
 def tokenizer(folder: Path, vocab: str, merges: str = "") -> Path:
-    (folder / "vocab.json").write_text(vocab)
-    (folder / "merges.txt").write_text(merges)
+    (folder / "vocab.json").write_text(vocab, encoding="utf-8")
+    (folder / "merges.txt").write_text(merges, encoding="utf-8")
     return folder / "vocab.json"
 
 

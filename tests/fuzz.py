@@ -62,7 +62,7 @@ def write_seeds(folder: str) -> None:
         place = Path(folder, form)
         place.mkdir()
         path, _ = writers.WRITERS[form][1](place)
-        (place / "which").write_text("." if path == place else path.name)
+        (place / "which").write_text("." if path == place else path.name, encoding="utf-8")
 
 
 class Seed:
@@ -70,7 +70,7 @@ class Seed:
 
     def __init__(self, folder: Path) -> None:
         self.form = folder.name
-        self.path = (folder / "which").read_text()
+        self.path = (folder / "which").read_text(encoding="utf-8")
         kept = (x for x in folder.iterdir() if x.name not in ("which", "generation_config.json"))
         self.files = {x.name: x.read_bytes() for x in kept}
         big = [name for name in self.files if not name.endswith(".json")]
@@ -189,7 +189,7 @@ def attempt(path: Path) -> str:
 
 
 def peak_memory_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return int(next(x for x in lines if x.startswith("VmHWM")).split()[1]) * 1024
 
 

@@ -25,7 +25,7 @@ def start(*argv, program=("run.py",), env=None, stdout=subprocess.PIPE) -> subpr
 
 def finish(process: subprocess.Popen) -> tuple[int, bytes, str]:
     out, err = process.communicate(timeout=300)
-    return process.returncode, out, err.decode()
+    return process.returncode, out, err.decode(errors="replace")
 
 
 def is_refused(run: tuple[int, str | bytes, str], words: str) -> bool:

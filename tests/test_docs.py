@@ -17,15 +17,15 @@ PAGES = [
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_to_files(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         assert "://" in target or (page.parent / target).exists(), target
 
 
 def test_the_tour_names_what_is_there():
-    text = re.sub(r"\s+", " ", (ROOT / "docs" / "tour.md").read_text())
+    text = re.sub(r"\s+", " ", (ROOT / "docs" / "tour.md").read_text(encoding="utf-8"))
     named = re.findall(r"\]\(([^)]+)\)((?:, `[\w.]+`)+)", text)
     assert len(named) > 10
     for target, names in named:
-        source = (ROOT / "docs" / target).read_text()
+        source = (ROOT / "docs" / target).read_text(encoding="utf-8")
         for name in re.findall(r"[\w.]+", names):
             assert re.search(rf"(class|def) {name.split('.')[-1]}\b", source), f"{target}: {name}"

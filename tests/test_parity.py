@@ -144,7 +144,7 @@ def test_their_model_without_a_head_loads(tmp_path):
 
 
 def test_an_empty_config_means_the_same_model(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
     ours, theirs = read_config(tmp_path / "config.json"), transformers.GPT2Config()
     names = (
         "n_layer n_head n_embd n_inner vocab_size layer_norm_epsilon scale_attn_weights "
@@ -214,7 +214,10 @@ def test_what_we_save_gives_them_the_same_logits(tmp_path, options):
 )
 def test_they_refuse_by_name_what_gpt2_cannot_express(tmp_path, options):
     GPT(replace(SMALL, **options)).save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "tinygpt"
+    assert (
+        json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["model_type"]
+        == "tinygpt"
+    )
     for auto in (transformers.AutoConfig, transformers.AutoModelForCausalLM):
         with pytest.raises((ValueError, KeyError), match="tinygpt"):
             auto.from_pretrained(tmp_path)
@@ -255,7 +258,7 @@ def test_the_program_writes_the_tokens_that_they_write(tmp_path):
         env={**os.environ, "DEV": "CPU"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)

@@ -15,7 +15,7 @@ from conftest import SMALL, randomize, save_with_bytes
 from tinygpt import GPT
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
     line
     for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
@@ -34,13 +34,13 @@ def room(tmp_path_factory) -> Path:
     """A folder like a user's: run.py, a model, and a Hugging Face cache that has `gpt2`."""
     room = tmp_path_factory.mktemp("room")
     (room / "run.py").symlink_to(ROOT / "run.py")
-    (room / "my-text.txt").write_text(README)
+    (room / "my-text.txt").write_text(README, encoding="utf-8")
     model = randomize(GPT(SMALL.__class__(n_layer=1, n_head=2, n_embd=16, vocab_size=257)))
     cache = room / "hub" / "models--gpt2"
     for folder in (room / "my-gpt2", cache / "snapshots" / "main"):
         save_with_bytes(model, folder)
     (cache / "refs").mkdir()
-    (cache / "refs" / "main").write_text("main")
+    (cache / "refs" / "main").write_text("main", encoding="utf-8")
     return room
 
 
@@ -97,5 +97,5 @@ def test_the_map_has_every_file_and_no_other():
 
 
 def test_ci_runs_the_documented_commands():
-    script = (ROOT / ".ci" / "run").read_text()
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert all(command in script for command in INSTALLS)

@@ -61,7 +61,7 @@ def row_of(path: str) -> int:
 
 def imports(path: Path, only_at_the_top: bool = False) -> set[str]:
     """Full names of what a file imports, wherever in it; `from a import b` gives a.b."""
-    found, tree = set(), ast.parse(path.read_text())
+    found, tree = set(), ast.parse(path.read_text(encoding="utf-8"))
     for node in tree.body if only_at_the_top else ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -97,11 +97,11 @@ def test_imports_point_down(file):
 
 @pytest.mark.parametrize("file", FILES, ids=path_of)
 def test_a_module_is_one_concern(file):
-    assert len(file.read_text().splitlines()) <= 330
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= 330
 
 
 def test_the_package_stands_on_its_three_dependencies():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     names = {name.split("=")[0].split(">")[0] for name in project["dependencies"]}
     assert names == {"tinygrad", "tiktoken", "numpy"}
     allowed = names | {"tinygpt", "tiktoken_ext", "regex"} | set(sys.stdlib_module_names)
@@ -130,7 +130,7 @@ def test_only_runtime_knows_the_inside_of_tinygrad(file):
         return
     used = {full.removeprefix("tinygrad.") for full in imports(file) if full[:8] == "tinygrad"}
     assert used <= PUBLIC
-    assert not re.search(r"\.uop\b|\bDevice\[", file.read_text())
+    assert not re.search(r"\.uop\b|\bDevice\[", file.read_text(encoding="utf-8"))
 
 
 def test_what_git_keeps_at_the_top():
@@ -139,6 +139,41 @@ def test_what_git_keeps_at_the_top():
         "tinygpt", "tests", "benchmarks", "docs", "run.py", "pyproject.toml", "README.md",
         "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", ".gitignore", ".ci",
     }  # fmt: skip
-    run = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, encoding="utf-8")
     if run.returncode == 0:  # not in an archive of the sources
         assert {line.split("/")[0] for line in run.stdout.splitlines()} <= kept
+
+
+def unnamed_encodings(tree: ast.AST) -> list[int]:
+    """The lines in which a file or a pipe is read or written as text of the system's encoding.
+
+    It is UTF-8 on some machines only: on Windows, and in the POSIX locale, it is not.
+    """
+    lines = []
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        given = {argument.arg: argument.value for argument in call.keywords}
+        name = ast.unparse(call.func)
+        if name == "open":
+            mode = given.get("mode") or (call.args[1] if len(call.args) > 1 else ast.Constant("r"))
+            is_text = not isinstance(mode, ast.Constant) or "b" not in mode.value
+        else:
+            is_text = name.endswith((".read_text", ".write_text")) or "text" in given
+        if is_text and not given.keys() & {"encoding", None}:
+            lines.append(call.lineno)
+    return lines
+
+
+def python_files() -> list[Path]:
+    places = (PACKAGE, ROOT / "tests", ROOT / "benchmarks")
+    return [ROOT / "run.py", *(file for place in places for file in sorted(place.rglob("*.py")))]
+
+
+def test_every_file_that_is_opened_as_text_names_its_encoding():
+    slips = ["open(p)", "open(p, mode)", "p.read_text()", "p.write_text(t)", "run(p, text=True)"]
+    assert all(unnamed_encodings(ast.parse(slip)) for slip in slips)
+    found = {
+        file.relative_to(ROOT).as_posix(): lines
+        for file in python_files()
+        if (lines := unnamed_encodings(ast.parse(file.read_text(encoding="utf-8"))))
+    }
+    assert not found

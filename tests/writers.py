@@ -80,7 +80,7 @@ def hf_bin_shards(folder: Path) -> tuple[Path, np.ndarray]:
         torch.save({name: state[name].clone() for name in names}, folder / file)
         files |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": 1}, "weight_map": files}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index), encoding="utf-8")
     return folder, logits_of(model)
 
 
@@ -258,7 +258,9 @@ def book(folder: Path, qkv_bias: bool = False, nested: bool = False) -> tuple[Pa
     torch = pytest.importorskip("torch")
 
     model = book_model(qkv_bias)
-    (folder / "config.json").write_text('{"n_head": 2}')  # at width 32 it is not as in GPT-2
+    (folder / "config.json").write_text(
+        '{"n_head": 2}', encoding="utf-8"
+    )  # at width 32 it is not as in GPT-2
     state = model.state_dict()
     saved = {"model_state_dict": state, "optimizer_state_dict": {}} if nested else state
     torch.save(saved, folder / "model.pth")
@@ -269,7 +271,7 @@ def book_safetensors(folder: Path) -> tuple[Path, np.ndarray]:
     save_file = pytest.importorskip("safetensors.torch").save_file
 
     model = book_model(True)
-    (folder / "config.json").write_text('{"n_head": 2}')
+    (folder / "config.json").write_text('{"n_head": 2}', encoding="utf-8")
     save_file(model.state_dict(), folder / "gpt2-small.safetensors")
     return folder / "gpt2-small.safetensors", logits_of(model)
 

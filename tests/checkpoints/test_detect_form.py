@@ -102,13 +102,15 @@ def test_the_books_heads_are_64_wide_unless_a_config_says_else(tmp_path):
     layout = {name: ("F32", tuple(shape)) for name, shape in wide.items()}
     write_safetensors(tmp_path / "x.safetensors", layout, lambda n: np.zeros(layout[n][1], "f4"))
     assert open_checkpoint(tmp_path / "x.safetensors").config.n_head == 2
-    (tmp_path / "config.json").write_text('{"n_head": 64}')  # which divides no width of GPT-2's
+    (tmp_path / "config.json").write_text(
+        '{"n_head": 64}', encoding="utf-8"
+    )  # which divides no width of GPT-2's
     assert open_checkpoint(tmp_path / "x.safetensors").config.n_head == 64
 
 
 def test_a_configuration_that_asks_for_too_much_is_refused_at_once(tmp_path, ours):
     (tmp_path / "model.safetensors").write_bytes((ours[0] / "model.safetensors").read_bytes())
-    config = json.loads((ours[0] / "config.json").read_text())
+    config = json.loads((ours[0] / "config.json").read_text(encoding="utf-8"))
     for change, words in (
         (
             {"n_layer": 10**6},
@@ -120,7 +122,7 @@ def test_a_configuration_that_asks_for_too_much_is_refused_at_once(tmp_path, our
             "1000000 positions, where 131072 are read at most",
         ),
     ):
-        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        (tmp_path / "config.json").write_text(json.dumps(config | change), encoding="utf-8")
         with pytest.raises(CheckpointError, match=words):
             GPT.from_pretrained(tmp_path)
 
@@ -174,9 +176,11 @@ def test_a_gguf_files_tokenizer_gives_the_ids_that_transformers_gives(tmp_path):
     transformers = pytest.importorskip("transformers")
     path, _ = WRITERS["GGUF F32"][1](tmp_path)
     vocab = {token: i for i, token in enumerate(writers.byte_vocabulary())}
-    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
     merges = [" ".join(merge) for merge in writers.MERGES]
-    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    (tmp_path / "merges.txt").write_text(
+        "\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8"
+    )
     theirs = transformers.GPT2Tokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
     mine = load_tokenizer(path, 300)
     for text in ("hello the the  hell ofthe", "naïve 中文 \n\t!", " the"):
@@ -253,9 +257,9 @@ def test_llama_cpp_reads_our_vocabulary(ours, tmp_path, capsys):
     llama_cpp = pytest.importorskip("llama_cpp")
     path = tmp_path / "x.gguf"
     vocab = {token: i for i, token in enumerate(writers.byte_vocabulary())}
-    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
     merges = [" ".join(merge) for merge in writers.MERGES]
-    (tmp_path / "merges.txt").write_text("\n".join(merges))
+    (tmp_path / "merges.txt").write_text("\n".join(merges), encoding="utf-8")
     save_gguf(ours[1], path, load_tokenizer(tmp_path))
     theirs = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
     mine = load_tokenizer(path)
@@ -300,7 +304,7 @@ def test_a_form_that_cannot_say_a_model_refuses_it_by_name(case, tmp_path, capsy
 
 def test_what_convert_refuses_leaves_nothing(ours, tmp_path, capsys):
     folder = Path(shutil.copytree(ours[0], tmp_path / "in"))
-    (tmp_path / "there").write_text("mine")
+    (tmp_path / "there").write_text("mine", encoding="utf-8")
     for argv, words in (
         ((folder, "there", "--to", "hf"), "there is there already: name another"),
         ((folder, "there", "--to", "gguf"), "there is there already: name another"),
@@ -332,7 +336,7 @@ def test_what_convert_refuses_leaves_nothing(ours, tmp_path, capsys):
 def test_convert_refuses_a_damaged_tokenizer(ours, tmp_path, capsys):
     folder = Path(shutil.copytree(ours[0], tmp_path / "in"))
     (folder / "tinygpt_tokenizer.json").unlink()
-    (folder / "vocab.json").write_text('{"a": 1, "b": 1}')
+    (folder / "vocab.json").write_text('{"a": 1, "b": 1}', encoding="utf-8")
     status, out, err = convert(capsys, folder, tmp_path / "out", "--to", "hf")
     assert (status, out) == (2, "")
     assert "id 1 is both 'a' and 'b'" in err

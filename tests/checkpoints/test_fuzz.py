@@ -18,6 +18,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, PROGRAM, *map(str, arguments)],
         capture_output=True, text=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)},
+        encoding="utf-8",
     )  # fmt: skip
 
 

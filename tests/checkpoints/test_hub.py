@@ -353,7 +353,7 @@ def snapshot(tmp_path: Path, name: str, files: dict[str, bytes]) -> Path:
     """A model as the Hugging Face tools keep it."""
     folder = tmp_path / "hf" / f"models--{name}"
     (folder / "refs").mkdir(parents=True)
-    (folder / "refs" / "main").write_text("0123abcd")
+    (folder / "refs" / "main").write_text("0123abcd", encoding="utf-8")
     (folder / "snapshots" / "0123abcd").mkdir(parents=True)
     for file, content in files.items():
         (folder / "snapshots" / "0123abcd" / file).write_bytes(content)

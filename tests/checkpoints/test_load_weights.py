@@ -89,7 +89,7 @@ def put(path: Path, arrays: Mapping[str, np.ndarray], dtype: str = "F32") -> Non
 
 
 def put_config(folder: Path, **changes: object) -> None:
-    (folder / "config.json").write_text(json.dumps(CONFIG | changes))
+    (folder / "config.json").write_text(json.dumps(CONFIG | changes), encoding="utf-8")
 
 
 def put_shards(folder: Path, first: Arrays, second: Arrays, **changes: str) -> None:
@@ -98,7 +98,7 @@ def put_shards(folder: Path, first: Arrays, second: Arrays, **changes: str) -> N
     put(folder / PARTS[1], second)
     files = dict.fromkeys(first, PARTS[0]) | dict.fromkeys(second, PARTS[1]) | changes
     index = {"metadata": {"total_size": 1}, "weight_map": files}
-    (folder / INDEX).write_text(json.dumps(index))
+    (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
 
 
 def assert_same(found: Arrays, expected: Arrays) -> None:
@@ -160,7 +160,7 @@ def test_saved_files_have_gpt2s_form(tmp_path):
     assert {name: info.shape for name, info in tensors.items()} == expected
     assert {info.dtype for info in tensors.values()} == {"F32"}
     assert metadata == {"format": "pt"}  # transformers asks for it
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert config["model_type"] == "gpt2"
     assert config["architectures"] == ["GPT2LMHeadModel"]
     assert config["activation_function"] == "gelu_new"
@@ -170,7 +170,10 @@ def test_saved_files_have_gpt2s_form(tmp_path):
 @pytest.mark.parametrize("option", ["post-norm", "sinusoidal", "no shortcut"])
 def test_what_gpt2_cannot_express_is_marked_as_ours(tmp_path, option):
     GPT(replace(TINY, **CONFIGS[option])).save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "tinygpt"
+    assert (
+        json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["model_type"]
+        == "tinygpt"
+    )
 
 
 def test_saving_replaces_what_was_there(tmp_path):
@@ -341,7 +344,7 @@ def test_zero_biases_are_let_go_where_config_has_none(folder):
     ids=str,
 )
 def test_config_fields_are_honoured(tmp_path, given, field, value):
-    (tmp_path / "config.json").write_text(json.dumps(given))
+    (tmp_path / "config.json").write_text(json.dumps(given), encoding="utf-8")
     assert read_config(tmp_path / "config.json") == replace(GPTConfig(), **{field: value})
 
 
@@ -424,7 +427,7 @@ def lose_shard(folder: Path) -> None:
 
 
 def config_text(text: str) -> Callable[[Path], object]:
-    return lambda folder: (folder / "config.json").write_text(text)
+    return lambda folder: (folder / "config.json").write_text(text, encoding="utf-8")
 
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -507,7 +510,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "shards without a tensor": (shard(("h.0",), ("h.1", "w")), "missing ln_f.weight, ln_f.bias$"),
     "index without files": (
-        lambda f: ((f / WEIGHTS).unlink(), (f / INDEX).write_text('{"weight_map": {}}')),
+        lambda f: (
+            (f / WEIGHTS).unlink(),
+            (f / INDEX).write_text('{"weight_map": {}}', encoding="utf-8"),
+        ),
         "weight_map must map each tensor to its file",
     ),
     "bias not zero": (
@@ -584,7 +590,7 @@ def test_a_full_disk_leaves_the_old_files_and_no_others(tmp_path, monkeypatch):
 
 def test_a_target_that_cannot_be_written_is_refused(tmp_path):
     model = GPT(TINY)
-    (tmp_path / "file").write_text("mine")
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
     (tmp_path / "folder" / WEIGHTS).mkdir(parents=True)
     for target, words in (
         ("file", "cannot write .*file: file exists"),
@@ -594,7 +600,7 @@ def test_a_target_that_cannot_be_written_is_refused(tmp_path):
         with pytest.raises(InputError, match=words) as caught:
             model.save_pretrained(tmp_path / target)
         assert "\n" not in str(caught.value)
-    assert (tmp_path / "file").read_text() == "mine"
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
     assert os.listdir(tmp_path / "folder") == [WEIGHTS]
 
 
@@ -615,14 +621,14 @@ def test_loading_gpt2_holds_its_weights_only_once(tmp_path):
     config = GPTConfig.preset("gpt2")
     shapes = their_shapes(config)
     layout = {name: ("F32", shape) for name, shape in shapes.items()}
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     write(tmp_path / WEIGHTS, layout, lambda name: np.zeros(shapes[name], np.float32))
     try:
         child = subprocess.run(
             [sys.executable, "-c", CHILD, str(tmp_path)],
             cwd=Path(__file__).parents[2],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
         )
     finally:
         (tmp_path / WEIGHTS).unlink()

@@ -38,7 +38,9 @@ def shards(folder: Path) -> Path:
         safetensors_file.write(folder / file, layout, lambda name: read_tensor(path, tensors[name]))
         index |= dict.fromkeys(names, file)
     path.unlink()
-    path.with_name(f"{path.name}.index.json").write_text(json.dumps({"weight_map": index}))
+    path.with_name(f"{path.name}.index.json").write_text(
+        json.dumps({"weight_map": index}), encoding="utf-8"
+    )
     return folder
 
 

@@ -125,6 +125,7 @@ def test_a_processor_that_cannot_widen_float16_holds_what_is_stored_so_in_float3
         subprocess.run(
             [sys.executable, "-c", script], capture_output=True, text=True, check=True,
             cwd=README.parent, env={**os.environ, "DEV": f"CPU::x86_64,{processor}"},
+            encoding="utf-8",
         ).stdout.partition(" ")
         for processor in ("native", "x86-64-v2")
     ]  # fmt: skip

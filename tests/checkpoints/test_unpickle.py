@@ -201,7 +201,7 @@ def test_no_unpickler_but_ours_is_in_the_package():
     for path in Path(tinygpt.__file__).parent.rglob("*.py"):
         if path.name in ours:
             continue
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         assert "import pickle" not in text
         assert "pickle.load" not in text.replace("unpickle.load", "")
         assert "torch_load" not in text

@@ -80,7 +80,7 @@ def test_its_text_is_made_of_words(text):
 
 @pytest.mark.skipif(not CORPUS.is_file(), reason="needs the text it was trained on")
 def test_its_words_are_those_of_what_it_read(text):
-    known = set(words_of(CORPUS.read_text()))
+    known = set(words_of(CORPUS.read_text(encoding="utf-8")))
     assert np.mean([word in known for word in words_of(text)]) > 0.85
 
 

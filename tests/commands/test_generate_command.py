@@ -95,7 +95,7 @@ def test_stdin_is_the_prompt_less_one_newline(cli, monkeypatch, given, prompt):
     read, write = os.pipe()
     os.write(write, given.encode())
     os.close(write)
-    with open(read) as pipe:
+    with open(read, encoding="utf-8") as pipe:
         monkeypatch.setattr(sys, "stdin", pipe)
         assert cli(*argv)[1] == f"{prompt}\n"
 
@@ -166,7 +166,7 @@ def test_a_folder_that_is_not_whole_is_refused(cli, saved, tmp_path, words):
     folder = Path(shutil.copytree(saved[0], tmp_path / "copy"))
     (folder / name).unlink()
     if content:
-        (folder / name).write_text(content)
+        (folder / name).write_text(content, encoding="utf-8")
     assert is_refused(cli("x", "--model", folder), words)
 
 

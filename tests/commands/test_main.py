@@ -77,7 +77,9 @@ def test_running_out_of_memory_is_one_line(cli, monkeypatch):
 def test_run_py_and_the_module_and_the_command_are_one_program():
     runs = [start("--version"), start("--version", program=["-m", "tinygpt"])]
     assert [finish(run)[:2] for run in runs] == [(0, f"tinygpt {__version__}\n".encode())] * 2
-    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "scripts"
+    ]
     assert scripts == {"tinygpt": f"{main.__module__}:{main.__name__}"}
 
 
@@ -101,7 +103,7 @@ def test_a_full_disk_is_one_line():
 def test_closed_standard_streams_are_no_traceback():
     for command, expected in (("run.py --version >&-", 0), ("run.py - <&-", 2)):
         command = f"{shlex.quote(sys.executable)} {command}"
-        run = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+        run = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, encoding="utf-8")
         assert run.returncode == expected
         assert "Traceback" not in run.stderr
 

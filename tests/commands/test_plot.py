@@ -19,7 +19,9 @@ def draw(*argv) -> int:
 def write(run, entries) -> None:
     run.mkdir()
     text = "".join(json.dumps(entry) + "\n" for entry in entries)
-    (run / "log.jsonl").write_text(text + '{"step": 3, "lo')  # as a killed process leaves it
+    (run / "log.jsonl").write_text(
+        text + '{"step": 3, "lo', encoding="utf-8"
+    )  # as a killed process leaves it
 
 
 def test_a_log_gives_its_curves(tmp_path):
@@ -39,7 +41,7 @@ def test_runs_are_drawn(tmp_path):
     for name in "ab":
         write(tmp_path / name, [{"step": i, "loss": 4 - i, "val_loss": 5 - i} for i in range(3)])
     assert draw(tmp_path / "a", tmp_path / "b", "-o", tmp_path / "out.svg") == 0
-    image = (tmp_path / "out.svg").read_text()
+    image = (tmp_path / "out.svg").read_text(encoding="utf-8")
     assert image.count("<path") > 10
     with pytest.raises(InputError, match=r"cannot write .*out\.strange"):
         draw(tmp_path / "a", "-o", tmp_path / "out.strange")
@@ -49,7 +51,7 @@ def test_what_cannot_be_drawn_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"log\.jsonl: no such file"):
         plot.read_log(tmp_path / "empty")
-    (tmp_path / "empty" / "log.jsonl").write_text("[]\n")
+    (tmp_path / "empty" / "log.jsonl").write_text("[]\n", encoding="utf-8")
     with pytest.raises(InputError, match="no steps of training"):
         plot.read_log(tmp_path / "empty")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

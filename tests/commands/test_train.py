@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from prepared import prepared
+from program import finish, start
 
 from tinygpt import GPT, InputError
 from tinygpt.commands import train
@@ -49,7 +50,7 @@ def words_of_error(*argv) -> str:
 def test_an_error_speaks_in_the_words_that_were_typed(argv, words, data, tmp_path, monkeypatch):
     """A flag as it was spelled, what could be a flag by its first spelling, a file's key as one."""
     monkeypatch.chdir(tmp_path)
-    Path("file.toml").write_text("n_embd = 30\nn_head = 4\n")
+    Path("file.toml").write_text("n_embd = 30\nn_head = 4\n", encoding="utf-8")
     assert words_of_error(data.folder, "-o", "out", *argv).startswith(words)
 
 
@@ -75,3 +76,19 @@ def test_a_model_of_every_shape_option_trains(data, tmp_path):
     assert run.go() is None
     config = GPT.from_pretrained(tmp_path / "run" / "last").config
     assert {name: getattr(config, name) for name in shape} == shape
+
+
+@pytest.mark.parametrize("encoding", [None, "cp1252"])
+def test_a_sample_in_letters_that_the_system_cannot_write_is_no_end(encoding, tmp_path):
+    """In the POSIX locale stderr is ASCII, and so would a file be whose encoding is not named."""
+    (tmp_path / "text.txt").write_text("Grüße 😀 ж " * 200, encoding="utf-8")
+    shape = ["--layers", "1", "--heads", "1", "--dim", "16", "--context", "8", "--batch-size", "2"]
+    steps = ["--steps", "2", "--eval-every", "1", "--eval-batches", "1", "--sample-tokens", "40"]
+    system = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    system["PYTHONIOENCODING"] = encoding
+    argv = ["train", tmp_path / "text.txt", "-o", tmp_path / "run", *shape, *steps]
+    status, _, words = finish(start(*argv, env=system))
+    assert status == 0, words
+    lines = (tmp_path / "run" / "log.jsonl").read_bytes().decode().split("\n")
+    assert "ж" in "".join(lines)
+    assert "\\u0436" in words or "\\U0001f600" in words  # as the terminal can show them

@@ -136,7 +136,7 @@ def test_the_fewest_tokens_that_will_do(order):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("made")
-    (folder / "text.txt").write_text("hello there, general\n" * 20)
+    (folder / "text.txt").write_text("hello there, general\n" * 20, encoding="utf-8")
     prepare(folder / "text.txt", folder / "data", "char")
     return folder / "data"
 
@@ -180,7 +180,9 @@ def test_a_damaged_file_is_named(folder):
 )
 def test_a_header_that_is_none(folder, change):
     path = folder / "header.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    path.write_text(
+        json.dumps(json.loads(path.read_text(encoding="utf-8")) | change), encoding="utf-8"
+    )
     with pytest.raises(CheckpointError, match=r"header\.json") as caught:
         Dataset.open(folder)
     assert "\n" not in str(caught.value)
@@ -212,7 +214,7 @@ def test_a_model_of_another_vocabulary_is_refused(made):
 
 
 def test_a_tokenizer_that_is_not_the_headers_is_refused(folder):
-    header = json.loads((folder / "header.json").read_text())
-    (folder / "header.json").write_text(json.dumps(header | {"vocab_size": 66}))
+    header = json.loads((folder / "header.json").read_text(encoding="utf-8"))
+    (folder / "header.json").write_text(json.dumps(header | {"vocab_size": 66}), encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"its tokenizer has \d+ ids, header.json says 66"):
         Dataset.open(folder).tokenizer()

@@ -162,7 +162,7 @@ def test_shakespeare_is_nano_gpts(kind, tmp_path, monkeypatch):
     data = Dataset.open(tmp_path / "out")
     counts = [header.splits[split].tokens for split in ("train", "val")]
     if kind == "char":  # data/shakespeare_char/prepare.py
-        text = SHAKESPEARE.read_text()
+        text = SHAKESPEARE.read_text(encoding="utf-8")
         numbers = {c: i for i, c in enumerate(sorted(set(text)))}
         assert data.train.tolist() == [numbers[c] for c in text[: int(len(text) * 0.9)]]
         assert data.val.tolist() == [numbers[c] for c in text[int(len(text) * 0.9) :]]
@@ -170,7 +170,7 @@ def test_shakespeare_is_nano_gpts(kind, tmp_path, monkeypatch):
     elif kind == "gpt2":  # data/shakespeare/readme.md
         assert counts == [301966, 36059]
     else:
-        text = SHAKESPEARE.read_text()
+        text = SHAKESPEARE.read_text(encoding="utf-8")
         assert data.tokenizer().decode(data.train.tolist()) == text[:1003854]
         assert header.vocab_size == (257 if kind == "bytes" else 1000)
     assert header.source == module._SHAKESPEARE[1]
@@ -257,7 +257,7 @@ def test_a_full_disk(tmp_path):
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
         env=os.environ | {"PYTHONPATH": str(Path(module.__file__).parents[2])},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
     assert "InputError: cannot write" in result.stderr
     assert "out: file too large; pass another -o" in result.stderr
@@ -268,7 +268,7 @@ def test_a_file_that_grows_meanwhile(tmp_path, monkeypatch):
     source = write(tmp_path / "text.txt", "some text, " * 100)
 
     def save(*_):
-        with open(source, "a") as file:
+        with open(source, "a", encoding="utf-8") as file:
             file.write("more")
 
     monkeypatch.setattr(module, "save_tokenizer", save)

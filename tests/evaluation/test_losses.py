@@ -119,7 +119,7 @@ def test_hellaswag_equals_transformers(saved, tmp_path):
         right += int(np.argmin(losses)) == label
         normalised += int(np.argmin(means)) == label
     file = tmp_path / "hellaswag.jsonl"
-    file.write_text("".join(json.dumps(example) + "\n\n" for example in examples))
+    file.write_text("".join(json.dumps(example) + "\n\n" for example in examples), encoding="utf-8")
     found = tasks.hellaswag(Scorer(saved[1]), load_tokenizer("bytes"), file)
     expected = {"accuracy": right / 12, "accuracy_normalised": normalised / 12}
     assert found == {"examples": 12, **expected}
@@ -134,7 +134,7 @@ def test_lambada_equals_transformers(saved, tmp_path):
         total += loss
         right += hit
     file = tmp_path / "lambada.jsonl"
-    file.write_text("\n".join(lines))
+    file.write_text("\n".join(lines), encoding="utf-8")
     found = tasks.lambada(Scorer(saved[1]), load_tokenizer("bytes"), file)
     assert found["examples"] == 4
     assert found["accuracy"] == right / 4
@@ -161,7 +161,7 @@ def test_the_command_prints_numbers_or_json(saved, data, tmp_path, capsys):
     assert command(saved[0], data.folder, "--split", "train", "--stride", "8") == 0
     assert "bits per byte  " in capsys.readouterr().out
     file = tmp_path / "lambada.jsonl"
-    file.write_text('{"text": "a b"}')
+    file.write_text('{"text": "a b"}', encoding="utf-8")
     assert command(saved[0], "lambada", file, "--json") == 0
     assert json.loads(capsys.readouterr().out)["examples"] == 1
 
@@ -188,7 +188,7 @@ def test_bad_input_is_one_line(saved, data, tmp_path):
         ("lambada", "", "holds no examples"),
         ("lambada", json.dumps({"text": "a " + "b" * 99}), "the window holds 16"),
     ):
-        file.write_text(content)
+        file.write_text(content, encoding="utf-8")
         assert words in error(saved[0], task, file)
     small = GPT(replace(CONFIG, vocab_size=100))
     with pytest.raises(InputError, match="vocabulary of 257, but the model has 100"):

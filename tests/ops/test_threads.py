@@ -68,7 +68,7 @@ def run(
     made = place / "harness"
     command = ["clang", "-O0", "-g", "-fsanitize=thread", "-march=native", "-w", "-x", "c", "-"]
     subprocess.run([*command, "-lpthread", "-o", str(made)], input=source.encode(), check=True)
-    return subprocess.run([str(made)], capture_output=True, text=True).stderr
+    return subprocess.run([str(made)], capture_output=True, encoding="utf-8").stderr
 
 
 @needs_clang

@@ -545,7 +545,9 @@ def test_a_later_process_finds_the_step(kept, tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", script, os.path.dirname(__file__)]
     environment = os.environ | {"CACHEDB": helpers.CACHEDB}
     found = [
-        subprocess.run(command, capture_output=True, text=True, env=environment).stdout.strip()
+        subprocess.run(
+            command, capture_output=True, env=environment, encoding="utf-8"
+        ).stdout.strip()
         for _ in range(2)
     ]
     assert found == ["captured", "stored"]

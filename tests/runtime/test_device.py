@@ -27,7 +27,7 @@ def python(script: str, **env: str | None) -> str:
     """What a Python prints, in a process of its own; None takes a variable away."""
     env = {name: value for name, value in {**os.environ, **env}.items() if value is not None}
     command = [sys.executable, "-c", script]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
+    run = subprocess.run(command, env=env, capture_output=True, cwd=ROOT, encoding="utf-8")
     assert run.returncode == 0, run.stderr
     return run.stdout
 
@@ -86,14 +86,14 @@ print(DEV, os.environ.get("DEV"))
 def test_a_pc_without_a_gpu_is_told_by_its_bus(tmp_path, monkeypatch):
     for name, kind in {"bridge": "0x060000", "disk": "0x010802"}.items():
         (tmp_path / name).mkdir()
-        (tmp_path / name / "class").write_text(f"{kind}\n")
+        (tmp_path / name / "class").write_text(f"{kind}\n", encoding="utf-8")
     monkeypatch.setattr(device.platform, "system", lambda: "Linux")
     monkeypatch.setattr(device.platform, "machine", lambda: "x86_64")
     assert device._no_gpu(tmp_path)
-    (tmp_path / "disk" / "class").write_text("0x030200\n")
+    (tmp_path / "disk" / "class").write_text("0x030200\n", encoding="utf-8")
     assert not device._no_gpu(tmp_path)
     monkeypatch.setattr(device.platform, "machine", lambda: "aarch64")  # has GPUs on no bus
-    (tmp_path / "disk" / "class").write_text("0x010802\n")
+    (tmp_path / "disk" / "class").write_text("0x010802\n", encoding="utf-8")
     assert not device._no_gpu(tmp_path)
 
 
@@ -102,7 +102,7 @@ def test_what_the_processor_lacks_is_not_assembled_for(tmp_path, monkeypatch):
     about = tmp_path / "cpuinfo"
     assert device._runs_assembled(about)  # as on systems without such a file
     for flags, runs in {"fpu avx2 f16c": True, "fpu sse2 avx": False}.items():
-        about.write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
+        about.write_text(f"processor\t: 0\nflags\t\t: {flags}\n", encoding="utf-8")
         assert device._runs_assembled(about) == runs
     monkeypatch.setattr(device.platform, "machine", lambda: "aarch64")
     assert not device._runs_assembled(about)
@@ -134,6 +134,7 @@ def test_the_python_backend_equals_the_reference():
         capture_output=True,
         text=True,
         check=True,
+        encoding="utf-8",
     )
     expected = reference_of(model)([[3, 1]])
     np.testing.assert_allclose(json.loads(run.stdout), expected, atol=doctor.TOLERANCE)

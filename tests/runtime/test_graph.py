@@ -240,7 +240,7 @@ def test_it_says_how_steps_are_started(monkeypatch):
 
 def test_a_process_ends_while_threads_wait():
     script = "from tinygpt.runtime import thread_pool; print(thread_pool.start_threads(3).count)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8")
     assert (done.returncode, done.stdout.strip()) == (0, "3"), done.stderr
 
 
@@ -254,7 +254,7 @@ HARNESS = Path(__file__).with_name("harness.c")
 def sanitized(tmp_path_factory) -> Path:
     """The harness with ThreadSanitizer, by whichever compiler can link it."""
     folder = tmp_path_factory.mktemp("harness")
-    (folder / "empty.c").write_text("int main(void) { return 0; }\n")
+    (folder / "empty.c").write_text("int main(void) { return 0; }\n", encoding="utf-8")
     flags = ["-fsanitize=thread", "-g", "-O1", "-pthread"]
     for compiler in filter(shutil.which, ("clang", "gcc")):
         build = [compiler, *flags, "-o", "empty", "empty.c"]
@@ -269,7 +269,7 @@ def sanitized(tmp_path_factory) -> Path:
 
 
 def sanitize(harness: Path, tables: list[str]) -> subprocess.CompletedProcess:
-    return subprocess.run([harness], input="".join(tables), capture_output=True, text=True)
+    return subprocess.run([harness], input="".join(tables), capture_output=True, encoding="utf-8")
 
 
 def random_table(seed: int, meets: bool = True) -> str:
@@ -317,7 +317,9 @@ def test_the_runner_compiles_for(target, tmp_path):
         command = ["clang", f"--target={target}", *flags, *unused, *defines, "-c", str(RUNNER)]
         subprocess.run([*command, "-o", str(made)], check=True)
         symbols = shutil.which("nm") and subprocess.run(
-            ["nm", "-u", str(made)], capture_output=True, text=True
+            ["nm", "-u", str(made)],
+            capture_output=True,
+            encoding="utf-8",
         )
         if symbols and symbols.returncode == 0:
             assert not symbols.stdout.split(), "it needs a function that nobody gives it"

@@ -32,7 +32,7 @@ def names() -> list[tuple[str, str]]:
     """What the files of `runtime` use of tinygrad: (module, name)."""
     found = {(module, name) for module, reached in REACHED.items() for name in reached}
     for file in FOLDER.glob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tinygrad"):
                 found |= {(node.module, alias.name) for alias in node.names}
     return sorted(found)

@@ -157,7 +157,9 @@ def test_import_is_light() -> None:
         f"package.__path__ = [{folder!r}]; sys.modules['tinygpt'] = package; "
         "import tinygpt.tokenizer.encoding; print({'tiktoken', 'tinygrad'} & {*sys.modules})"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, check=True, encoding="utf-8"
+    )
     assert run.stdout == "set()\n"
 
 

@@ -48,7 +48,9 @@ def command(*argv) -> int:
 
 
 def log(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def timeless(entries: list[dict]) -> list[dict]:
@@ -143,7 +145,7 @@ except InputError as error:
 
 def process(*argv) -> subprocess.Popen:
     argv = [sys.executable, "-c", PROGRAM, *map(str, argv)]
-    return subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, encoding="utf-8")
 
 
 def wait_for_steps(run: Path, step: int, child: subprocess.Popen, old_log: int | None = None):
@@ -151,7 +153,7 @@ def wait_for_steps(run: Path, step: int, child: subprocess.Popen, old_log: int |
     path = run / "log.jsonl"
     while child.poll() is None:
         fresh = path.exists() and path.stat().st_ino != old_log
-        if fresh and path.read_text().count('"loss"') >= step:
+        if fresh and path.read_text(encoding="utf-8").count('"loss"') >= step:
             return
         time.sleep(0.001)
 
@@ -270,7 +272,7 @@ def test_minutes_fit_the_schedule(data, tmp_path):
     assert run.minutes is None
     assert run.counters.step == run.config.steps > 20
     assert run.config.steps != 12
-    state = json.loads((tmp_path / "run" / "last" / "state.json").read_text())
+    state = json.loads((tmp_path / "run" / "last" / "state.json").read_text(encoding="utf-8"))
     assert state["config"]["steps"] == run.config.steps
 
 
@@ -305,11 +307,13 @@ def test_the_cpu_recipe_is_nanogpts_at_twice_the_rate():
 @pytest.mark.slow
 def test_settings_come_from_recipe_then_flags(data, tmp_path):
     file = tmp_path / "settings.toml"
-    file.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in TINY.items()))
+    file.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in TINY.items()), encoding="utf-8")
     run = tmp_path / "run"
     argv = [data.folder, "-o", run, "--recipe", "shakespeare-gpu", "--config", file, "--steps", 2]
     assert command(*argv, "--dropout", "0.5", "--bias") == 0
-    config = TrainConfig.of(json.loads((run / "last" / "state.json").read_text())["config"])
+    config = TrainConfig.of(
+        json.loads((run / "last" / "state.json").read_text(encoding="utf-8"))["config"]
+    )
     assert config == TrainConfig.of(TINY, {"steps": 2, "dropout": 0.5, "bias": True})
 
 
@@ -341,14 +345,14 @@ def test_bad_input_is_one_line(data, whole, tmp_path):
     out = tmp_path / "out"
     assert "unknown recipe 'x'" in error(data.folder, "-o", out, "--recipe", "x")
     assert "header.json" in error(tmp_path, "-o", out)
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     blocked = tmp_path / "file" / "run"
     assert "cannot write" in error(data.folder, "-o", blocked)
     assert "--resume" in error(data.folder, "-o", whole)
     assert "no checkpoint" in error(data.folder, "-o", out, "--resume")
     assert "--steps cannot change" in error(data.folder, "-o", whole, "--resume", "--steps", "3")
     assert "--minutes is 0.0" in error(data.folder, "-o", out, "--minutes", "0")
-    (tmp_path / "bad.toml").write_text("steps = ")
+    (tmp_path / "bad.toml").write_text("steps = ", encoding="utf-8")
     assert "not TOML" in error(data.folder, "-o", out, "--config", tmp_path / "bad.toml")
     shape = error(data.folder, "-o", out, "--model", whole / "last", "--n-layer", "2")
     assert shape.startswith("--n-layer describes a new model, but --model brings its own shape")

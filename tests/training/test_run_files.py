@@ -130,7 +130,7 @@ def test_damage_and_strangers_are_refused_in_one_line(tmp_path):
     (last / "training.safetensors").write_bytes(b"nothing")
     with pytest.raises(InputError, match=r"training.safetensors: .*"):
         run_files.load(last)
-    (last / "state.json").write_text(json.dumps({"format": "other"}))
+    (last / "state.json").write_text(json.dumps({"format": "other"}), encoding="utf-8")
     with pytest.raises(InputError, match=r"its format is 'other', not .* pass it as --model"):
         run_files.load(last)
     (last / "state.json").unlink()

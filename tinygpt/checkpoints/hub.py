@@ -74,7 +74,11 @@ def _in_hugging_face_cache(repo: str) -> Path | None:
         folder = cache / f"models--{name.replace('/', '--')}"
         # The folder belongs to another program: whatever is wrong in it, we look further.
         with suppress(OSError, ValueError):
-            snapshot = folder / "snapshots" / (folder / "refs" / "main").read_text().strip()
+            snapshot = (
+                folder
+                / "snapshots"
+                / (folder / "refs" / "main").read_text(encoding="utf-8").strip()
+            )
             if (snapshot / "config.json").is_file() and _is_whole(snapshot):
                 return snapshot
     return None

@@ -286,7 +286,7 @@ def _conditions(rounds: int) -> dict[str, Any]:
             packages[name] = version(name)
     cpu = platform.processor() or platform.machine()
     with suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         cpu = next(x for x in lines if x.startswith("model name")).partition(": ")[2]
     return {
         "date": time.strftime("%Y-%m-%d"),

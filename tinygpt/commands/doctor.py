@@ -94,7 +94,9 @@ def _clang() -> str:
         return "not found"
     with suppress(OSError, subprocess.SubprocessError):
         command = [path, "--version"]
-        output = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        output = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=True
+        )
         return f"{path}, {output.stdout.splitlines()[0]}"
     return f"{path}, which does not run"
 
@@ -150,7 +152,14 @@ def _report_probe(target: str) -> bool | None:
     environment = {**os.environ, "DEV": target, "PYTHONPATH": os.pathsep.join(sys.path)}
     result, fault = None, "it takes too long"
     with suppress(subprocess.TimeoutExpired, ValueError, IndexError):
-        run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        run = subprocess.run(
+            command,
+            env=environment,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=300,
+        )
         fault = shorten(run.stderr.strip().rpartition("\n")[2], 70) or f"exit {run.returncode}"
         result = json.loads(run.stdout.splitlines()[-1])
     if result is None:

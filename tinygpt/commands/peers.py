@@ -161,7 +161,7 @@ class Contender:
         if reply := self.process.stdout.readline():
             return json.loads(reply)
         status = self.process.wait()
-        lines = (self.place / "stderr").read_text(errors="replace").splitlines()
+        lines = (self.place / "stderr").read_text(errors="replace", encoding="utf-8").splitlines()
         raise RuntimeError(next(filter(str.strip, reversed(lines)), f"exit status {status}"))
 
     def _start(self) -> None:
@@ -225,7 +225,7 @@ def _peak_memory_bytes() -> int | None:
     """The most memory this process has had at once; None if the system does not say."""
     with suppress(OSError, StopIteration):
         # On Linux, getrusage would also count the process that started this one.
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return int(next(x for x in lines if x.startswith("VmHWM:")).split()[1]) * 1024
     with suppress(ImportError):
         import resource

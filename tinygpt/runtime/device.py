@@ -93,7 +93,7 @@ def _no_gpu(bus: Path = Path("/sys/bus/pci/devices")) -> bool:
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return False
     try:
-        classes = [path.read_text() for path in bus.glob("*/class")]
+        classes = [path.read_text(encoding="utf-8") for path in bus.glob("*/class")]
     except OSError:
         return False
     return not any(kind.startswith(("0x03", "0x12")) for kind in classes)
@@ -131,7 +131,7 @@ def _runs_assembled(about: Path = Path("/proc/cpuinfo")) -> bool:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
     with suppress(OSError, StopIteration):
-        lines = about.read_text().splitlines()
+        lines = about.read_text(encoding="utf-8").splitlines()
         return "avx2" in next(line for line in lines if line.startswith("flags")).split()
     return True
 

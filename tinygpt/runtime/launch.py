@@ -82,7 +82,7 @@ def source(file: Path) -> str:
     def included(match: re.Match[str]) -> str:
         return source(file.with_name(match[1]))
 
-    return re.sub(r'^#include "(.*)"$', included, file.read_text(), flags=re.M)
+    return re.sub(r'^#include "(.*)"$', included, file.read_text(encoding="utf-8"), flags=re.M)
 
 
 @functools.cache

@@ -13,12 +13,12 @@ def available_memory_bytes() -> int | None:
     """Memory that can still be taken without swapping, within this process's cgroup; None if the
     system does not say."""
     with suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         free = int(next(x for x in lines if x.startswith("MemAvailable:")).split()[1]) * 1024
         with suppress(OSError, ValueError):  # "max" is no number: no limit
             group = Path("/sys/fs/cgroup")
-            limit = int((group / "memory.max").read_text())
-            free = min(free, limit - int((group / "memory.current").read_text()))
+            limit = int((group / "memory.max").read_text(encoding="utf-8"))
+            free = min(free, limit - int((group / "memory.current").read_text(encoding="utf-8")))
         return free
     with suppress(OSError, ValueError, AttributeError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

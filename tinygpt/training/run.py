@@ -112,7 +112,7 @@ class Run:
         """Train to the end, or until a signal; the number of that signal."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / "log.jsonl", "a") as log, self._signals():
+            with open(self.folder / "log.jsonl", "a", encoding="utf-8") as log, self._signals():
                 self._go(log)
         except OSError as error:
             raise InputError(f"cannot write {self.folder}: {reason(error)}") from error

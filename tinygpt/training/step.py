@@ -225,7 +225,7 @@ def need_type(name: str) -> None:
     """
     errors = os.dup(2)  # what the compiler would say there is no news to the user
     try:
-        with open(os.devnull, "w") as nowhere:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere:
             os.dup2(nowhere.fileno(), 2)
         works = (Tensor([1.5] * 64).cast(getattr(dtypes, name)).contiguous() + 1).float().tolist()
     except Exception:
