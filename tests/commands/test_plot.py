@@ -18,15 +18,14 @@ def draw(*argv) -> int:
 
 def write(run, entries) -> None:
     run.mkdir()
-    text = "".join(json.dumps(entry) + "\n" for entry in entries)
-    (run / "log.jsonl").write_text(
-        text + '{"step": 3, "lo', encoding="utf-8"
-    )  # as a killed process leaves it
+    text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    text += '{"step": 3, "lo'  # as a killed process leaves it
+    (run / "log.jsonl").write_text(text, encoding="utf-8")
 
 
 def test_a_log_gives_its_curves(tmp_path):
     entries = [
-        {"step": 0, "val_loss": 4.0, "sample": "x"},
+        {"step": 0, "val_loss": 4.0, "sample": "lines end at \u2028, \x85, \u2029 for some"},
         {"step": 1, "loss": 3.5, "learning_rate": 0.1},
         {"step": 2, "loss": None, "skipped": True, "learning_rate": 0.1},
     ]

@@ -21,7 +21,9 @@ import regex
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
+from tinygpt import GPT, GPTConfig
 from tinygpt.checkpoints import download
+from tinygpt.checkpoints.save_gguf import save_gguf
 from tinygpt.commands.prepare import add_flags, run
 from tinygpt.data import corpus as text_module
 from tinygpt.data import prepare as module
@@ -29,8 +31,15 @@ from tinygpt.data.corpus import recut
 from tinygpt.data.dataset import Dataset
 from tinygpt.data.prepare import prepare
 from tinygpt.errors import InputError
-from tinygpt.tokenizer.encoding import encode, end_token
-from tinygpt.tokenizer.learn_bpe import train_bpe
+from tinygpt.tokenizer.encoding import (
+    char_tokenizer,
+    encode,
+    end_token,
+    same_tokenizer,
+    save_tokenizer,
+)
+from tinygpt.tokenizer.learn_bpe import bpe_tokenizer, train_bpe
+from tinygpt.tokenizer.vocabulary import from_merges
 
 SHARED = Path(__file__).parents[3] / "shared"
 SHAKESPEARE = SHARED / "data" / "tinyshakespeare.txt"
@@ -287,6 +296,35 @@ def test_a_fraction_that_is_none(tmp_path, val):
 def test_a_tokenizer_that_is_none(tmp_path, tokenizer):
     source = write(tmp_path / "text.txt", "some text")
     fails(tmp_path, "unknown tokenizer .*allowed are char, bytes, gpt2, bpe:N", source, tokenizer)
+
+
+@pytest.mark.parametrize("form", ["folder", "gguf", "itself"])
+def test_a_tokenizer_of_ones_own_makes_the_ids(form, tmp_path):
+    """As for going on with a model that has learnt them, from another text than the one at hand."""
+    own = bpe_tokenizer(train_bpe([some_text(9)], 300))
+    save_tokenizer(own, tmp_path / "own")
+    given = {"folder": str(tmp_path / "own"), "gguf": tmp_path / "model.gguf", "itself": own}[form]
+    if form == "gguf":
+        model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=32, block_size=8, vocab_size=own.n_vocab))
+        save_gguf(model, given, own)
+    source, out = write(tmp_path / "text.txt", some_text(1)), tmp_path / "out"
+    header = prepare(source, out, given, val=0)
+    data = Dataset.open(out)
+    assert same_tokenizer(data.tokenizer(), own)
+    assert data.train.tolist() == encode(own, some_text(1))
+    assert prepare(source, out, own, val=0) == header  # whatever it is called
+    fails(tmp_path, "was prepared with tokenizer .*, not 'bytes'", source, "bytes", val=0)
+
+
+def test_a_text_beyond_the_alphabet_of_a_given_tokenizer(tmp_path):
+    own = char_tokenizer("abc ")
+    source = write(tmp_path / "text.txt", "a b c " * 50 + "d")
+    fails(tmp_path, r"character 'd' \(U\+0064\) is not in tokenizer 'char'", source, own)
+    few = from_merges(
+        {"a": 0, "b": 1, "ab": 2, "\u0120": 3}, ["a b"], "few"
+    )  # tiktoken would panic
+    source = write(tmp_path / "text.txt", "ab a " * 50 + "b\n")  # at which tiktoken would panic
+    fails(tmp_path, r"character '\\n' \(U\+000A\) is not in tokenizer 'bpe'", source, few)
 
 
 def test_bad_text(tmp_path):

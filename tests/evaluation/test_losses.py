@@ -15,7 +15,7 @@ from tinygpt.commands import evaluate
 from tinygpt.data.dataset import Dataset
 from tinygpt.evaluation import tasks
 from tinygpt.evaluation.losses import Scorer, Window, evaluate_data, spread, windows
-from tinygpt.tokenizer.encoding import encode
+from tinygpt.tokenizer.encoding import char_tokenizer, encode, save_tokenizer
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=257)
 TEXT = "Ünder the sea, a café was öpen. " * 9
@@ -164,6 +164,30 @@ def test_the_command_prints_numbers_or_json(saved, data, tmp_path, capsys):
     file.write_text('{"text": "a b"}', encoding="utf-8")
     assert command(saved[0], "lambada", file, "--json") == 0
     assert json.loads(capsys.readouterr().out)["examples"] == 1
+
+
+def test_data_of_another_tokenizer_is_refused_whatever_its_size(saved, tmp_path):
+    """Ids that the model knows are no proof that they mean to it what they mean in the data."""
+    text = "oxford: for my part. " * 20
+    other = prepared(tmp_path / "data", text, char_tokenizer(text))
+    with pytest.raises(InputError, match="model's tokenizer 'bytes' gives other ids") as caught:
+        command(saved[0], other)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="gives other ids"):
+        evaluate_data(saved[1], Dataset.open(other), tokenizer=load_tokenizer("bytes"))
+    # A tokenizer under another name that gives the same ids is no other.
+    save_tokenizer(load_tokenizer("bytes"), tmp_path / "own")
+    (tmp_path / "own" / "tinygpt_tokenizer.json").unlink()
+    data = prepared(tmp_path / "same", TEXT, load_tokenizer("bytes"))
+    assert command(saved[0], data, "--tokenizer", tmp_path / "own") == 0
+
+
+@pytest.mark.parametrize("odd", ["\u2028", "\u2029", "\x85"])
+def test_json_lines_end_at_line_feeds_alone(odd, saved, tmp_path):
+    file = tmp_path / "lambada.jsonl"
+    line = json.dumps({"text": f"a{odd} b"}, ensure_ascii=False)
+    file.write_bytes(f"\ufeff{line}\r\n{line}\n".encode())
+    assert tasks.lambada(Scorer(saved[1]), load_tokenizer("bytes"), file)["examples"] == 2
 
 
 def test_bad_input_is_one_line(saved, data, tmp_path):

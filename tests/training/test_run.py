@@ -21,7 +21,7 @@ from tinygpt.checkpoints.quantization import convert
 from tinygpt.commands import train
 from tinygpt.data.dataset import Dataset
 from tinygpt.tokenizer.encoding import char_tokenizer, encode, save_tokenizer
-from tinygpt.training.run import _Bar
+from tinygpt.training.run import _Bar, _cut_log
 from tinygpt.training.settings import RECIPES, TrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -390,3 +390,24 @@ def test_other_data_is_refused(whole, tmp_path):
     strange = Dataset.open(prepared(tmp_path / "strange", TEXT, letters))
     with pytest.raises(InputError, match="vocabulary"):
         train.start(tmp_path / "run", strange, {}, model=str(whole / "last"))
+
+
+def test_the_same_text_in_tokens_of_another_tokenizer_is_refused(whole, data, tmp_path):
+    """To go on with other ids would undo what was learnt, and no loss would say why."""
+    letters = char_tokenizer(TEXT + "#")  # "#" comes first, so that each id is another
+    other = Dataset.open(prepared(tmp_path / "other", TEXT, letters))
+    assert other.header.source == data.header.source
+    with pytest.raises(InputError, match=r"vocabulary|other ids"):
+        train.Run.resume(whole, other)
+
+
+@pytest.mark.parametrize("odd", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\r"])
+def test_a_log_with_odd_line_ends_in_a_sample_is_kept_whole(odd, tmp_path):
+    log = tmp_path / "log.jsonl"
+    lines = [
+        json.dumps({"step": step, "sample": f"a{odd}b"}, ensure_ascii=False) for step in range(3)
+    ]
+    log.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="")
+    _cut_log(log, 1)
+    kept = log.read_text(encoding="utf-8")
+    assert [json.loads(line)["sample"] for line in kept.split("\n")[:-1]] == [f"a{odd}b"] * 2

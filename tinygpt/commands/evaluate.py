@@ -42,11 +42,13 @@ def run(args: argparse.Namespace) -> int:
     window = found.config.block_size
     if data and args.stride is not None and args.stride > window:
         raise InputError(f"--stride is {args.stride}: it must be from 1 to the window, {window}")
+    tokenizer = found.tokenizer(args.tokenizer)
+    if data:
+        data.check(found.config.vocab_size, tokenizer)
     model = found.load()
     if data:
-        result = evaluate_data(model, data, args.split, args.stride)
+        result = evaluate_data(model, data, args.split, args.stride, tokenizer=tokenizer)
     else:
-        tokenizer = found.tokenizer(args.tokenizer)
         task = hellaswag if args.data == "hellaswag" else lambada
         result = task(Scorer(model), tokenizer, Path(args.file))
     if args.json:

@@ -19,7 +19,7 @@ def read_log(run: Path) -> dict[str, list[tuple[int, float]]]:
         CheckpointError: when it cannot be read, or holds no numbers.
     """
     curves: dict[str, list[tuple[int, float]]] = {}
-    for line in read_text(run / "log.jsonl").splitlines():
+    for line in read_text(run / "log.jsonl").split("\n"):  # a sample may hold U+2028 and the like
         try:
             entry = json.loads(line)
         except ValueError:  # a run that was killed may leave half a line

@@ -15,7 +15,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add what `tinygpt prepare` takes."""
     words = "UTF-8 text, or shakespeare to fetch char-rnn's file"
     parser.add_argument("source", metavar="FILE|FOLDER", help=words)
-    kinds = "char, bytes, gpt2, or bpe:N to learn N ids from the text (default: char)"
+    kinds = "char, bytes, gpt2, bpe:N to learn N ids from the text, or a folder or model that has "
+    kinds += "one (default: char)"
     add_shared(parser, "--tokenizer", default="char", help=kinds)
     words = "the share for validation (default: 0.1)"
     add_flag(parser, "--val", kind=float, default=0.1, help=words, low=0, below=1)
@@ -27,7 +28,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`tinygpt prepare`: make the folder and say what is in it."""
-    name = f"{Path(args.source).resolve().stem}-{args.tokenizer.replace(':', '')}"
+    kind = Path(args.tokenizer).name.replace(":", "")
+    name = f"{Path(args.source).resolve().stem}-{kind}"
     out = Path(args.out or name)
     header = prepare(args.source, out, args.tokenizer, args.val, args.field)
     counts = " and ".join(f"{header.splits[split].tokens:,} {split}" for split in SPLITS)

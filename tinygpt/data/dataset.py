@@ -43,7 +43,7 @@ class Split:
 class Header:
     """What `header.json` says of a folder of token files, and the settings they were made with."""
 
-    tokenizer: str  # as it was asked for: char, bytes, gpt2 or bpe:N
+    tokenizer: str  # as it was asked for: char, bytes, gpt2, bpe:N, or where it was found
     vocab_size: int
     source: str  # SHA-256 of what was read
     val: float  # the fraction asked for
@@ -158,16 +158,17 @@ class Dataset:
         Raises:
             InputError: when an id may be outside the model, or the tokenizers differ.
         """
-        here = f"{self.folder} has tokens of {self.header.tokenizer!r}"
+        here = f"{self.folder} has tokens of {show(self.header.tokenizer)}"
+        advice = "prepare the text with the model's tokenizer (--tokenizer takes its folder)"
         if self.header.vocab_size > vocab_size:
             raise InputError(
                 f"{here}, a vocabulary of {self.header.vocab_size}, but the model has "
-                f"{vocab_size}: prepare the text with the model's tokenizer, or train a new model"
+                f"{vocab_size}: {advice}, or train a new model"
             )
         if tokenizer is not None and not same_tokenizer(self.tokenizer(), tokenizer):
             raise InputError(
                 f"{here}, but the model's tokenizer {tokenizer.name!r} gives other ids: "
-                "prepare the text with the model's tokenizer, or train a new model"
+                f"{advice}, or train a new model"
             )
 
 

@@ -17,15 +17,17 @@ import numpy as np
 
 from tinygpt.checkpoints.download import fetch
 from tinygpt.checkpoints.hub import cache_folder
+from tinygpt.checkpoints.load_tokenizer import load_tokenizer
 from tinygpt.data.corpus import PIECE_BYTES, Piece, Source
 from tinygpt.data.dataset import SPLITS, Dataset, Header, Split, ids_dtype
 from tinygpt.errors import InputError, check_float, reason, show, unknown
 from tinygpt.storage import atomic_folder
 from tinygpt.tokenizer.encoding import (
+    NAMES,
     char_tokenizer,
     encode,
     end_token,
-    named_tokenizer,
+    same_tokenizer,
     save_tokenizer,
 )
 from tinygpt.tokenizer.learn_bpe import bpe_tokenizer, train_bpe
@@ -45,7 +47,7 @@ _SPACES = re.compile(r"\s{7}")  # in every 1250th character, where 9999 white on
 def prepare(
     source: str | Path,
     out: str | Path,
-    tokenizer: str,
+    tokenizer: str | Path | Encoding,
     val: float = 0.1,
     field: str | None = None,
 ) -> Header:
@@ -61,7 +63,8 @@ def prepare(
         out: the folder to make. One that holds this very text prepared in this way is left as it
             is; any other that is not empty is refused.
         tokenizer: char, bytes, gpt2, or bpe:N to learn N ids from the training text (64 MiB of it);
-            a text too short for N merges of what occurs twice gives fewer.
+            a text too short for N merges of what occurs twice gives fewer. Else a folder or a
+            model's file that brings one (see `load_tokenizer`), or a tokenizer itself.
         val: the fraction for validation, 0 <= val < 1.
         field: the source is JSONL, with the text under this key.
     Returns:
@@ -71,20 +74,18 @@ def prepare(
             nothing is left behind.
     """
     check_float("val", val, low=0, below=1)
-    size = re.fullmatch(r"bpe:([0-9]{1,9})", tokenizer)
-    if not size and tokenizer not in _KINDS[:-1]:
-        raise unknown("tokenizer", tokenizer, _KINDS)
+    name, given = _given(tokenizer)
     if source == "shakespeare":
         source = cache_folder() / "data" / "shakespeare.txt"
         if not source.is_file():
             fetch(_SHAKESPEARE[0], source, _SHAKESPEARE[1])
     out = Path(out)
     text = Source.find(Path(source), field, val, leave_out=out)
-    settings = {"source": text.sha256(), "tokenizer": tokenizer, "val": val, "field": field}
-    if existing := _existing(out, settings):
+    settings = {"source": text.sha256(), "tokenizer": name, "val": val, "field": field}
+    if existing := _existing(out, settings, given):
         return existing
     with atomic_folder(out, "; pass another -o") as folder:
-        encoding = _tokenizer(tokenizer, int(size[1]) if size else 0, text)
+        encoding = given or _learnt(name, text)
         save_tokenizer(encoding, folder)
         splits = _write(folder, encoding, text)
         header = Header(vocab_size=encoding.n_vocab, splits=splits, **settings)
@@ -93,7 +94,21 @@ def prepare(
     return header
 
 
-def _existing(out: Path, settings: dict[str, Any]) -> Header | None:
+def _given(tokenizer: str | Path | Encoding) -> tuple[str, Encoding | None]:
+    """What a header calls a tokenizer, and the tokenizer, None where the text is to teach it."""
+    if not isinstance(tokenizer, str | Path):
+        return f"{tokenizer.name} (given)", tokenizer
+    if isinstance(tokenizer, str):
+        if tokenizer == "char" or re.fullmatch(r"bpe:[0-9]{1,9}", tokenizer):
+            return tokenizer, None
+        if tokenizer in NAMES:
+            return tokenizer, load_tokenizer(tokenizer)
+    if not os.path.exists(tokenizer):
+        raise unknown("tokenizer", str(tokenizer), (*_KINDS, "a folder or a model that has one"))
+    return str(Path(tokenizer).absolute()), load_tokenizer(Path(tokenizer))
+
+
+def _existing(out: Path, settings: dict[str, Any], given: Encoding | None) -> Header | None:
     """The header of a folder that was made with these settings; None where there is nothing."""
     try:
         if not os.path.lexists(out) or (out.is_dir() and not os.listdir(out)):
@@ -102,25 +117,28 @@ def _existing(out: Path, settings: dict[str, Any]) -> Header | None:
         raise InputError(f"cannot read {out}: {reason(error)}; pass another -o") from error
     if not (out / "header.json").is_file():
         raise InputError(f"{out} is there and holds something else: pass another -o")
-    header = Dataset.open(out).header
+    data = Dataset.open(out)
     for name, value in settings.items():
-        if (had := getattr(header, name)) != value:
+        had = getattr(data.header, name)
+        # A tokenizer that is given may be the same under another name.
+        if name == "tokenizer" and given and same_tokenizer(data.tokenizer(), given):
+            continue
+        if had != value or (name == "tokenizer" and given):
             fact = "other text" if name == "source" else f"{name} {show(had)}, not {show(value)}"
             raise InputError(f"{out} was prepared with {fact}: pass another -o, or remove it first")
-    return header
+    return data.header
 
 
-def _tokenizer(kind: str, size: int, text: Source) -> Encoding:
+def _learnt(kind: str, text: Source) -> Encoding:
+    """The tokenizer that a text teaches: its characters, or for `bpe:N` its most frequent pairs."""
     if kind == "char":
         seen = np.zeros(0x110000, bool)
         for _, piece, _ in text.pieces("alphabet", end="\n"):
             seen[_codes(piece)] = True
         return char_tokenizer(map(chr, np.flatnonzero(seen)))
-    if size:
-        learnt = (piece for is_val, piece, _ in text.pieces("words") if not is_val)
-        every = max(1, -(-text.cut // _LEARN_BYTES))
-        return bpe_tokenizer(train_bpe(islice(learnt, 0, None, every), size))
-    return named_tokenizer(kind)
+    learnt = (piece for is_val, piece, _ in text.pieces("words") if not is_val)
+    every = max(1, -(-text.cut // _LEARN_BYTES))
+    return bpe_tokenizer(train_bpe(islice(learnt, 0, None, every), int(kind.partition(":")[2])))
 
 
 def _codes(text: str) -> np.ndarray:
@@ -167,17 +185,24 @@ def _converter(
     """What turns a group into (whether for validation, ids, (tokens, characters, bytes))."""
     dtype, end = ids_dtype(tokenizer.n_vocab), end_token(tokenizer)
     last = np.array([] if end is None else [end], dtype)
+    ranks = tokenizer._mergeable_ranks
     id_of = np.zeros(0x110000 if tokenizer.name == "char" else 0, dtype)
+    known = np.zeros(len(id_of), bool)
+    lacking = any(bytes([byte]) not in ranks for byte in range(256))  # at one, tiktoken panics
     if len(id_of):
-        for character, number in tokenizer._mergeable_ranks.items():
+        for character, number in ranks.items():
             id_of[ord(character.decode())] = number
+            known[ord(character.decode())] = True
 
     def ids_in(text: str) -> np.ndarray:
         if tokenizer.name == "char":
-            return id_of[_codes(text)]
+            codes = _codes(text)
+            if not known[codes].all():
+                encode(tokenizer, text)  # which says what the tokenizer lacks
+            return id_of[codes]
         if tokenizer.name == "bytes":
             return np.frombuffer(text.encode(), np.uint8)
-        if _SPACES.search(text[::1250]):
+        if lacking or _SPACES.search(text[::1250]):
             return np.array(encode(tokenizer, text), dtype)
         # Unlike encode, this holds Python's lock hardly ever, so that threads do run at once.
         return tokenizer.encode_to_numpy(text, disallowed_special=())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from tinygrad import Tensor
@@ -15,6 +15,9 @@ from tinygpt.errors import InputError
 from tinygpt.model import GPT
 from tinygpt.runtime import buffers
 from tinygpt.runtime.capture import CapturedStep, capture
+
+if TYPE_CHECKING:
+    from tiktoken import Encoding
 
 # int32 (B, T) inputs and targets -> float32 (B, T), the targets' losses in nats.
 Losses = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -108,11 +111,17 @@ def mean_loss(
 
 
 def evaluate_data(
-    model: GPT, data: Dataset, split: str = "val", stride: int | None = None, batch_size: int = 8
+    model: GPT,
+    data: Dataset,
+    split: str = "val",
+    stride: int | None = None,
+    batch_size: int = 8,
+    tokenizer: Encoding | None = None,
 ) -> dict[str, Any]:
     """Loss and what follows from it on a split of prepared tokens.
 
     Args:
+        tokenizer: the model's own, where it has one; tokens of another are refused.
         stride: see `windows`; None is the whole window, the fastest.
     Returns:
         loss (nats a token), perplexity, bits_per_byte and bits_per_character of the split's text,
@@ -126,7 +135,7 @@ def evaluate_data(
         raise InputError(f"stride is {stride}: it must be from 1 to the window, {block_size}")
     if len(tokens) < 2:
         raise InputError(f"{data.folder}: {split} has {len(tokens)} tokens: at least 2 are needed")
-    data.check(model.config.vocab_size)
+    data.check(model.config.vocab_size, tokenizer)
     block_size = min(block_size, len(tokens) - 1)
     places = windows(len(tokens), block_size, stride)
     batch_size = min(batch_size, len(places))

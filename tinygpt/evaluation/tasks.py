@@ -110,7 +110,8 @@ def lambada(scorer: Scorer, tokenizer: Encoding, path: Path) -> dict[str, Any]:
 def _examples(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of a JSON lines file, each with the number of its line; at least one."""
     try:
-        lines = path.read_bytes().decode().splitlines()
+        # Not splitlines: JSON allows in a text what that takes for line ends, such as U+2028.
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {reason(error)}") from error
     lines = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]

@@ -100,7 +100,9 @@ class Run:
             raise CheckpointError(f"{last}/state.json: {reason(error)}") from error
         if source != data.header.source:
             raise InputError(f"{folder} was trained on other data than {data.folder}: pass those")
-        run = cls(folder, data, folder_tokenizer(last), model, config, minutes)
+        tokenizer = folder_tokenizer(last)
+        data.check(model.config.vocab_size, tokenizer)
+        run = cls(folder, data, tokenizer, model, config, minutes)
         run_files.restore(run.trainer.tensors, arrays, last)
         run.trainer.counters, run.best = counters, best
         run.batches.restore(position)
@@ -278,7 +280,8 @@ def _cut_log(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_bytes().decode(errors="replace").splitlines():
+    # Not splitlines: samples may hold what that takes for line ends, such as U+2028.
+    for line in path.read_bytes().decode(errors="replace").split("\n"):
         try:
             entry = json.loads(line)
         except ValueError:
