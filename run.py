@@ -2,10 +2,7 @@
 
 import sys
 
-if __name__ == "__main__":
-    try:
-        from tinygpt.commands.main import main
+from tinygpt.__main__ import main
 
-        sys.exit(main())
-    except KeyboardInterrupt:  # while Python was still importing
-        sys.exit(130)
+if __name__ == "__main__":
+    sys.exit(main())

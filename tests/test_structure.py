@@ -34,6 +34,7 @@ ROWS = [
     ("storage",),
     ("config",),
     ("options",),
+    ("environment",),
     ("errors",),
 ]
 # Doors, each an import inside of a function: where a model is loaded and saved.

@@ -77,10 +77,8 @@ def test_running_out_of_memory_is_one_line(cli, monkeypatch):
 def test_run_py_and_the_module_and_the_command_are_one_program():
     runs = [start("--version"), start("--version", program=["-m", "tinygpt"])]
     assert [finish(run)[:2] for run in runs] == [(0, f"tinygpt {__version__}\n".encode())] * 2
-    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
-        "scripts"
-    ]
-    assert scripts == {"tinygpt": f"{main.__module__}:{main.__name__}"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["scripts"] == {"tinygpt": "tinygpt.__main__:main"}
 
 
 def test_a_reader_that_leaves_ends_the_run_quietly(endless):

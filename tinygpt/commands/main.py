@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 from itertools import takewhile
+from typing import TYPE_CHECKING
 
-from tinygpt import __version__
-from tinygpt.commands.flags import Parser
+from tinygpt import __version__, environment
 from tinygpt.errors import InputError, reason, say, unknown
-from tinygpt.runtime import device
+
+if TYPE_CHECKING:  # tinygrad is imported once the environment is known to suit it
+    from tinygpt.commands.flags import Parser
 
 # Each is a module of this folder with `add_flags(parser)` and `run(args)`, which gives the exit
 # status. It is imported when it is asked for, because all of them together take 0.1 s.
@@ -30,6 +32,8 @@ VERBS = {
     "doctor": "show what this machine has, what would help it, and whether it computes right",
 }
 
+_HELPS = {"-h", "--help", "--version"}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program on the arguments (by default the process's) and return its exit status."""
@@ -42,8 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         try:
-            device.forgive_cache()
-            device.select()
+            if _HELPS.isdisjoint(argv):
+                environment.check()
+            else:
+                environment.forget_faults()
             return _run(argv)
         finally:
             sys.stdout.flush()
@@ -64,6 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
+    from tinygpt.commands.flags import Parser
+    from tinygpt.runtime import device
+
+    device.forgive_cache()
+    device.select()
     verb, rest = "generate", argv
     if argv and argv[0] in VERBS:
         verb, rest = argv[0], argv[1:]
@@ -96,6 +107,8 @@ def _refuse_unknown_verb(argv: Sequence[str]) -> None:
 
 def _program() -> Parser:
     """The parser of the program without a command, whose help shows the commands too."""
+    from tinygpt.commands.flags import Parser
+
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {verb:<{width}}  {words}" for verb, words in VERBS.items())
     parser = Parser(

@@ -21,6 +21,7 @@ from tinygrad.device import ALL_DEVICES, Compiler
 from tinygrad.dtype import DType
 from tinygrad.helpers import CPU_COUNT, DEV, Context
 
+from tinygpt.environment import MOST_THREADS
 from tinygpt.errors import InputError
 
 # The compilers for the CPU besides clang, as DEV spells them, the best one first.
@@ -189,7 +190,7 @@ def describe() -> str:
 
 def cpu_count() -> int:
     """How many threads computation takes: tinygrad's CPU_COUNT, by default the cores there are."""
-    return CPU_COUNT.value
+    return min(CPU_COUNT.value, MOST_THREADS)
 
 
 def default() -> str:

@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from tinygrad import Device
-from tinygrad.helpers import CPU_COUNT
 
-from tinygpt.runtime import thread_pool
+from tinygpt.runtime import device, thread_pool
 from tinygpt.runtime.placing import Access, Call, place_calls, spaces_of
 
 __all__ = ["Access", "Call", "Graph", "describe", "missing"]
@@ -57,7 +56,7 @@ class Graph:
         self.keep = keep
         self.calls = tuple(calls)
         self.addresses = list(addresses)
-        most = max([threads or CPU_COUNT.value, *(call.threads for call in calls)])
+        most = max([threads or device.cpu_count(), *(call.threads for call in calls)])
         if most > thread_pool.MOST_THREADS:
             raise ValueError(f"{most} threads: there can be {thread_pool.MOST_THREADS}")
         self.placed = place_calls(calls, spaces_of(calls, addresses, inputs), most)
@@ -162,4 +161,4 @@ def describe() -> str:
     reason = missing()
     if reason:
         return f"tinygrad starts each kernel ({reason})"
-    return f"one table a step, on up to {CPU_COUNT.value} threads of our own"
+    return f"one table a step, on up to {device.cpu_count()} threads of our own"

@@ -13,8 +13,8 @@ from tinygrad.engine.realize import _resolve, estimate_uop, get_call_arg_uops, u
 from tinygrad.nn.state import get_parameters
 from tinygrad.uop.ops import Ops
 
+from tinygpt.environment import MOST_THREADS
 from tinygpt.runtime.placing import Access, Call
-from tinygpt.runtime.thread_pool import MOST_THREADS
 
 
 class Storage(NamedTuple):

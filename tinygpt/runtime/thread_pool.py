@@ -15,10 +15,9 @@ from weakref import WeakValueDictionary
 
 from tinygrad import Device
 
+from tinygpt.environment import MOST_THREADS  # `struct place` has a bed for each
 from tinygpt.runtime.compiling import compile_all
 
-# The most threads that a call may have; `struct place` has a bed for each.
-MOST_THREADS = 256
 # Looks at a counter before a thread goes to sleep: about 30 us.
 _SPINS = 2000
 

@@ -1,0 +1,160 @@
+"""Environment variables that tinygrad reads, checked before it does, which is when it is imported.
+
+tinygrad ends in a traceback where it expects a number and finds a word, and where a backend is
+named as its releases of before 2026 had it. So this is asked first, and imports nothing of it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from tinygpt.errors import InputError, show
+
+# tinygrad's old way to name a backend was to set a variable of its name to 1 -> DEV's word for it.
+_BACKENDS = (
+    "METAL", "AMD", "NV", "CUDA", "QCOM", "CL", "CPU", "DSP", "WEBGPU", "HIP", "NULL", "PYTHON",
+    "RDMA",
+)  # fmt: skip
+_OLDER = {"GPU": "CL", "CLANG": "CPU", "LLVM": "CPU:LLVM"}  # what it has forgotten since
+_COMPILERS = (
+    "CLANGJIT", "LLVM", "LVP", "X86", "CUDA", "PTX", "NVCC", "NAK", "HIP", "HIPCC", "IR3",
+    "QCOMCL", "METAL", "CL", "INTEL", "WGSL", "NULL", "PYTHON",
+)  # fmt: skip
+# What tinygrad reads as a whole number, at its import or when it first needs it.
+NUMBERS = (
+    "ALIGNED", "ALL2ALL", "ALLOW_DEVICE_USAGE", "ALLOW_HALF8", "ALLOW_TF32", "ALLREDUCE_CAST",
+    "ASSERT_COMPILE", "BEAM", "BEAM_DEBUG", "BEAM_DEV_TIMEOUT", "BEAM_ESTIMATE", "BEAM_LOCAL_MAX",
+    "BEAM_LOG_SURPASS_MAX", "BEAM_MAX_TASKS_PER_CHILD", "BEAM_PADTO", "BEAM_STRICT_MODE",
+    "BEAM_TIMEOUT_SEC", "BEAM_UOPS_MAX", "BEAM_UPCAST_MAX", "CACHELEVEL", "CAPTURE_PROCESS_REPLAY",
+    "CAPTURING", "CCACHE", "CHECK_OOB", "CPU_COUNT", "DEBUG", "DEBUG_GC", "DEBUG_LINEARIZE",
+    "DEBUG_RANGEIFY", "DEVICE_IN_FUNCTION_BUG", "DISABLE_FAST_IDIV", "DISABLE_HTTP_CACHE",
+    "DISALLOW_BROADCAST", "EXPAND_SSA", "FIX_METAL_ICB", "FLOAT16", "FUSE_OPTIM", "GMMU",
+    "GRAPH_ONE_KERNEL", "HCQ2", "HCQDEV_WAIT_TIMEOUT_MS", "IGNORE_BEAM_CACHE",
+    "IGNORE_JIT_FIRST_BEAM", "IMAGE", "IOCTL", "JIT", "JITBEAM", "JIT_BATCH_SIZE",
+    "LATE_ALLREDUCE", "LRU", "MAX_BUFFER_SIZE", "MAX_KERNEL_BUFFERS", "MM_DEBUG", "MV",
+    "MV_BLOCKSIZE", "MV_ROWS_PER_THREAD", "MV_THREADS_PER_ROW", "NOLOCALS", "NOOPT",
+    "NO_MEMORY_PLANNER", "NULL_ALLOW_COPYOUT", "OPENPILOT_HACKS", "PARALLEL", "PCONTIG",
+    "PRINT_MATCH_STATS", "PROFILE", "REDUCEOP_SPLIT_SIZE", "REDUCEOP_SPLIT_THRESHOLD",
+    "REMOTE_TIMEOUT", "REWRITE_STACK_LIMIT", "RING", "RING_ALLREDUCE_THRESHOLD", "SCACHE", "SPEC",
+    "SPLIT_REDUCEOP", "TC", "TC_OPT", "TC_SELECT", "TEST_PICKLE", "THREADS", "TRACE", "TRACEMETA",
+    "TRACK_MATCH_STATS", "TRANSCENDENTAL", "TUPLE_ORDER", "TYPED", "UNSAFE_ALLOW_JIT_BUFFER",
+    "UNSAFE_DISABLE_MASK", "UPAT_COMPILE", "USE_ATOMICS", "VALIDATE_WITH_CPU", "VFIO", "VIZ",
+    "WINO", "HCQ_NUM_SDMA",
+)  # fmt: skip
+_FLOATS = ("BEAM_MIN_PROGRESS",)
+MOST_THREADS = 256  # that the graph runner can start
+_LIMITS = {"CPU_COUNT": (1, MOST_THREADS), "BEAM": (0, None), "JITBEAM": (0, None)}
+_TYPES = (
+    "bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float16",
+    "bfloat16", "float32", "float64", "half", "float", "double", "fp8e4m3", "fp8e5m2",
+    "fp8e4m3fnuz", "fp8e5m2fnuz",
+)  # fmt: skip
+
+
+def check() -> None:
+    """See whether tinygrad can read what the environment says.
+
+    An empty variable is one that is not set. `NO_COLOR` may be anything, as its convention has it.
+
+    Raises:
+        InputError: for the first variable that it cannot read, with what is allowed.
+    """
+    _tidy()
+    for _, fault in _faults():
+        raise InputError(fault)
+
+
+def forget_faults() -> None:
+    """Take out of this process's environment what `check` would refuse, for a help needs none."""
+    _tidy()
+    for name, _ in list(_faults()):
+        del os.environ[name]
+
+
+def _tidy() -> None:
+    for name in (*NUMBERS, *_FLOATS, *_BACKENDS, "NO_COLOR"):
+        if os.environ.get(name) == "":
+            del os.environ[name]
+    if "NO_COLOR" in os.environ:
+        os.environ["NO_COLOR"] = "1"
+
+
+def _faults() -> Iterator[tuple[str, str]]:
+    """Each variable that cannot be read, and a line that says so."""
+    for name in (*NUMBERS, *_FLOATS):
+        if (value := os.environ.get(name)) is not None and (allowed := _refused(name, value)):
+            yield name, f"the environment variable {name} is {show(value)}: it must be {allowed}"
+    yield from _type_faults()
+    dev = os.environ.get("DEV", "")
+    for target in dev.split(";"):
+        if target.count("+") > 1 or target.rpartition("+")[2].count(":") > 2:
+            fact = "it must be BACKEND, BACKEND:COMPILER or BACKEND:COMPILER:PROCESSOR"
+            yield "DEV", f"the environment variable DEV is {show(dev)}: {fact}, such as CPU"
+            break
+    yield from _old_faults(dev)
+
+
+def _refused(name: str, value: str) -> str | None:
+    """What a variable must be instead; None where it is right."""
+    low, most = _LIMITS.get(name, (None, None))
+    with_limits = f", {low} or more" if low is not None else ""
+    with_limits += f" and at most {most}" if most is not None else ""
+    try:
+        number = float(value) if name in _FLOATS else int(value)
+    except ValueError:
+        return f"a {'number' if name in _FLOATS else 'whole number'}{with_limits}; or unset it"
+    if name == "TYPED" and number:
+        return "0; or unset it"
+    if (low is not None and number < low) or (most is not None and number > most):
+        return f"a whole number{with_limits}; or unset it"
+    return None
+
+
+def _type_faults() -> Iterator[tuple[str, str]]:
+    default = os.environ.get("DEFAULT_FLOAT", "")
+    if default.lower() not in ("", "float32", "float"):
+        fact = "all is computed in float32; unset it (--dtype says how weights are held)"
+        yield "DEFAULT_FLOAT", f"the environment variable DEFAULT_FLOAT is {show(default)}: {fact}"
+    for name in ("SUM_DTYPE", "EMULATED_DTYPES"):
+        value = os.environ.get(name, "")
+        words = value.lower().split(",") if name == "SUM_DTYPE" else value.split(",")
+        if value and not {word for word in words if word} <= set(_TYPES):
+            fact = f"it must be of {', '.join(_TYPES)}; or unset it"
+            yield name, f"the environment variable {name} is {show(value)}: {fact}"
+
+
+def _old_faults(dev: str) -> Iterator[tuple[str, str]]:
+    """What tinygrad no longer takes, each with what to write instead."""
+
+    def line(name: str, instead: str) -> tuple[str, str]:
+        fact = f"the environment variable {name} is {show(os.environ[name])}"
+        return name, f"{fact}, as tinygrad had it before: unset it and set DEV={instead} instead"
+
+    if not dev:  # else it is not looked at
+        for name in (*_BACKENDS, *_OLDER):
+            value = os.environ.get(name, "0").strip()
+            if value == "1":
+                yield line(name, _OLDER.get(name, name))
+            elif name in _BACKENDS and not value.lstrip("+-").isdecimal():
+                fact = "tinygrad looks there for a number while DEV names no backend"
+                given = f"the environment variable {name} is {show(value)}"
+                yield name, f"{given}: {fact}; unset {name}, or set DEV (DEV=CPU)"
+    named = {target.rpartition("+")[2].partition(":")[0].upper() for target in dev.split(";")}
+    for backend in [b for b in _BACKENDS if not dev or b in named or b == "CPU"]:
+        for compiler in _COMPILERS:
+            name = f"{backend}_{compiler}"
+            if os.environ.get(name, "0") not in ("", "0"):
+                yield line(name, f"{backend}:{compiler}")
+        for what in ("CC", "IFACE"):
+            name = f"{backend}_{what}"
+            if os.environ.get(name):
+                short = show(os.environ[name])[1:-1]
+                yield line(name, f"{backend}:{short}" if what == "CC" else f"{short}+{backend}")
+    emulators = {"NULL", "PYTHON"} & named
+    for name, instead in (
+        ("HCQ_VISIBLE_DEVICES", "NV, AMD or another with :0 before a +, such as PCI:0+AMD,"),
+        ("EMULATE", f"{''.join(sorted(emulators)[:1])}:COMPILER:PROCESSOR"),
+    ):
+        if os.environ.get(name) and (name != "EMULATE" or emulators):
+            yield line(name, instead)
