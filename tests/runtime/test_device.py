@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from tinygrad import device as tinygrad_device
 
 from tinygpt import InputError
 from tinygpt.commands import doctor
-from tinygpt.runtime import device, memory
+from tinygpt.runtime import device, disk_cache, memory
 
 
 def test_a_backend_works_or_does_not():
@@ -148,6 +149,7 @@ def kernels(tmp_path, monkeypatch):
     monkeypatch.setattr(helpers, "CACHEDB", str(path))
     monkeypatch.setattr(helpers, "_db_connection", None)
     monkeypatch.setattr(helpers, "_db_tables", set())
+    monkeypatch.setattr(helpers.CACHELEVEL, "value", 2)
     yield path
     if helpers._db_connection:
         helpers._db_connection.close()
@@ -162,14 +164,72 @@ def test_a_damaged_kernel_is_compiled_again_and_kept(kernels):
     assert helpers.diskcache_get("mine", "text") == b"text"
 
 
-@pytest.mark.parametrize("where", ["no database", "no folder"])
-def test_kernels_are_compiled_where_none_can_be_kept(where, kernels, monkeypatch):
+@pytest.mark.parametrize("first", ["tinygrad", "steps"])
+@pytest.mark.parametrize("where", ["no database", "no folder", "locked", "wholly locked"])
+def test_kernels_are_compiled_where_none_can_be_kept(where, first, kernels, monkeypatch, capsys):
+    """One wait and one line, whichever asks first, and then nothing asks that file again."""
+    tries = []
+    real = disk_cache._connect
+    monkeypatch.setattr(disk_cache, "_connect", lambda: tries.append(1) or real())
+    monkeypatch.setattr(disk_cache, "_WAIT_S", 0.01)
+    content = b"damaged" * 1000
+    holder = None
     if where == "no folder":
         monkeypatch.setattr(helpers, "CACHEDB", os.path.join(os.devnull, "kernels.db"))
-    kernels.write_bytes(b"damaged" * 1000)
-    assert tinygrad_device.Compiler("mine").compile_cached("text") == b"text"
-    assert kernels.read_bytes() == b"damaged" * 1000  # it may be some other file of the user's
-    assert any("it keeps no compiled kernels" in line for line in doctor._advice())
+    if where.endswith("locked"):
+        holder = sqlite3.connect(kernels, isolation_level=None)
+        holder.execute(f"BEGIN {'EXCLUSIVE' if where == 'wholly locked' else 'IMMEDIATE'}")
+        content = kernels.read_bytes()
+    else:
+        kernels.write_bytes(content)
+    if first == "steps":
+        disk_cache.write("mine", "key", 1)
+    for number in range(9):
+        text = f"text {number}"
+        assert tinygrad_device.Compiler("mine").compile_cached(text) == text.encode()
+        disk_cache.write("mine", text, number)
+        assert disk_cache.read("mine", text) is None
+    assert len(tries) == 1
+    assert kernels.read_bytes() == content  # it may be some other file of the user's
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "compiles without the cache of kernels, " in line
+    advice = "\n".join(doctor._advice())
+    assert "it keeps no compiled kernels" in advice
+    assert ("end the program that has locked" if holder else "remove") in advice
+    if holder:
+        holder.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="only Unix limits the size of files")
+def test_a_full_disk_keeps_no_kernels_and_ends_nothing(tmp_path):
+    script = """
+import resource
+from tinygpt.runtime import device, disk_cache
+from tinygrad.device import Compiler
+device.forgive_cache()
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+assert Compiler("mine").compile_cached("text") == b"text"
+disk_cache.write("mine", "text", 1)
+assert Compiler("mine").compile_cached("text") == b"text"
+print("compiled")
+"""
+    env = {"CACHEDB": str(tmp_path / "kernels.db"), "CACHELEVEL": None}
+    assert python(script, **env) == "compiled\n"
+
+
+def test_a_cache_without_a_folder_in_its_name_makes_none(tmp_path):
+    """tinygrad alone would make a folder of the file's name."""
+    script = """
+import os
+os.chdir(os.environ["WHERE"])
+from tinygpt.runtime import device
+from tinygrad import helpers
+device.forgive_cache()
+helpers.diskcache_put("mine", "text", 1)
+print(os.path.isfile("kernels.db"), helpers.diskcache_get("mine", "text"))
+"""
+    env = {"CACHEDB": "kernels.db", "CACHELEVEL": None, "WHERE": str(tmp_path)}
+    assert python(script, **env) == "True 1\n"
 
 
 def test_memory_is_known_and_enforced(monkeypatch):

@@ -128,7 +128,9 @@ def _advice() -> list[str]:
     file, error = device.kernel_cache()
     if error:
         fact = f"it keeps no compiled kernels ({reason(error)})"
-        advice.append(f"remove {file}, or let CACHEDB name another file: {fact}")
+        locked = "locked" in str(error)
+        first = f"end the program that has locked {file}" if locked else f"remove {file}"
+        advice.append(f"{first}, or let CACHEDB name another file: {fact}")
     free = memory.available_memory_bytes()
     if free is not None and free < 2e9:
         advice.append("free some memory: GPT-2 124M needs about 1.3 GB to load")

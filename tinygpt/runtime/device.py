@@ -9,20 +9,19 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
 
-from tinygrad import Device, Tensor, device, dtypes, helpers
+from tinygrad import Device, Tensor, dtypes
 from tinygrad.device import ALL_DEVICES, Compiler
 from tinygrad.dtype import DType
 from tinygrad.helpers import CPU_COUNT, DEV, Context
 
 from tinygpt.environment import MOST_THREADS
 from tinygpt.errors import InputError
+from tinygpt.runtime import disk_cache
 
 # The compilers for the CPU besides clang, as DEV spells them, the best one first.
 FALLBACKS = {"CPU:LLVM": "the LLVM library", "CPU:X86": "tinygrad's own x86-64 assembler"}
@@ -33,22 +32,13 @@ note: str | None = None
 
 @cache
 def forgive_cache() -> None:
-    """Do without tinygrad's cache of compiled kernels where it is damaged or out of reach.
+    """Do without tinygrad's cache of compiled kernels where it is damaged, locked or out of reach.
 
-    tinygrad would end there. What cannot be read is compiled again, and kept again if it can be.
-    This replaces two functions of `tinygrad.device` in this process. The command line does so when
-    it starts; Python code that wants it calls this.
+    tinygrad would end there, or wait. What cannot be read is compiled again, and kept again if it
+    can be. This replaces functions of tinygrad in this process. The command line does so when it
+    starts; Python code that wants it calls this.
     """
-
-    def forgiving(step: Callable[..., Any]) -> Callable[..., Any]:
-        def attempt(*args: Any) -> Any:
-            with suppress(Exception):  # SQLite, the disk, or a pickle that is cut short
-                return step(*args)
-
-        return attempt
-
-    device.diskcache_get = forgiving(device.diskcache_get)
-    device.diskcache_put = forgiving(device.diskcache_put)
+    disk_cache.forgive()
 
 
 def find_clang() -> str | None:
@@ -229,12 +219,8 @@ def devices() -> dict[str, str]:
 
 
 def kernel_cache() -> tuple[Path, Exception | None]:
-    """The file in which tinygrad keeps compiled kernels, and what keeps it from being read."""
-    try:
-        helpers.diskcache_get("tinygpt", "doctor")
-    except Exception as error:  # whatever SQLite or the disk says
-        return Path(helpers.CACHEDB), error
-    return Path(helpers.CACHEDB), None
+    """The file in which compiled kernels are kept, and what keeps it from being used."""
+    return disk_cache.file(), disk_cache.fault()
 
 
 def takes_c(name: str) -> bool:
