@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import gc
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import SMALL, needs_clang, reference_of
+from conftest import SMALL, needs_clang, randomize, reference_of
 from tinygrad.engine.realize import runtime_cache
+from tinygrad.helpers import GlobalCounters
 from tinygrad.nn.state import get_state_dict
 
-from tinygpt import Generator, InputError
+from tinygpt import GPT, Generator, InputError
 
 PROMPTS = [[5, 9, 2, 33, 60, 1, 7], [11], [8, 3] * 7]
+ONE_ROW = 8 * SMALL.n_layer * SMALL.block_size * SMALL.n_embd  # bytes of its KV cache
 DRAWN = {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.01}
 
 
@@ -139,6 +143,56 @@ def test_ten_threads_write_what_they_would_alone(shared, model):
 
     with ThreadPoolExecutor(10) as pool:
         assert list(pool.map(write, PROMPTS * 10)) == alone * 10
+
+
+@needs_clang
+def test_two_hundred_texts_dropped_by_ten_threads_leave_no_memory_and_no_threads(model):
+    def drop(number):
+        text = Generator(model, chunk_size=4).generate(PROMPTS[number % 3], 9, seed=number)
+        return [next(text), next(text)]
+
+    def left_by(count):
+        with ThreadPoolExecutor(10) as pool:
+            texts = list(pool.map(drop, range(count)))
+        gc.collect()
+        list(map(drop, range(3)))  # whichever session is left, it has the steps for each prompt
+        return texts, GlobalCounters.mem_used, threading.active_count()
+
+    few, many = left_by(20), left_by(200)
+    assert many[0][:20] == few[0]
+    assert abs(many[1] - few[1]) < ONE_ROW
+    assert many[2] == few[2]
+
+
+def test_batches_of_many_sizes_leave_the_memory_of_one_row(model):
+    generator = Generator(model)
+    list(generator.generate(PROMPTS[0], 3, temperature=0))
+    before = GlobalCounters.mem_used
+    for rows in range(2, 6):
+        list(generator.generate_batch([PROMPTS[0]] * rows, 3, temperature=0))
+    assert GlobalCounters.mem_used > before + 4 * ONE_ROW
+    list(generator.generate(PROMPTS[0], 3, temperature=0))
+    assert GlobalCounters.mem_used < before + ONE_ROW
+
+
+def test_no_stream_keeps_the_memory_of_a_model_that_is_dropped():
+    left = []
+    for _ in range(3):
+        list(Generator(randomize(GPT(SMALL))).generate(PROMPTS[0], 3, temperature=0))
+        left.append(GlobalCounters.mem_used)
+    assert left == left[:1] * 3
+
+
+@pytest.mark.parametrize("new", ["values", "tensors"])
+def test_the_next_text_is_of_the_weights_that_the_model_has_by_then(new):
+    changed = randomize(GPT(SMALL), seed=1)
+    generator = Generator(changed)
+    first = list(generator.generate(PROMPTS[0], 9, temperature=0))
+    for name, weight in get_state_dict(randomize(GPT(SMALL), seed=2)).items():
+        own = get_state_dict(changed)[name]
+        own.assign(weight).realize() if new == "values" else own.replace(weight)
+    expected = greedy_reference(changed, PROMPTS[0], 9)
+    assert list(generator.generate(PROMPTS[0], 9, temperature=0)) == expected != first
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import secrets
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from threading import Lock
+from threading import RLock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -15,14 +16,18 @@ from tinygpt.model import GPT
 from tinygpt.sampling import Sampling
 from tinygpt.session import Session
 
+# Of each model, the session that a stream has left last. The next stream of its size takes it,
+# which saves the time to make one. There is one alone, because a cache may be larger than a model.
+_idle: WeakKeyDictionary[GPT, Session] = WeakKeyDictionary()
+_lock = RLock()  # a stream that is collected as garbage may end while its own thread holds it
+
 
 class Generator:
     """Continues prompts with a model, one token after the other.
 
-    Several streams may be taken in turn, or by several threads: each has a KV cache of its own. The
-    model's weights are read when a step is first captured, so a Generator belongs to the weights
-    its model has then. Past the window generation goes on: a text that outgrows
-    `block_size` keeps its newer half (`block_size // 2` tokens), which is read in again.
+    Several streams may be taken in turn, or by several threads: each has a KV cache of its own.
+    Past the window generation goes on: a text that outgrows `block_size` keeps its newer half
+    (`block_size // 2` tokens), which is read in again.
     """
 
     def __init__(self, model: GPT, chunk_size: int = 64) -> None:
@@ -36,8 +41,6 @@ class Generator:
         check_int("chunk_size", chunk_size, low=1)
         self.model = model
         self.chunk_size = min(chunk_size, model.config.block_size)
-        self._idle: dict[int, Session] = {}  # one for each batch size, which no stream uses now
-        self._lock = Lock()
 
     def generate(
         self,
@@ -81,7 +84,7 @@ class Generator:
         settings = Sampling.of(**sampling)
         if not prompts:
             raise InputError("no prompts: give at least one")
-        if len(prompts) not in self._idle:  # check before even the prompts are copied
+        if not self._idle_fits(len(prompts)):  # check before even the prompts are copied
             self.model.require_cache_memory(len(prompts), self.model.config.block_size)
         rows = [self._check_prompt(prompt) for prompt in prompts]
         check_int("max_new_tokens", max_new_tokens, low=0)
@@ -151,18 +154,24 @@ class Generator:
         block_size = self.model.config.block_size
         return ids if len(ids) <= block_size else ids[-max(1, block_size // 2) :]
 
+    def _idle_fits(self, batch_size: int) -> bool:
+        idle = _idle.get(self.model)
+        return idle is not None and idle.fits(batch_size, self.chunk_size)
+
     @contextmanager
     def _session(self, batch_size: int) -> Iterator[Session]:
         """A session for one stream alone, as long as it lasts."""
-        with self._lock:
-            session = self._idle.pop(batch_size, None)
+        with _lock:
+            session = _idle.pop(self.model) if self._idle_fits(batch_size) else None
+            if session is None:
+                _idle.pop(self.model, None)  # first let go of what it holds
         if session is None:
             session = Session(self.model, batch_size, self.chunk_size)
         try:
             yield session
         finally:
-            with self._lock:
-                self._idle[batch_size] = session  # one of each size is kept for the next stream
+            with _lock:
+                _idle[self.model] = session
 
 
 def _count(rows: list[list[int]], vocab_size: int) -> np.ndarray:

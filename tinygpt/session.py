@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from weakref import ref
 
 import numpy as np
 from tinygrad import Tensor, UOp, Variable
@@ -27,8 +28,10 @@ class Session:
     """
 
     def __init__(self, model: GPT, batch_size: int, chunk_size: int) -> None:
-        self.model, self.batch_size, self.chunk_size = model, batch_size, chunk_size
+        self.batch_size, self.chunk_size = batch_size, chunk_size
         self.block_size = model.config.block_size
+        self._model = ref(model)  # whoever runs a step has it; an idle session does not keep it
+        self._weights = _weights_of(model)
         self.cache = model.empty_cache(batch_size, self.block_size)
         self.position = 0  # where the next token stands
         self.padding: Tensor | None = None
@@ -37,6 +40,22 @@ class Session:
         self._inputs: dict[tuple, Tensor] = {}  # by name and shape: see `_input`
         self._choice: list[Step] = []  # how to choose, and
         self._draws: dict[str, Tensor] = {}  # what else that takes: seeds and counts
+
+    @property
+    def model(self) -> GPT:
+        """The model whose session this is."""
+        model = self._model()
+        assert model is not None
+        return model
+
+    def fits(self, batch_size: int, chunk_size: int) -> bool:
+        """Whether it can be used for a batch of that size, and the model has its weights still.
+
+        Where they lie is a part of the captured steps: a weight that was replaced would not be
+        seen.
+        """
+        sizes = self.batch_size, self.chunk_size
+        return sizes == (batch_size, chunk_size) and self._weights == _weights_of(self.model)
 
     @property
     def full(self) -> bool:
@@ -166,3 +185,8 @@ class Session:
         only = None if tokens.shape[1] == 1 else row
         x = self.model.hidden_states(tokens, self.cache, start_pos, self.padding, only)
         return choose(self.model.logits(x[:, 0]), choice, seeds, step, counts)
+
+
+def _weights_of(model: GPT) -> list[object]:
+    """What tells a model's weights from any others: where they lie, by their names' order."""
+    return [buffers.place(tensor) for tensor in get_state_dict(model).values()]

@@ -17,6 +17,7 @@ from tinygrad.helpers import Context
 from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo
 
 from tinygpt import GPT, Generator, GPTConfig, ops
+from tinygpt.generate import _idle
 from tinygpt.runtime import buffers, compiling, disk_cache, graph, step_store
 from tinygpt.runtime.capture import capture
 
@@ -422,7 +423,7 @@ def test_a_step_of_what_another_process_would_not_know_is_not_kept(kept, monkeyp
     def first_step(model) -> tuple[set[str], list[int]]:
         generator = Generator(model)
         ids = list(generator.generate([1, 2, 3], max_new_tokens=4, temperature=0))
-        steps = generator._idle[1]._choice_steps.values()
+        steps = _idle[model]._choice_steps.values()
         return {step.origin for step in steps}, ids
 
     config = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=50)

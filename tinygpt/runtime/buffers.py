@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from threading import Lock
+from typing import Any
 
 import numpy as np
 from tinygrad import Tensor, UOp
-from tinygrad.device import Buffer
+from tinygrad.device import Buffer, BufferSpec
 from tinygrad.dtype import _from_np_dtype, _to_np_dtype
 
 _MAKING = Lock()  # tinygrad makes tensors for one thread at a time
@@ -19,6 +20,23 @@ def _buffer(uop: UOp) -> Buffer:
     return buffer
 
 
+def _memory(buffer: Buffer) -> memoryview:
+    """The memory of a buffer on the CPU itself, once what was queued for it is done."""
+    allocator: Any = buffer.allocator
+    return allocator._as_buffer(buffer._buf)
+
+
+def allocate(buffer: Buffer) -> Buffer:
+    """Memory for a buffer that may be large and is seldom made, as weights are; the buffer.
+
+    Once it is dropped the system has its memory back, where tinygrad would keep it for the next
+    buffer of exactly that size.
+    """
+    if not buffer.base.is_allocated():
+        buffer.base.options = BufferSpec(nolru=True)
+    return buffer.ensure_allocated()
+
+
 def tensor(values: np.ndarray, device: str | None = None) -> Tensor:
     """The values in the memory of a device (by default the one in use), written there directly.
 
@@ -27,7 +45,7 @@ def tensor(values: np.ndarray, device: str | None = None) -> Tensor:
     """
     with _MAKING:
         made = Tensor.empty(*values.shape, dtype=_from_np_dtype(values.dtype), device=device)
-        _buffer(made.uop).ensure_allocated()
+        allocate(_buffer(made.uop))
     write(made, values)
     return made
 
@@ -37,7 +55,7 @@ def write(target: Tensor, values: np.ndarray) -> None:
     buffer = _buffer(target.uop).ensure_allocated()
     if target.device == "CPU":
         # Straight into its memory, in whatever order the values lie in theirs.
-        memory = np.frombuffer(buffer.as_memoryview(force_zero_copy=True), values.dtype)
+        memory = np.frombuffer(_memory(buffer), values.dtype)
         np.copyto(memory.reshape(values.shape), values)
     else:
         buffer.copyin(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
@@ -56,6 +74,11 @@ def alias(tensor: Tensor) -> Tensor:
     return Tensor(tensor.uop)
 
 
+def place(tensor: Tensor) -> object:
+    """What tells the memory of a tensor from all others, as long as this is held."""
+    return tensor.uop
+
+
 def read(source: Tensor) -> np.ndarray:
     """The values of a realised tensor that has memory of its own: a copy, in one dimension.
 
@@ -64,6 +87,4 @@ def read(source: Tensor) -> np.ndarray:
     buffer = _buffer(source.uop.base)
     if source.device != "CPU":
         return buffer.numpy()
-    return np.frombuffer(
-        buffer.as_memoryview(force_zero_copy=True), _to_np_dtype(source.dtype)
-    ).copy()
+    return np.frombuffer(_memory(buffer), _to_np_dtype(source.dtype)).copy()

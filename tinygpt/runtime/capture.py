@@ -103,7 +103,7 @@ class CapturedStep:
                 origin = "stored" if loaded else "captured"
         result = replay(args, kwargs)
         self._replay, self.origin = replay, origin
-        self._function = self._named = None
+        self._function = self._named = self._key = None
         return result
 
     def _stored(self, inputs: Inputs) -> StoredStep | None:

@@ -18,6 +18,7 @@ from tinygrad.helpers import GlobalCounters
 from tinygrad.uop.ops import Ops, buffers
 
 from tinygpt.runtime import thread_pool
+from tinygpt.runtime.buffers import allocate
 from tinygpt.runtime.graph import Graph
 from tinygpt.runtime.placing import Call
 from tinygpt.runtime.plan import Inputs, Plan, as_tensors, buffers_of, params_of, whole
@@ -44,7 +45,7 @@ class Replay:
         self.plan, self.uops = plan, uops
         self.names, self.info, self.constants = inputs.names, inputs.info, inputs.constants
         # The memory of the first inputs is used for no longer than this: each call brings its own.
-        parts = [[b.ensure_allocated() for b in buffers_of(u)] for u in (*inputs.uops, *uops)]
+        parts = [[allocate(b) for b in buffers_of(u)] for u in (*inputs.uops, *uops)]
         self._first_of: list[int] = []  # the number of each storage's first buffer
         addresses: list[int] = []
         for storage in parts:
@@ -234,7 +235,7 @@ class Replay:
         for i in storages:
             first = self._first_of[len(self.plan.inputs) + i]
             for lane, buffer in enumerate(buffers_of(uops[i])):
-                found.append((first + lane, buffer.ensure_allocated()._buf.va_addr))
+                found.append((first + lane, allocate(buffer)._buf.va_addr))
         return found
 
     def _new_result(self) -> _Result:
