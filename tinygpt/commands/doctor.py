@@ -22,10 +22,10 @@ import tinygpt
 from tinygpt.checkpoints import hub
 from tinygpt.commands.flags import add_flag
 from tinygpt.config import GPTConfig
-from tinygpt.errors import InputError, reason
+from tinygpt.errors import InputError, reason, show
 from tinygpt.generate import Generator
 from tinygpt.model import GPT
-from tinygpt.runtime import device, graph, memory
+from tinygpt.runtime import clang, device, graph, memory
 
 # The small model that `--backends` runs, and the logits of its prompt. They come from the NumPy
 # reference in the tests, and a test holds the two equal, so that no second model need live here.
@@ -89,16 +89,13 @@ def _machine() -> dict[str, str]:
 
 
 def _clang() -> str:
-    path = device.find_clang()
-    if path is None:
-        return "not found"
-    with suppress(OSError, subprocess.SubprocessError):
-        command = [path, "--version"]
-        output = subprocess.run(
-            command, capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=True
-        )
-        return f"{path}, {output.stdout.splitlines()[0]}"
-    return f"{path}, which does not run"
+    start = clang.command()
+    if start is None:
+        return clang.missing()
+    found, cc = f"{' '.join(start)}, {clang.version(start) or 'which does not run'}", ""
+    if (given := os.environ.get("CC")) and given != start[0]:
+        cc = f" (CC is {show(given)})"
+    return found + cc
 
 
 def _caches() -> dict[str, str]:
@@ -119,8 +116,11 @@ def _size(path: Path) -> str:
 
 def _advice() -> list[str]:
     advice = []
-    if device.find_clang() is None:
-        advice.append("install clang: it compiles the fastest kernels for the CPU")
+    if clang.command() is None:
+        advice.append(
+            f"`{clang.advice()}` brings a clang, which makes kernels for the CPU 5 to 7 times "
+            "faster: 100 MB to fetch, 400 MB on the disk (or install your system's clang)"
+        )
     try:
         device.check()
     except InputError as error:
@@ -141,7 +141,7 @@ def _targets(devices: dict[str, str]) -> list[str]:
     """Every value of DEV worth trying: the devices found, and the CPU with each compiler."""
     found = [name for name, state in devices.items() if state.startswith("found")]
     targets = [name for name in found if name != "CPU"]
-    targets += ["CPU"] if device.find_clang() else []
+    targets += ["CPU"] if clang.command() else []
     return targets + [target for target in device.FALLBACKS if device.works(target)]
 
 

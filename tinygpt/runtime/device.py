@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -21,7 +20,8 @@ from tinygrad.helpers import CPU_COUNT, DEV, Context
 
 from tinygpt.environment import MOST_THREADS
 from tinygpt.errors import InputError
-from tinygpt.runtime import disk_cache
+from tinygpt.runtime import clang, disk_cache
+from tinygpt.runtime.postpone import postpone
 
 # The compilers for the CPU besides clang, as DEV spells them, the best one first.
 FALLBACKS = {"CPU:LLVM": "the LLVM library", "CPU:X86": "tinygrad's own x86-64 assembler"}
@@ -41,11 +41,6 @@ def forgive_cache() -> None:
     disk_cache.forgive()
 
 
-def find_clang() -> str | None:
-    """The path of the compiler that tinygrad's CPU backend calls, if it is there."""
-    return shutil.which(os.environ.get("CC") or "clang")
-
-
 @cache
 def select() -> None:
     """Where DEV is unset, correct tinygrad's choice if it would not work, or work slowly.
@@ -59,6 +54,8 @@ def select() -> None:
     Where tensors were made before, they stay on tinygrad's device, and so does what comes after.
     """
     global note
+    postpone()
+    clang.use()
     if DEV.device:  # the user has chosen, in the environment or in Python
         return
     in_use = os.environ.get("DEV")  # tinygrad has set it when a tensor was made before
@@ -66,13 +63,16 @@ def select() -> None:
     if chosen != "CPU" and (in_use or chosen != "CL" or not opencl_is_cpu()):
         return
     os.environ["DEV"] = ""  # tinygrad may have written its own choice there
-    if find_clang():
+    if clang.command():
         _choose("CPU")
         return
     for target, words in FALLBACKS.items():
         if works(target):
             _choose(target)
-            note = f"no clang found, so {words} compiles ({target}); clang makes faster kernels"
+            note = (
+                f"{clang.missing()}, so {words} compiles ({target}), and all runs 5 to 7 times "
+                f"slower: `{clang.advice()}` brings a clang"
+            )
             return
 
 
@@ -145,8 +145,8 @@ def check(kernel: bool = True) -> None:
     chosen = os.environ.get("DEV")  # by the user or `select`; tinygrad may write there, too
     try:
         # The trial kernel may come from tinygrad's disk cache, which needs no compiler.
-        if renderer() == "ClangJIT" and find_clang() is None:
-            raise FileNotFoundError("clang is not installed")
+        if renderer() == "ClangJIT" and clang.command() is None:
+            raise FileNotFoundError(clang.missing())
         if renderer() == "X86" and not _runs_assembled():
             raise RuntimeError("the processor lacks AVX2")
         if kernel and not _adds_up():
@@ -157,7 +157,8 @@ def check(kernel: bool = True) -> None:
             reason = "tinygrad has no such backend"
         else:
             reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-        advice = "Unset DEV to let the program choose" if chosen else "Install clang"
+        bring = f"`{clang.advice()}` brings a clang"
+        advice = f"Unset DEV to let the program choose, {bring}" if chosen else bring
         raise InputError(
             f"the backend DEV={name} does not work: {reason}. {advice}, "
             "or see `tinygpt doctor` for what this machine has"
@@ -197,10 +198,10 @@ def holds(dtype: DType) -> bool:
 
 
 @cache
-def _widens_half(clang: Compiler) -> bool:
+def _widens_half(compiler: Compiler) -> bool:
     """Whether clang does so by itself: for an x86-64 without F16C it calls its library."""
     try:
-        clang.compile_cached("float widen(__fp16 *x) { return *x; }")
+        compiler.compile_cached("float widen(__fp16 *x) { return *x; }")
     except RuntimeError:  # clang calls a function of its library, which tinygrad does not link
         return False
     return True

@@ -22,7 +22,7 @@ from typing import Any
 from tinygrad import Device, Tensor
 from tinygrad.helpers import CACHELEVEL, ContextVar
 
-from tinygpt.runtime import disk_cache
+from tinygpt.runtime import clang, disk_cache
 
 TABLE = "tinygpt_steps"
 # Settings of tinygrad that change no kernel.
@@ -87,10 +87,10 @@ def digest(what: object) -> str:
         (name, repr(var.value)) for name, var in ContextVar._cache.items() if name not in _BESIDE
     )
     names = [n for n in os.environ if n.startswith("TINYGPT_") and n != "TINYGPT_STORE"]
-    names += [n for n in os.environ if n in ("CC", "JITBEAM")]
+    names += [n for n in os.environ if n == "JITBEAM"]
     environment = sorted((name, os.environ[name]) for name in names)
     target = str(Device[Device.DEFAULT].renderer.target)
-    text = repr((_machine(), _sources(), target, settings, environment, what))
+    text = repr((_machine(), _sources(), target, settings, environment, clang.command(), what))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
