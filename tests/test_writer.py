@@ -45,10 +45,10 @@ def test_its_text_ends_before_a_stop_text(writer):
         assert stream.stopped == (text == "one ")
 
 
-def test_an_empty_prompt_is_the_end_token_and_special_tokens_are_text(writer):
+def test_an_empty_prompt_is_the_end_token_and_special_tokens_are_none_if_asked(writer):
     assert writer.encode("") == [256]
-    assert writer.encode("<|endoftext|>") == list(b"<|endoftext|>")
-    assert writer.encode("<|endoftext|>", special_tokens=True) == [256]
+    assert writer.encode("<|endoftext|>") == [256]
+    assert writer.encode("<|endoftext|>", special_tokens=False) == list(b"<|endoftext|>")
 
 
 def test_a_new_model_has_the_ids_of_its_tokenizer():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tinygrad import Tensor, dtypes
@@ -21,6 +22,9 @@ from tinygpt.ops.sizes import Position, Whole, plus, shape
 from tinygpt.runtime import device
 from tinygpt.runtime.buffers import tensor, write
 from tinygpt.runtime.memory import require_memory
+
+if TYPE_CHECKING:
+    from tinygpt.tokenizer.tokenizer import Tokenizer
 
 # One (keys, values) pair a block, each (B, H, cache length, D): see `GPT.empty_cache`.
 Cache = list[tuple[Tensor, Tensor]]
@@ -63,11 +67,11 @@ class GPT:
         device.select()
         return load_pretrained(name_or_path, dtype)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model in Hugging Face form: see `save_pretrained`."""
+    def save_pretrained(self, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
+        """Write the model in Hugging Face form, and its tokenizer: see `save_pretrained`."""
         from tinygpt.checkpoints.save_huggingface import save_pretrained
 
-        save_pretrained(self, folder)
+        save_pretrained(self, folder, tokenizer)
 
     def init_weights(self, seed: int) -> None:
         """GPT-2's initialisation, drawn on the host so that every backend gets the same weights.

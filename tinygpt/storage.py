@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import secrets
@@ -47,7 +48,7 @@ def _read(path: str | Path, most_bytes: int) -> bytes:
     with open(path, "rb") as file:
         data = file.read(most_bytes + 1)
     need(len(data) <= most_bytes, f"it has more than {most_bytes >> 20} MiB")
-    return data
+    return data.removeprefix(codecs.BOM_UTF8)  # Windows' editors put it before a text
 
 
 def parse_json(text: bytes) -> dict[str, Any]:

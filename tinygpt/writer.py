@@ -7,20 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tinygpt.checkpoints import hub
 from tinygpt.checkpoints.load_tokenizer import load_tokenizer
 from tinygpt.checkpoints.open_checkpoint import open_checkpoint
 from tinygpt.checkpoints.quantization import check_dtype, convert
 from tinygpt.config import GPTConfig
+from tinygpt.errors import InputError, say
 from tinygpt.generate import Generator
 from tinygpt.model import GPT
 from tinygpt.runtime import device
-from tinygpt.tokenizer.encoding import TextStream, encode, end_token
-
-if TYPE_CHECKING:
-    from tiktoken import Encoding
+from tinygpt.tokenizer.encoding import TextStream
+from tinygpt.tokenizer.tokenizer import Tokenizer
 
 _BUILT_IN_START = "\n"  # what the built-in model starts from where there is no prompt
 
@@ -28,30 +27,38 @@ _BUILT_IN_START = "\n"  # what the built-in model starts from where there is no 
 class Writer:
     """A model, its tokenizer, and the KV caches and captured graphs of their generation."""
 
-    def __init__(self, model: GPT, tokenizer: Encoding, start: str = "") -> None:
+    def __init__(self, model: GPT, tokenizer: Tokenizer, start: str = "") -> None:
         """
         Args:
-            start: the text that stands for an empty prompt; "" is the end token alone, which
-                stands before each text in training.
+            start: the text that stands for an empty prompt; "" is the token alone that a text
+                begins with, in GPT-2 the end token, which stands before each text in training.
         """
         self.model, self.tokenizer, self.start = model, tokenizer, start
-        self.end = end_token(tokenizer)
         self.generator = Generator(model)
 
     @classmethod
-    def open(cls, name: str, dtype: str | None = None, tokenizer: str | None = None) -> Writer:
+    def open(
+        cls, name: str, dtype: str | None = None, tokenizer: str | None = None, ids: bool = False
+    ) -> Writer:
         """A writer with a model that can be loaded.
 
         Args:
             name: of the model: a folder, a file, or a name to fetch.
             dtype: what to hold the weights in; None is as they are stored.
             tokenizer: another than the model's own.
+            ids: where the tokenizer cannot be read, let the text be the ids as numbers.
         Raises:
             InputError: when they cannot be had, or the backend does not work.
         """
         _check(dtype)
         found = open_checkpoint(name)
-        words = found.tokenizer(tokenizer)
+        try:
+            words = found.tokenizer(tokenizer)
+        except InputError as error:
+            if not ids:
+                raise
+            say(f"{error}: the text below is ids")
+            words = found.numbers()
         start = _BUILT_IN_START if name == hub.BUILT_IN else ""
         return cls(found.load(dtype), words, start)
 
@@ -80,14 +87,16 @@ class Writer:
         words = load_tokenizer(name, config.vocab_size)
         return cls(convert(GPT(config, seed), dtype or "float32"), words)
 
-    def encode(self, prompt: str, special_tokens: bool = False) -> list[int]:
+    def encode(self, prompt: str, special_tokens: bool = True) -> list[int]:
         """The ids of a prompt, at least one.
 
         Args:
             special_tokens: whether `<|endoftext|>` in it is that token, and not plain text.
         """
-        text = prompt or self.start
-        return encode(self.tokenizer, text, special_tokens) if text else [self.end or 0]
+        if text := prompt or self.start:
+            return self.tokenizer.encode(text, special_tokens)
+        start = self.tokenizer.start
+        return [start if start is not None and start < self.model.config.vocab_size else 0]
 
     def stream(
         self, prompt_ids: list[int], max_new_tokens: int, seeds: Sequence[int], **sampling: Any
@@ -101,7 +110,7 @@ class Writer:
         Raises:
             InputError: for an argument that cannot work, before anything is computed.
         """
-        prompts, ends = [prompt_ids] * len(seeds), [] if self.end is None else [self.end]
+        prompts, ends = [prompt_ids] * len(seeds), self.tokenizer.ends
         return self.generator.generate_batch(prompts, max_new_tokens, seeds, ends, **sampling)
 
     def text_stream(self, stop: Sequence[str] = ()) -> TextStream:

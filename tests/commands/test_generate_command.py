@@ -78,10 +78,11 @@ def test_a_stop_text_ends_just_before_it(cli):
     assert sample["tokens"][-1] == ord(stop)
 
 
-def test_special_tokens_are_text_unless_asked_for(cli):
+def test_special_tokens_are_text_if_asked_for(cli):
     argv = ["<|endoftext|>", *SHORT, "--max-new-tokens", 0, "--json"]
-    assert json.loads(cli(*argv)[1])["prompt_tokens"] == list(b"<|endoftext|>")
-    assert json.loads(cli(*argv, "--special-tokens")[1])["prompt_tokens"] == [256]
+    assert json.loads(cli(*argv)[1])["prompt_tokens"] == [256]
+    ids = json.loads(cli(*argv, "--no-special-tokens")[1])["prompt_tokens"]
+    assert ids == list(b"<|endoftext|>")
     nothing = json.loads(cli(*argv[1:])[1])  # no prompt: what stands before a text in training
     assert (nothing["prompt"], nothing["prompt_tokens"]) == ("", [256])
     assert nothing["timings"]["first_token_s"] is None
@@ -196,7 +197,7 @@ BAD = {
     "--dim 10000000 --heads 1": "GB are free: choose a smaller model",
     "--dtype int9": "unknown --dtype 'int9': did you mean 'int8'?",
     "--tokenizer byte": "unknown tokenizer 'byte'",
-    "--vocab 100": "ids up to 256, outside the model's vocabulary of 100",
+    "--vocab 100": "ids up to 255, outside the model's vocabulary of 100",
     "--temperature -1": "--temperature is -1.0: it must be a finite number, 0 or more",
     "--temperature nan": "--temperature is nan",
     "--top-p 0": "--top-p is 0.0: it must be a number, above 0 and at most 1",

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import warnings
@@ -16,6 +17,7 @@ import tiktoken
 from tinygpt.checkpoints.load_tokenizer import load_tokenizer
 from tinygpt.errors import InputError
 from tinygpt.tokenizer import encoding
+from tinygpt.tokenizer import tokenizer as tokenizer_module
 from tinygpt.tokenizer.encoding import (
     TextStream,
     char_tokenizer,
@@ -24,6 +26,7 @@ from tinygpt.tokenizer.encoding import (
     end_token,
     save_tokenizer,
 )
+from tinygpt.tokenizer.tokenizer import Tokenizer
 from tinygpt.tokenizer.vocabulary import spell
 
 END = "<|endoftext|>"
@@ -74,9 +77,14 @@ def random_texts(seed: int, count: int = 60) -> Iterator[str]:
         yield "".join(draw.sample(pieces + anything, len(pieces) + 1))
 
 
-def same(one: tiktoken.Encoding, other: tiktoken.Encoding) -> bool:
-    parts = ("_pat_str", "_mergeable_ranks", "_special_tokens")
-    return all(getattr(one, part) == getattr(other, part) for part in parts)
+def same(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether all is equal but names, and what files say that decides nothing."""
+    parts = ("ranks", "others", "prefix_space", "before", "after", "bos", "eos")
+    return (
+        all(getattr(one, part) == getattr(other, part) for part in parts)
+        and {*one.added} == {*other.added}
+        and one.encoding._pat_str == other.encoding._pat_str
+    )
 
 
 def message(error: pytest.ExceptionInfo) -> str:
@@ -102,7 +110,7 @@ def write(folder: Path, files: dict[str, object]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def gpt2() -> Iterator[tiktoken.Encoding]:
+def gpt2() -> Iterator[Tokenizer]:
     with pytest.MonkeyPatch.context() as patch:
         if "TIKTOKEN_CACHE_DIR" not in os.environ:
             patch.setenv("TIKTOKEN_CACHE_DIR", str(CACHE))
@@ -112,7 +120,7 @@ def gpt2() -> Iterator[tiktoken.Encoding]:
 
 
 @pytest.fixture(scope="module")
-def gpt2_folder(gpt2: tiktoken.Encoding, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def gpt2_folder(gpt2: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gpt2")
     save_tokenizer(gpt2, folder)
     return folder
@@ -133,7 +141,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> tiktoken.Encoding:
+def small(tmp_path: Path) -> Tokenizer:
     vocab = vocabulary("ab", "abc", "Ġa", "ĠĠ")
     merges = "#version: 0.2\na b\nab c\nĠ a\nĠ Ġ\n"
     folder = tmp_path / "small"
@@ -166,26 +174,26 @@ def test_import_is_light() -> None:
 # Equal to what others make of the same files.
 
 
-def test_gpt2_known_ids(gpt2: tiktoken.Encoding) -> None:
+def test_gpt2_known_ids(gpt2: Tokenizer) -> None:
     assert encode(gpt2, "Hello, I am") == [15496, 11, 314, 716]
     assert end_token(gpt2) == 50256
     assert encode(gpt2, END) == [27, 91, 437, 1659, 5239, 91, 29]
     assert encode(gpt2, f"a{END}", special=True) == [64, 50256]
 
 
-def test_gpt2_from_each_form(gpt2: tiktoken.Encoding, gpt2_folder: Path, tmp_path: Path) -> None:
-    assert load_tokenizer(gpt2_folder) is gpt2
+def test_gpt2_from_each_form(gpt2: Tokenizer, gpt2_folder: Path, tmp_path: Path) -> None:
+    assert load_tokenizer(gpt2_folder).encoding is gpt2.encoding
     vocab, merges = ((gpt2_folder / name).read_bytes() for name in ("vocab.json", "merges.txt"))
     openai = load_tokenizer(write(tmp_path, {"encoder.json": vocab, "vocab.bpe": merges}))
     assert same(openai, gpt2)
     for text in random_texts(2):
-        assert encode(openai, text) == gpt2.encode_ordinary(text)
-        assert encode(openai, text + END, special=True) == gpt2.encode(
+        assert encode(openai, text) == gpt2.encoding.encode_ordinary(text)
+        assert encode(openai, text + END, special=True) == gpt2.encoding.encode(
             text + END, allowed_special="all"
         )
 
 
-def test_gpt2_merges_are_the_published_ones(gpt2: tiktoken.Encoding, gpt2_folder: Path) -> None:
+def test_gpt2_merges_are_the_published_ones(gpt2: Tokenizer, gpt2_folder: Path) -> None:
     published = Path(os.environ["TIKTOKEN_CACHE_DIR"], VOCAB_BPE)
     assert (gpt2_folder / "merges.txt").read_bytes() == published.read_bytes()
 
@@ -260,7 +268,7 @@ def test_characters() -> None:
 
 
 @pytest.mark.parametrize("kind", ["bytes", "char", "small"])
-def test_save_and_load(kind: str, small: tiktoken.Encoding, tmp_path: Path) -> None:
+def test_save_and_load(kind: str, small: Tokenizer, tmp_path: Path) -> None:
     tokenizer = {
         "bytes": load_tokenizer("bytes"),
         "char": char_tokenizer(random_texts(6)),
@@ -284,9 +292,9 @@ def test_saved_bytes_read_by_others(tmp_path: Path) -> None:
         assert encode(other, text + END, special=True) == [*text.encode(), 256]
 
 
-def test_folder_of_gpt2_size(tmp_path: Path, gpt2: tiktoken.Encoding) -> None:
-    assert load_tokenizer(tmp_path, 50257) is gpt2
-    assert load_tokenizer(tmp_path, 50304) is gpt2  # as nanoGPT rounds it up
+def test_folder_of_gpt2_size(tmp_path: Path, gpt2: Tokenizer) -> None:
+    assert load_tokenizer(tmp_path, 50257).encoding is gpt2.encoding
+    assert load_tokenizer(tmp_path, 50304).encoding is gpt2.encoding  # as nanoGPT rounds it up
 
 
 def test_folder_without_tokenizer(tmp_path: Path) -> None:
@@ -313,9 +321,10 @@ def test_a_path_is_never_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_vocab_size() -> None:
     assert load_tokenizer("bytes", 300).n_vocab == 257  # a padded vocabulary
     with pytest.raises(InputError) as error:
-        load_tokenizer("bytes", 256)
-    assert "ids up to 256" in message(error)
-    assert "vocabulary of 256" in message(error)
+        load_tokenizer("bytes", 255)
+    assert "ids up to 255" in message(error)
+    assert "vocabulary of 255" in message(error)
+    assert load_tokenizer("bytes", 256).n_vocab == 257  # an end that never occurs does no harm
 
 
 def test_failed_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,12 +368,12 @@ def test_failed_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_save_refuses_another_form(
-    pattern: str | None, longer: dict, special: dict, small: tiktoken.Encoding, tmp_path: Path
+    pattern: str | None, longer: dict, special: dict, small: Tokenizer, tmp_path: Path
 ) -> None:
     ranks = {bytes([byte]): byte for byte in range(256)} | longer
-    pattern = pattern or small._pat_str
-    foreign = tiktoken.Encoding(
-        "foreign", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+    pattern = pattern or small.encoding._pat_str
+    foreign = Tokenizer(
+        tiktoken.Encoding("foreign", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
     )
     folder = tmp_path / "saved"
     with pytest.raises(InputError) as error:
@@ -376,7 +385,7 @@ def test_save_refuses_another_form(
 # Encoding.
 
 
-def test_special_tokens_are_text_unless_asked(small: tiktoken.Encoding) -> None:
+def test_special_tokens_are_text_unless_asked(small: Tokenizer) -> None:
     text = f"ab{END}{END}c"
     end = end_token(small)
     assert decode(small, encode(small, text)) == text
@@ -417,7 +426,7 @@ def test_character_not_in_vocabulary(tmp_path: Path, capfd: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("kind", ["bytes", "char", "small"])
-def test_lone_surrogate(kind: str, small: tiktoken.Encoding) -> None:
+def test_lone_surrogate(kind: str, small: Tokenizer) -> None:
     known = {"bytes": load_tokenizer("bytes"), "char": char_tokenizer("ab"), "small": small}
     with pytest.raises(InputError) as error:
         encode(known[kind], "a\ud83db")
@@ -432,23 +441,23 @@ def test_no_characters() -> None:
     assert "0 characters" in message(error)
 
 
-def test_long_white_space(small: tiktoken.Encoding, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_white_space(small: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that overflows tiktoken's stack is cut where tiktoken's own pieces would end."""
     text = "a" + " " * 1_200_001 + "ab"
     assert small.decode(encode(small, text)) == text
-    shorter = encoding._LONG_SPACE.pattern.replace("9999", "3")
-    monkeypatch.setattr(encoding, "_LONG_SPACE", encoding.re.compile(shorter))
+    shorter = tokenizer_module.LONG_SPACE.pattern.replace("9999", "3")
+    monkeypatch.setattr(tokenizer_module, "LONG_SPACE", re.compile(shorter))
     draw = random.Random(7)
     for _ in range(300):
         text = "".join(draw.choices("   \n\t\u3000\u0085\x1ca'1.", k=30))
-        assert encode(small, text) == small.encode_ordinary(text)
+        assert encode(small, text) == small.encoding.encode_ordinary(text)
 
 
 # Decoding in pieces.
 
 
 def decode_stream(
-    tokenizer: tiktoken.Encoding, ids: Iterable[int], stop: str | list[str] = ()
+    tokenizer: Tokenizer, ids: Iterable[int], stop: str | list[str] = ()
 ) -> Iterator[str]:
     stream = TextStream(tokenizer, stop)
     for token in ids:
@@ -469,12 +478,14 @@ def cut(text: str, stops: list[str]) -> str:
     return text
 
 
-def all_splits(data: bytes) -> tuple[tiktoken.Encoding, Iterator[list[int]]]:
+def all_splits(data: bytes) -> tuple[Tokenizer, Iterator[list[int]]]:
     """A tokenizer with every part of `data` as a token, and every way to write `data` with it."""
     size = len(data)
     parts = {data[start:end] for end in range(size + 1) for start in range(end)}
     ranks = {part: number for number, part in enumerate(sorted(parts))}
-    tokenizer = tiktoken.Encoding("p", pat_str=".", mergeable_ranks=ranks, special_tokens={})
+    tokenizer = Tokenizer(
+        tiktoken.Encoding("p", pat_str=".", mergeable_ranks=ranks, special_tokens={})
+    )
 
     def ways() -> Iterator[list[int]]:
         for borders in product((False, True), repeat=size - 1):
@@ -504,11 +515,11 @@ def test_stop_is_the_same_for_every_split(stops: list[str]) -> None:
         assert "".join(decode_stream(tokenizer, taken, stops)) == cut(text, stops)
         if cut(text, stops) != text:
             used = ids[: len(ids) - len(list(taken))]
-            until = tokenizer.decode_bytes(used[:-1]).decode(errors="ignore")
+            until = tokenizer.encoding.decode_bytes(used[:-1]).decode(errors="ignore")
             assert cut(until, stops) == until  # the last id taken is the one that ended it
 
 
-def test_random_stops(small: tiktoken.Encoding) -> None:
+def test_random_stops(small: Tokenizer) -> None:
     draw = random.Random(8)
     plain = load_tokenizer("bytes")
     for _ in range(500):
@@ -643,15 +654,58 @@ BAD_FILES = {
     "one: normalizer": (one(normalizer={"type": "NFC"}), "NFC"),
     "one: splits otherwise": (one(pre_tokenizer={"type": "Metaspace"}), "'Metaspace'"),
     "one: no split": (one(pre_tokenizer=None), "pre_tokenizer"),
-    "one: adds a space": (
-        one(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True}),
-        "add_prefix_space is True",
+    "one: adds what is no truth": (
+        one() | {"tokenizer_config.json": {"add_prefix_space": "yes"}},
+        "add_prefix_space is 'yes'",
+    ),
+    "one: drops merges at random": (one(model=HF["model"] | {"dropout": 0.1}), "dropout is 0.1"),
+    "one: words whole": (one(model=HF["model"] | {"ignore_merges": True}), "ignore_merges is True"),
+    "one: another class": (
+        one() | {"tokenizer_config.json": {"tokenizer_class": "RobertaTokenizer"}},
+        "tokenizer_class is 'RobertaTokenizer'",
+    ),
+    "one: a post-processor of another kind": (
+        one(post_processor={"type": "BertProcessing"}),
+        "post_processor is {'type': 'BertP",
+    ),
+    "one: a template without a text": (
+        one(post_processor={"type": "TemplateProcessing", "single": [], "special_tokens": {}}),
+        "post_processor",
+    ),
+    "one: flags no truths": (
+        one(added_tokens=[{"id": 257, "content": END, "lstrip": 1}]),
+        "true or false",
+    ),
+    "listed: no object": (
+        pair(vocabulary()) | {"tokenizer_config.json": {"added_tokens_decoder": [1]}},
+        "added_tokens_decoder is [1]",
+    ),
+    "listed: no id": (
+        pair(vocabulary()) | {"tokenizer_config.json": {"added_tokens_decoder": {"x": {}}}},
+        "no id of a token",
+    ),
+    "listed: of another id": (
+        pair(vocabulary())
+        | {"tokenizer_config.json": {"added_tokens_decoder": {"9": {"content": END}}}},
+        "has id 9, in the vocabulary 256",
+    ),
+    "listed: a surrogate": (
+        pair(vocabulary()) | {"added_tokens.json": {"\ud800": 300}},
+        "valid Unicode",
+    ),
+    "old list: no number": (pair(vocabulary()) | {"added_tokens.json": {"<a>": "9"}}, "has id '9'"),
+    "old list: below zero": (pair(vocabulary()) | {"added_tokens.json": {"<a>": -1}}, "id -1"),
+    "WordPiece": ({"vocab.txt": "[PAD]"}, "a WordPiece vocabulary"),
+    "SentencePiece": ({"spiece.model": b"\x0a"}, "a SentencePiece model"),
+    "several": (
+        {"a.tokenizer.json": HF, "b-tokenizer.json": HF},
+        "a.tokenizer.json, b-tokenizer.json",
     ),
     "one: no pattern": (
         one(pre_tokenizer=HF["pre_tokenizer"] | {"use_regex": False}),
         "use_regex is False",
     ),
-    "one: added of another id": (one(added_tokens=[{"id": 3, "content": END}]), "'id': 3"),
+    "one: added of another id": (one(added_tokens=[{"id": 3, "content": END}]), "has id 3"),
     "one: added of a taken id": (one(added_tokens=[{"id": 3, "content": "<s>"}]), "id 3 is both"),
     "one: added a truth": (one(added_tokens=[{"id": True, "content": "<s>"}]), "True"),
     "one: added no object": (one(added_tokens=["<s>"]), "'<s>'"),

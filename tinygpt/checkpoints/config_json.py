@@ -75,21 +75,19 @@ def beyond_gpt2(config: GPTConfig) -> dict[str, Any]:
     return {k: v for k, v in ours.items() if k not in known and v != getattr(GPTConfig, k)}
 
 
-def to_json(config: GPTConfig, dtype: str) -> dict[str, Any]:
+def to_json(config: GPTConfig, dtype: str, token_ids: dict[str, Any]) -> dict[str, Any]:
     """What `config.json` is to hold; a model that GPT-2's form cannot say has a type of our own."""
     ours = {field.name: getattr(config, field.name) for field in fields(config)}
     names = {v: k for k, v in reversed(_ACTIVATIONS.items())}  # the first spelling of each
     own = {name: ours.pop(name) for name in list(ours) if name not in _GPT2_SAYS}
     changed = {k: v for k, v in own.items() if v != getattr(GPTConfig, k)}
     is_gpt2 = not beyond_gpt2(config) and dtype != "int8"
-    end = 50256 if config.vocab_size > 50256 else None
     return {
         "model_type": "gpt2" if is_gpt2 else "tinygpt",
         "architectures": ["GPT2LMHeadModel"] if is_gpt2 else ["GPT"],
         "n_positions": ours.pop("block_size"),
         "activation_function": names[ours.pop("activation")],
-        "bos_token_id": end,
-        "eos_token_id": end,
+        **token_ids,
         "dtype": dtype,
         **ours,
         **changed,

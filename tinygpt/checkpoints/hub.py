@@ -10,10 +10,16 @@ from pathlib import Path
 
 from tinygpt.checkpoints.download import fetch_from_hub
 from tinygpt.checkpoints.model_files import FILES, shards
-from tinygpt.errors import CheckpointError, InputError, reason
+from tinygpt.errors import CheckpointError, InputError, reason, say
 from tinygpt.storage import temporary_beside
 
+_NAME = r"([A-Za-z0-9_][\w.-]{0,95}/)?[A-Za-z0-9_][\w.-]{0,95}"
 _GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+# What says how text and ids belong together, and which ids end a text.
+_TEXT_FILES = (
+    "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "added_tokens.json",
+    "special_tokens_map.json", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
 BUILT_IN = "shakespeare"  # the folder of the model in the package, and its name
 
 
@@ -43,26 +49,46 @@ def resolve(name_or_path: str | Path) -> Path:
     path = os.path.expanduser(given)
     # A name goes before a folder of that name, wherever the program is run; a Path is no name.
     if name_or_path == BUILT_IN:
+        if os.path.isdir(path):
+            say(f"{given} is the model in the package; the folder here is ./{given}")
         return Path(__file__).parents[1] / BUILT_IN
     if os.path.isdir(path) or os.path.isfile(path):
+        if isinstance(name_or_path, str) and _is_also_a_name(given):
+            say(f"{given} is the folder here; rename it to have the model of that name")
         return Path(path)
     advice = "give a model's folder or file, or a name such as gpt2"
     if os.path.exists(path):
         raise InputError(f"{given!r} is neither a folder nor a file: {advice}")
     if given.startswith(("/", "./", "../", "~")) or "\\" in given or given.count("/") > 1:
         raise InputError(f"no folder or file {given!r}: {advice}")
-    part = r"[A-Za-z0-9_][\w.-]{0,95}"
     # The Hub, too, forbids "--": it stands for the slash in folder names.
-    if not re.fullmatch(rf"({part}/)?{part}", given, re.ASCII) or "--" in given or ".." in given:
+    if not re.fullmatch(_NAME, given, re.ASCII) or "--" in given or ".." in given:
         raise InputError(f"{given!r} is neither a path nor a model's name: {advice}")
-    repo = f"openai-community/{given}" if given in _GPT2 else given
-    target = cache_folder() / "models" / repo.replace("/", "--")
+    repo = _repo(given)
+    target = _fetched(repo)
     if os.path.isfile(target / "config.json"):
         return target
     found = _in_hugging_face_cache(repo)
     if found is None:
         _download(repo, target)
     return found or target
+
+
+def _is_also_a_name(given: str) -> bool:
+    """Whether a path is the name of a model that somebody may well mean: GPT-2's, or fetched."""
+    if not re.fullmatch(_NAME, given, re.ASCII):
+        return False
+    repo = _repo(given)
+    return given in _GPT2 or _fetched(repo).is_dir() or _in_hugging_face_cache(repo) is not None
+
+
+def _repo(name: str) -> str:
+    return f"openai-community/{name}" if name in _GPT2 else name
+
+
+def _fetched(repo: str) -> Path:
+    """Where a model of the Hub is kept."""
+    return cache_folder() / "models" / repo.replace("/", "--")
 
 
 def _in_hugging_face_cache(repo: str) -> Path | None:
@@ -122,7 +148,7 @@ def _fetch_all(endpoint: str, repo: str, folder: Path) -> None:
     """Fetch a model's files, the weights last: what is wrong with the small ones shows early."""
     if not fetch_from_hub(endpoint, repo, "config.json", folder):
         raise InputError(f"no model {repo!r} with a config.json at {endpoint}: check the name")
-    for name in ("vocab.json", "merges.txt", "tokenizer.json"):
+    for name in _TEXT_FILES:
         fetch_from_hub(endpoint, repo, name, folder)
     for whole, index in FILES:
         if fetch_from_hub(endpoint, repo, whole, folder):

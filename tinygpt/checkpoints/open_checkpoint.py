@@ -9,11 +9,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tinygpt.checkpoints import gguf_file, hub
 from tinygpt.checkpoints.detect_form import Tensors, read_headers, recognize
-from tinygpt.checkpoints.load_tokenizer import load_tokenizer, model_tokenizer
+from tinygpt.checkpoints.load_tokenizer import model_says, model_tokenizer, with_files
 from tinygpt.checkpoints.load_weights import load_weights
 from tinygpt.checkpoints.model_files import weight_files
 from tinygpt.checkpoints.quantization import check_dtype
@@ -29,9 +29,8 @@ from tinygpt.checkpoints.tensor_names import (
 from tinygpt.config import GPTConfig
 from tinygpt.errors import CheckpointError, show
 from tinygpt.model import GPT
-
-if TYPE_CHECKING:
-    from tiktoken import Encoding
+from tinygpt.tokenizer.encoding import ids_tokenizer
+from tinygpt.tokenizer.tokenizer import Tokenizer
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _QKV_BIAS = re.compile(r"trf_blocks\.\d+\.att\.W_(query|key|value)\.bias")
@@ -48,17 +47,20 @@ class Checkpoint:
     tensors: Tensors  # where each of those lies
     metadata: Mapping[str, Any]  # of a GGUF file; empty for other forms
 
-    def tokenizer(self, instead: str | Path | None = None) -> Encoding:
+    def tokenizer(self, instead: str | Path | None = None) -> Tokenizer:
         """The tokenizer that the model brings, or another.
 
         Args:
             instead: a name or path as for `load_tokenizer`; None takes the model's own.
         Raises:
-            InputError: when there is none, it cannot be used, or it has ids that the model lacks.
+            InputError: when there is none, it cannot be used, or it has more than the model knows.
         """
-        if instead:
-            return load_tokenizer(instead, self.config.vocab_size)
-        return model_tokenizer(self.path, self.metadata, self.config.vocab_size)
+        return model_tokenizer(self.path, self.metadata, self.config.vocab_size, instead)
+
+    def numbers(self) -> Tokenizer:
+        """What stands for a tokenizer where none can be read: see `ids_tokenizer`."""
+        says = model_says(self.path, self.metadata)
+        return with_files(ids_tokenizer(self.config.vocab_size), says)
 
     def load(self, dtype: str | None = None) -> GPT:
         """The model itself: see `load_weights`."""

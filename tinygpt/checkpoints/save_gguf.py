@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tinygpt.checkpoints import gguf_file
 from tinygpt.checkpoints.gguf_vocabulary import metadata_of_tokenizer
@@ -14,9 +14,7 @@ from tinygpt.checkpoints.tensor_names import GGUF, ExpectedTensor, expected_tens
 from tinygpt.config import GPTConfig
 from tinygpt.errors import InputError, unknown
 from tinygpt.model import GPT
-
-if TYPE_CHECKING:
-    from tiktoken import Encoding
+from tinygpt.tokenizer.tokenizer import Tokenizer
 
 # GGUF's type for a matrix of each of ours: int8 there has a scale for each 32 numbers.
 GGUF_TYPES = {"float32": "F32", "float16": "F16", "int8": "Q8_0"}
@@ -30,7 +28,7 @@ _GGUF_SAYS = (
 
 
 def save_gguf(
-    model: GPT, path: str | Path, tokenizer: Encoding | None = None, dtype: str | None = None
+    model: GPT, path: str | Path, tokenizer: Tokenizer | None = None, dtype: str | None = None
 ) -> None:
     """Write a GGUF file, whole or not at all, with which llama.cpp continues as the model does.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tinygpt.checkpoints.config_json import beyond_gpt2
 from tinygpt.checkpoints.open_checkpoint import Checkpoint, open_checkpoint
@@ -19,10 +18,7 @@ from tinygpt.errors import CheckpointError, InputError, say
 from tinygpt.options import Kind
 from tinygpt.runtime import device
 from tinygpt.storage import atomic_folder
-from tinygpt.tokenizer.encoding import save_tokenizer
-
-if TYPE_CHECKING:
-    from tiktoken import Encoding
+from tinygpt.tokenizer.tokenizer import Tokenizer
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _tokenizer(found: Checkpoint, given: str | None) -> Encoding | None:
+def _tokenizer(found: Checkpoint, given: str | None) -> Tokenizer | None:
     """The model's tokenizer; None, and a word about it, where it brings none."""
     try:
         return found.tokenizer(given)
@@ -64,7 +60,7 @@ def _tokenizer(found: Checkpoint, given: str | None) -> Encoding | None:
         return None
 
 
-def to_hf(found: Checkpoint, out: Path, tokenizer: Encoding | None, dtype: str | None) -> None:
+def to_hf(found: Checkpoint, out: Path, tokenizer: Tokenizer | None, dtype: str | None) -> None:
     """A folder that `transformers` loads as a model and a tokenizer.
 
     Raises:
@@ -76,14 +72,12 @@ def to_hf(found: Checkpoint, out: Path, tokenizer: Encoding | None, dtype: str |
     if (held := dtype_of(model.wte)) == "int8":
         raise InputError(f"dtype is {held!r}, which Hugging Face's gpt2 cannot say: give --dtype")
     with atomic_folder(out) as folder:
-        model.save_pretrained(folder)
-        if tokenizer:
-            save_tokenizer(tokenizer, folder)
-            if tokenizer.name == "char":
-                say("transformers has no tokenizer of characters: it will load the model alone")
+        model.save_pretrained(folder, tokenizer)
+        if tokenizer and tokenizer.name == "char":
+            say("transformers has no tokenizer of characters: it will load the model alone")
 
 
-def to_gguf(found: Checkpoint, out: Path, tokenizer: Encoding | None, dtype: str | None) -> None:
+def to_gguf(found: Checkpoint, out: Path, tokenizer: Tokenizer | None, dtype: str | None) -> None:
     """A file with which llama.cpp continues a prompt as the model does: see `save_gguf`.
 
     Raises:

@@ -6,17 +6,17 @@ import argparse
 import json
 import os
 import signal
-import stat
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
 from tinygpt.checkpoints import hub
 from tinygpt.commands.flags import add_flag, add_options, add_shared, given, spelled
+from tinygpt.commands.prompt import read_ids, read_prompt
 from tinygpt.config import PRESETS, SHAPE, GPTConfig
 from tinygpt.errors import InputError, say
 from tinygpt.options import defaults
@@ -49,8 +49,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_options(group, GPTConfig, defaults=dict.fromkeys(PRESETS[_DEFAULT_PRESET], ""))
     group = parser.add_argument_group("text")
     add_shared(group, "--tokenizer")
-    words = "let the prompt's <|endoftext|> be that token, not plain text"
-    add_flag(group, "--special-tokens", kind=bool, help=words)
+    words = "ids to continue in place of PROMPT, with commas or spaces between them"
+    add_flag(group, "--ids", help=words)
+    words = "let the prompt's <|endoftext|> be that token, not plain text (default: yes)"
+    off = ("--no-special-tokens",)
+    add_flag(group, "--special-tokens", kind=bool, default=True, off=off, help=words)
     words = f"how many at most (default: 128; of the built-in's bytes {_BUILT_IN_TOKENS})"
     add_flag(group, "--max-new-tokens", kind=int, help=words, low=0)
     words = "end just before this text; may be given more than once"
@@ -69,6 +72,7 @@ class Request:
     """What one call of the program is to do, with all that was not given filled in."""
 
     prompt: str
+    ids: list[int] | None  # in place of a prompt
     model: str | None  # None is a new one, of this shape
     shape: GPTConfig
     preset: str  # where the shape began
@@ -97,20 +101,22 @@ def parse(args: argparse.Namespace) -> Request:
         raise InputError(f"{new} describes a new model, but --model brings its own shape")
     if not model and not new:
         model, tokens, temperature = hub.BUILT_IN, _BUILT_IN_TOKENS, _BUILT_IN_TEMPERATURE
+    ids = read_ids(args.ids, args.prompt)
     preset = args.preset or _DEFAULT_PRESET
     shape = given(args, SHAPE)
     if preset in PRESETS:
         GPTConfig.check({**defaults(GPTConfig), **PRESETS[preset], **shape}, spelled(args))
     seed = int.from_bytes(os.urandom(4), "big") if args.seed is None else args.seed
     return Request(
-        prompt=_read_prompt(args.prompt),
+        prompt="" if ids else read_prompt(args.prompt),
+        ids=ids,
         model=model,
         shape=GPTConfig.preset(preset, **shape),
         preset=preset,
         fit_vocabulary=bool(args.tokenizer) and args.vocab_size is None,
         tokenizer=args.tokenizer,
         dtype=args.dtype,
-        special_tokens=bool(args.special_tokens),
+        special_tokens=args.special_tokens,
         max_new_tokens=tokens if args.max_new_tokens is None else args.max_new_tokens,
         stop=args.stop,
         seeds=[seed + number for number in range(args.num_samples)],
@@ -125,27 +131,10 @@ def _first_of_a_new_model(args: argparse.Namespace) -> str | None:
     return next((spelled(args)(name) for name in names if getattr(args, name) is not None), None)
 
 
-def _read_prompt(given: str | None) -> str:
-    """The prompt as text; "" when there is none, so that the text starts from nothing."""
-    text, piped = given or "", False
-    if given is None:
-        with suppress(OSError, ValueError):  # reading from a terminal would only wait
-            mode = os.fstat(sys.stdin.fileno()).st_mode
-            piped = stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
-    if piped or given == "-":
-        try:
-            text = sys.stdin.buffer.read().decode().removesuffix("\n")
-        except UnicodeDecodeError as error:
-            raise InputError(f"the prompt on stdin is not UTF-8: {error.reason}") from error
-    if not text and given is not None:
-        raise InputError("the prompt is empty: give some text, or leave it out")
-    return text
-
-
 def open_writer(request: Request) -> Writer:
     """The model and the tokenizer that a request names, loaded or made."""
     if request.model:
-        return Writer.open(request.model, request.dtype, request.tokenizer)
+        return Writer.open(request.model, request.dtype, request.tokenizer, request.ids is not None)
     seed, fit = request.seeds[0], request.fit_vocabulary
     return Writer.new(request.shape, seed, request.dtype, request.tokenizer, fit)
 
@@ -155,7 +144,9 @@ def run(args: argparse.Namespace) -> int:
     request, output = parse(args), None
     with _Interrupts() as interrupts, _backend_is_asked_first():
         writer = open_writer(request)
-        ids = writer.encode(request.prompt, request.special_tokens)
+        ids = request.ids or writer.encode(request.prompt, request.special_tokens)
+        if request.ids:
+            request = replace(request, prompt=writer.tokenizer.decode(ids))
         seeds, count = request.seeds, request.max_new_tokens
         steps = writer.stream(ids, count, seeds, **request.sampling)
         introduce(request, writer, ids)

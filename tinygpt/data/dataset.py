@@ -8,16 +8,14 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from tinygpt.errors import CheckpointError, InputError, reason, show, unknown
 from tinygpt.storage import read_json, write_text
 from tinygpt.tokenizer.encoding import folder_tokenizer, same_tokenizer
-
-if TYPE_CHECKING:
-    from tiktoken import Encoding
+from tinygpt.tokenizer.tokenizer import Tokenizer
 
 SPLITS = ("train", "val")
 _FILE, _FORMAT = "header.json", "tinygpt data 1"
@@ -135,7 +133,7 @@ class Dataset:
             arrays.append(np.asarray(ids))
         return cls(folder, header, *arrays)
 
-    def tokenizer(self) -> Encoding:
+    def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the ids.
 
         Raises:
@@ -149,7 +147,7 @@ class Dataset:
             )
         return tokenizer
 
-    def check(self, vocab_size: int, tokenizer: Encoding | None = None) -> None:
+    def check(self, vocab_size: int, tokenizer: Tokenizer | None = None) -> None:
         """Refuse a model that cannot have been meant for these tokens.
 
         Args:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -31,9 +31,7 @@ from tinygpt.tokenizer.encoding import (
     save_tokenizer,
 )
 from tinygpt.tokenizer.learn_bpe import bpe_tokenizer, train_bpe
-
-if TYPE_CHECKING:
-    from tiktoken import Encoding
+from tinygpt.tokenizer.tokenizer import Tokenizer
 
 _SHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
@@ -47,7 +45,7 @@ _SPACES = re.compile(r"\s{7}")  # in every 1250th character, where 9999 white on
 def prepare(
     source: str | Path,
     out: str | Path,
-    tokenizer: str | Path | Encoding,
+    tokenizer: str | Path | Tokenizer,
     val: float = 0.1,
     field: str | None = None,
 ) -> Header:
@@ -94,7 +92,7 @@ def prepare(
     return header
 
 
-def _given(tokenizer: str | Path | Encoding) -> tuple[str, Encoding | None]:
+def _given(tokenizer: str | Path | Tokenizer) -> tuple[str, Tokenizer | None]:
     """What a header calls a tokenizer, and the tokenizer, None where the text is to teach it."""
     if not isinstance(tokenizer, str | Path):
         return f"{tokenizer.name} (given)", tokenizer
@@ -108,7 +106,7 @@ def _given(tokenizer: str | Path | Encoding) -> tuple[str, Encoding | None]:
     return str(Path(tokenizer).absolute()), load_tokenizer(Path(tokenizer))
 
 
-def _existing(out: Path, settings: dict[str, Any], given: Encoding | None) -> Header | None:
+def _existing(out: Path, settings: dict[str, Any], given: Tokenizer | None) -> Header | None:
     """The header of a folder that was made with these settings; None where there is nothing."""
     try:
         if not os.path.lexists(out) or (out.is_dir() and not os.listdir(out)):
@@ -129,7 +127,7 @@ def _existing(out: Path, settings: dict[str, Any], given: Encoding | None) -> He
     return data.header
 
 
-def _learnt(kind: str, text: Source) -> Encoding:
+def _learnt(kind: str, text: Source) -> Tokenizer:
     """The tokenizer that a text teaches: its characters, or for `bpe:N` its most frequent pairs."""
     if kind == "char":
         seen = np.zeros(0x110000, bool)
@@ -145,7 +143,7 @@ def _codes(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le"), "<u4")
 
 
-def _write(folder: Path, tokenizer: Encoding, text: Source) -> dict[str, Split]:
+def _write(folder: Path, tokenizer: Tokenizer, text: Source) -> dict[str, Split]:
     """Write both token files."""
     counts = {split: np.zeros(3, np.int64) for split in SPLITS}
     digests = {split: hashlib.sha256() for split in SPLITS}
@@ -180,12 +178,12 @@ def _grouped(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def _converter(
-    tokenizer: Encoding,
+    tokenizer: Tokenizer,
 ) -> Callable[[list[Piece]], tuple[bool, np.ndarray, tuple[int, int, int]]]:
     """What turns a group into (whether for validation, ids, (tokens, characters, bytes))."""
     dtype, end = ids_dtype(tokenizer.n_vocab), end_token(tokenizer)
     last = np.array([] if end is None else [end], dtype)
-    ranks = tokenizer._mergeable_ranks
+    ranks = tokenizer.ranks
     id_of = np.zeros(0x110000 if tokenizer.name == "char" else 0, dtype)
     known = np.zeros(len(id_of), bool)
     lacking = any(bytes([byte]) not in ranks for byte in range(256))  # at one, tiktoken panics
@@ -202,10 +200,11 @@ def _converter(
             return id_of[codes]
         if tokenizer.name == "bytes":
             return np.frombuffer(text.encode(), np.uint8)
-        if lacking or _SPACES.search(text[::1250]):
+        normal = any(not token.special for token in tokenizer.added)
+        if lacking or normal or _SPACES.search(text[::1250]):
             return np.array(encode(tokenizer, text), dtype)
         # Unlike encode, this holds Python's lock hardly ever, so that threads do run at once.
-        return tokenizer.encode_to_numpy(text, disallowed_special=())
+        return tokenizer.encoding.encode_to_numpy(text, disallowed_special=())
 
     def convert(group: list[Piece]) -> tuple[bool, np.ndarray, tuple[int, int, int]]:
         arrays = [np.empty(0, dtype)]

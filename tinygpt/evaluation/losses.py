@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tinygrad import Tensor
@@ -15,9 +15,7 @@ from tinygpt.errors import InputError
 from tinygpt.model import GPT
 from tinygpt.runtime import buffers
 from tinygpt.runtime.capture import CapturedStep, capture
-
-if TYPE_CHECKING:
-    from tiktoken import Encoding
+from tinygpt.tokenizer.tokenizer import Tokenizer
 
 # int32 (B, T) inputs and targets -> float32 (B, T), the targets' losses in nats.
 Losses = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -116,7 +114,7 @@ def evaluate_data(
     split: str = "val",
     stride: int | None = None,
     batch_size: int = 8,
-    tokenizer: Encoding | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> dict[str, Any]:
     """Loss and what follows from it on a split of prepared tokens.
 

@@ -6,16 +6,14 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tinygpt.errors import CheckpointError, InputError, reason, show
 from tinygpt.evaluation.losses import Scorer
 from tinygpt.tokenizer.encoding import encode
-
-if TYPE_CHECKING:
-    from tiktoken import Encoding
+from tinygpt.tokenizer.tokenizer import Tokenizer
 
 
 class Scored(NamedTuple):
@@ -47,7 +45,7 @@ def score_continuation(scorer: Scorer, context: Sequence[int], text: Sequence[in
     return Scored(float(losses.sum(dtype=np.float64)), len(text), bool(hits.all()))
 
 
-def hellaswag(scorer: Scorer, tokenizer: Encoding, path: Path) -> dict[str, Any]:
+def hellaswag(scorer: Scorer, tokenizer: Tokenizer, path: Path) -> dict[str, Any]:
     """Accuracy at choosing the ending of a story: HellaSwag's published JSON lines.
 
     Returns:
@@ -82,7 +80,7 @@ def hellaswag(scorer: Scorer, tokenizer: Encoding, path: Path) -> dict[str, Any]
     }
 
 
-def lambada(scorer: Scorer, tokenizer: Encoding, path: Path) -> dict[str, Any]:
+def lambada(scorer: Scorer, tokenizer: Tokenizer, path: Path) -> dict[str, Any]:
     """Predicting a passage's last word: LAMBADA's JSON lines, as OpenAI published them.
 
     Returns:

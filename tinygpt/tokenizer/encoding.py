@@ -5,28 +5,21 @@ from __future__ import annotations
 import codecs
 import json
 import os
-import re
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tinygpt.errors import InputError, reason, show
-from tinygpt.storage import read_json, read_text, write_text
-from tinygpt.tokenizer.vocabulary import (
-    END,
-    SURROGATE,
-    find_merges,
-    from_merges,
-    from_tokenizers,
-    spell,
-)
+from tinygpt.storage import read_json, write_text
+from tinygpt.tokenizer import huggingface
+from tinygpt.tokenizer.tokenizer import END, AddedToken, Tokenizer, utf8
+from tinygpt.tokenizer.vocabulary import SURROGATE, find_merges, spell
 
 if TYPE_CHECKING:  # imported only where text is handled, which is rare
     from tiktoken import Encoding
 
 NAMES = ("gpt2", "bytes")
-_MAX_MERGES_BYTES = 4 << 20  # GPT-2's are 0.46 MB
 _OWN = "tinygpt_tokenizer.json"
 _PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 _HUGGING_FACE = "tokenizer.json"
@@ -34,13 +27,17 @@ FILES = (_OWN, *(" and ".join(pair) for pair in _PAIRS), _HUGGING_FACE)
 _USUAL = {50257: "gpt2", 50304: "gpt2", 257: "bytes"}  # nanoGPT rounds up to a multiple of 64
 _EACH = r"(?s:.)"  # a split pattern: every character by itself
 
-# GPT-2's pattern takes white space, less its last character, as one piece, but backtracks through
-# it: a million of them overflow tiktoken's stack. Cut just there, the pieces are the same and
-# nothing backtracks. (Python counts U+001C to U+001F as white space, tiktoken does not.)
-_LONG_SPACE = re.compile(r"(?<![^\S\x1c-\x1f])[^\S\x1c-\x1f]{9999,}+(?=[\S\x1c-\x1f])")
+# Files that others have, and what they hold.
+_FOREIGN = {
+    "vocab.txt": "a WordPiece vocabulary",
+    **dict.fromkeys(
+        ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "spm.model"),
+        "a SentencePiece model",
+    ),
+}
 
 
-def named_tokenizer(name: str) -> Encoding:
+def named_tokenizer(name: str) -> Tokenizer:
     """The tokenizer of one of NAMES.
 
     Raises:
@@ -50,14 +47,23 @@ def named_tokenizer(name: str) -> Encoding:
 
     if name == "bytes":
         ranks = {bytes([byte]): byte for byte in range(256)}
-        return tiktoken.Encoding(
+        encoding = tiktoken.Encoding(
             name, pat_str=_EACH, mergeable_ranks=ranks, special_tokens={END: 256}
         )
+    else:
+        encoding = _gpt2()
+    end = encoding.eot_token
+    return Tokenizer(encoding, (AddedToken(END, end),), bos=end, eos=end)
+
+
+def _gpt2() -> Encoding:
+    import tiktoken
+
     try:
-        return tiktoken.get_encoding(name)
+        return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:  # a failed download is an OSError
         raise InputError(
-            f"cannot download tokenizer {name!r} (no network? {type(error).__name__}): set "
+            f"cannot download tokenizer 'gpt2' (no network? {type(error).__name__}): set "
             "TIKTOKEN_CACHE_DIR to a folder that has it, or pass --tokenizer with bytes or with a "
             "folder that has vocab.json and merges.txt"
         ) from error
@@ -69,11 +75,12 @@ def folder_has_tokenizer(folder: Path) -> bool:
     Raises:
         InputError: when the folder cannot be read.
     """
-    pairs = (name for pair in _PAIRS for name in pair)
-    return not _names_in(folder).isdisjoint((_OWN, _HUGGING_FACE, *pairs))
+    present = _names_in(folder)
+    halves = {name for pair in _PAIRS for name in pair}
+    return bool(present & {_OWN, _HUGGING_FACE, *halves} or _renamed(present))
 
 
-def folder_tokenizer(folder: Path, vocab_size: int | None = None) -> Encoding:
+def folder_tokenizer(folder: Path, vocab_size: int | None = None) -> Tokenizer:
     """The tokenizer whose files are in a folder.
 
     Args:
@@ -85,19 +92,55 @@ def folder_tokenizer(folder: Path, vocab_size: int | None = None) -> Encoding:
     present = _names_in(folder)
     if _OWN in present:
         return _from_own(folder / _OWN)
-    for vocab, merges in _PAIRS:
-        if {vocab, merges} <= present:
-            lines = read_text(folder / merges, _MAX_MERGES_BYTES).split("\n")
-            lines = lines[1:] if lines[0].startswith("#version") else lines
-            return from_merges(read_json(folder / vocab), [*filter(None, lines)], str(folder))
     if _HUGGING_FACE in present:
-        return from_tokenizers(folder / _HUGGING_FACE)
-    if vocab_size in _USUAL and not folder_has_tokenizer(folder):
+        return huggingface.from_tokenizers(folder / _HUGGING_FACE)
+    usual = [pair for pair in _PAIRS if present.issuperset(pair)]
+    found = usual[:1] or _renamed(present)
+    if len(found) > 1:
+        names = ", ".join(pair[0] for pair in found)
+        raise InputError(f"{str(folder)!r} has several tokenizers: pass --tokenizer with {names}")
+    if found:
+        return file_tokenizer(folder / found[0][0])
+    has_foreign = [(name, what) for name, what in _FOREIGN.items() if name in present]
+    if vocab_size in _USUAL and not has_foreign and not folder_has_tokenizer(folder):
         return named_tokenizer(_USUAL[vocab_size])
+    if has_foreign:
+        (name, what), *_ = has_foreign
+        raise InputError(
+            f"{str(folder / name)!r} is {what}, and only a byte-level BPE of GPT-2's form can be "
+            f"read; {huggingface.ADVICE}"
+        )
     raise InputError(
-        f"no tokenizer in folder {str(folder)!r}: it needs {' or '.join(FILES)}; "
-        f"add them, or pass --tokenizer with {', '.join(NAMES)} or another folder"
+        f"no tokenizer in folder {str(folder)!r}: it needs {' or '.join(FILES)}; add them, "
+        f"pass --tokenizer with {', '.join(NAMES)} or another folder, or give ids (--ids)"
     )
+
+
+def is_tokenizer_file(path: Path) -> bool:
+    """Whether a file's name says that it is one that `file_tokenizer` reads."""
+    return path.name != _OWN and bool(_renamed({path.name}) or _other_half(path.name))
+
+
+def file_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a `tokenizer.json`, or of a vocabulary with its merges beside it."""
+    if half := _other_half(path.name):
+        return huggingface.from_pair(path, path.with_name(half))
+    return huggingface.from_tokenizers(path)
+
+
+def _other_half(vocab: str) -> str:
+    """The name of the merges that belong to a vocabulary of that name; "" for any other file."""
+    for name, merges in _PAIRS:
+        if vocab.endswith(name):
+            return vocab.removesuffix(name) + merges
+    return ""
+
+
+def _renamed(present: set[str]) -> list[tuple[str, ...]]:
+    """The tokenizers that are there under names with something before the usual ones."""
+    whole = [(name,) for name in present if name.endswith(_HUGGING_FACE) and name != _OWN]
+    pairs = [(name, half) for name in present if (half := _other_half(name)) in present]
+    return sorted([*whole, *pairs])
 
 
 def _names_in(folder: Path) -> set[str]:
@@ -107,7 +150,15 @@ def _names_in(folder: Path) -> set[str]:
         raise InputError(f"cannot read {folder}: {reason(error)}; pass another folder") from error
 
 
-def char_tokenizer(characters: Iterable[str]) -> Encoding:
+def ids_tokenizer(vocab_size: int) -> Tokenizer:
+    """A tokenizer for a model whose own cannot be read: its text is the ids, as numbers."""
+    from tiktoken import Encoding
+
+    ranks = {f" {number}".encode(): number for number in range(vocab_size)}
+    return Tokenizer(Encoding("ids", pat_str=r" \d+", mergeable_ranks=ranks, special_tokens={}))
+
+
+def char_tokenizer(characters: Iterable[str]) -> Tokenizer:
     """A tokenizer with one id per distinct character, in sorted order, and no special tokens.
 
     Args:
@@ -120,11 +171,12 @@ def char_tokenizer(characters: Iterable[str]) -> Encoding:
     distinct = sorted({character for piece in characters for character in piece})
     if not distinct:
         raise InputError("there are 0 characters to make a tokenizer of: give a text with some")
-    ranks = {_utf8(character): number for number, character in enumerate(distinct)}
-    return Encoding("char", pat_str=_EACH, mergeable_ranks=ranks, special_tokens={})
+    ranks = {utf8(character): number for number, character in enumerate(distinct)}
+    encoding = Encoding("char", pat_str=_EACH, mergeable_ranks=ranks, special_tokens={})
+    return Tokenizer(encoding)
 
 
-def save_tokenizer(tokenizer: Encoding, folder: str | Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     """Write what `folder_tokenizer(folder)` reads back equal.
 
     All but a character-level one also get the files that other GPT-2 implementations read.
@@ -132,23 +184,24 @@ def save_tokenizer(tokenizer: Encoding, folder: str | Path) -> None:
     Raises:
         InputError: when a file cannot be written, or the tokenizer is not of GPT-2's form.
     """
-    folder, name, files = Path(folder), tokenizer.name, {}
-    ranks, special = tokenizer._mergeable_ranks, tokenizer._special_tokens
+    folder, name, ranks = Path(folder), tokenizer.name, tokenizer.ranks
+    files: dict[str, str] = {}
     if name == "char":
         characters = b"".join(sorted(ranks, key=ranks.__getitem__)).decode()
         files[_OWN] = json.dumps({"kind": name, "characters": characters})
     else:
         merges = find_merges(ranks, name)
-        vocab = {spell(token): number for token, number in ranks.items()} | special
+        vocab = {spell(token): number for token, number in ranks.items()} | tokenizer.others
+        config = huggingface.config_of(tokenizer)
         files["vocab.json"] = json.dumps(vocab, ensure_ascii=False)
         files["merges.txt"] = "\n".join(("#version: 0.2", *map(" ".join, merges), ""))
-        added = {number: {"content": token, "special": True} for token, number in special.items()}
-        files["tokenizer_config.json"] = json.dumps(
-            {"tokenizer_class": "GPT2Tokenizer", "added_tokens_decoder": added}
-        )
-        if name in NAMES:
+        files[huggingface.CONFIG] = json.dumps(config, ensure_ascii=False)
+        listed = huggingface.listed_in(config, name)
+        if name in NAMES and same_tokenizer(tokenizer, named_tokenizer(name)):
             files[_OWN] = json.dumps({"kind": name})
-        elif not same_tokenizer(from_merges(vocab, merges, name), tokenizer):
+        elif not same_tokenizer(
+            huggingface.assemble(vocab, merges, config, listed, name), tokenizer
+        ):
             raise InputError(
                 f"tokenizer {name!r} has a split pattern or special tokens that vocab.json and "
                 "merges.txt cannot hold: use gpt2, bytes or a byte-level BPE of GPT-2's form"
@@ -157,57 +210,47 @@ def save_tokenizer(tokenizer: Encoding, folder: str | Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for file, content in files.items():
             write_text(folder / file, content)
-        if _OWN not in files:  # one left by an earlier save would be read first
-            (folder / _OWN).unlink(missing_ok=True)
+        for file in {_OWN, _HUGGING_FACE} - files.keys():  # left by another, read before ours
+            (folder / file).unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"cannot write {folder}: {reason(error)}; pass another folder") from error
 
 
-def same_tokenizer(one: Encoding, other: Encoding) -> bool:
+def same_tokenizer(one: Tokenizer, other: Tokenizer) -> bool:
     """Whether two tokenizers give every text the same ids, whatever they are called."""
-    what_decides = ["_mergeable_ranks", "_special_tokens"]
-    if any(len(token) > 1 for token in one._mergeable_ranks):  # else nothing is merged in a word
-        what_decides.append("_pat_str")
-    return all(getattr(one, part) == getattr(other, part) for part in what_decides)
+    return _what_decides(one) == _what_decides(other)
 
 
-def encode(tokenizer: Encoding, text: str, special: bool = False) -> list[int]:
-    """The ids of a text.
+def _what_decides(tokenizer: Tokenizer) -> tuple[Any, ...]:
+    """What of a tokenizer can be seen in the ids of a text."""
+    ranks, added = tokenizer.ranks, tokenizer.added
+    merges = any(len(token) > 1 for token in ranks)  # else nothing is merged in a word
+    pattern = tokenizer.encoding._pat_str if merges else ""
+    if len({token.normalized for token in added}) == 1:  # then none is looked for before another
+        added = tuple(replace(token, normalized=False) for token in added)
+    around = tokenizer.prefix_space, tokenizer.before, tokenizer.after
+    return pattern, ranks, {*added}, around
+
+
+def encode(tokenizer: Tokenizer, text: str, special: bool = False) -> list[int]:
+    """The ids of a part of a text, as training sees it: see `Tokenizer.encode` for a prompt.
 
     Args:
         special: whether the spelling of a special token means that token; if not, it is text.
     Raises:
         InputError: for a character the vocabulary lacks, or one that is not valid Unicode.
     """
-    names = sorted(tokenizer.special_tokens_set, key=len, reverse=True) if special else []
-    pattern = "|".join(map(re.escape, names)) or "(?!)"  # which matches nowhere
-    ranks, ids = tokenizer._mergeable_ranks, []
-    for number, part in enumerate(re.split(f"({pattern})", text)):
-        if number % 2:  # every second part is a special token, at which the text was split
-            ids.append(tokenizer.encode_single_token(part))
-            continue
-        for character in set(part):
-            data = _utf8(character)
-            if data not in ranks and not all(bytes([byte]) in ranks for byte in data):
-                raise InputError(  # tiktoken would panic
-                    f"character {character!r} (U+{ord(character):04X}) is not in tokenizer "
-                    f"{tokenizer.name!r}: take it out, or use a model with another tokenizer"
-                )
-        cuts = [0, *(space.end() - 1 for space in _LONG_SPACE.finditer(part)), len(part)]
-        for start, end in pairwise(cuts):
-            ids += tokenizer.encode_ordinary(part[start:end])
-    return ids
+    return tokenizer.encode(text, special, whole=False)
 
 
-def end_token(tokenizer: Encoding) -> int | None:
-    """The id of `<|endoftext|>`, None where the tokenizer has none."""
-    return tokenizer._special_tokens.get(END)
+def end_token(tokenizer: Tokenizer) -> int | None:
+    """The id that ends a text, `<|endoftext|>` in GPT-2; None where the tokenizer has none."""
+    return next(iter(tokenizer.ends), tokenizer.eos)
 
 
-def decode(tokenizer: Encoding, ids: Iterable[int]) -> str:
+def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
     """The text of some ids: what a `TextStream` gives, in one piece."""
-    stream = TextStream(tokenizer)
-    return "".join(map(stream.add, ids)) + stream.end()
+    return tokenizer.decode(ids)
 
 
 class TextStream:
@@ -217,7 +260,7 @@ class TextStream:
         stopped: whether a stop text was complete. The text ends just before it.
     """
 
-    def __init__(self, tokenizer: Encoding, stop: str | Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str] = ()) -> None:
         """
         Args:
             stop: texts of which the first to be complete ends the text.
@@ -238,11 +281,7 @@ class TextStream:
         Args:
             token: one the tokenizer lacks (a padded vocabulary) gives U+FFFD.
         """
-        try:
-            data = self.tokenizer.decode_single_token_bytes(token)
-        except (KeyError, OverflowError):
-            data = b"\xff"  # a byte that UTF-8 never has: the decoder makes it U+FFFD
-        return self._until_stop(self._decoder.decode(data))
+        return self._until_stop(self._decoder.decode(self.tokenizer.token_bytes(token)))
 
     def end(self) -> str:
         """What was held back, when no more ids come."""
@@ -265,16 +304,7 @@ class TextStream:
         return text[:keep]
 
 
-def _utf8(text: str) -> bytes:
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        raise InputError(
-            f"{show(text)} has half of a surrogate pair, which is not valid Unicode: take it out"
-        ) from None
-
-
-def _from_own(path: Path) -> Encoding:
+def _from_own(path: Path) -> Tokenizer:
     match read_json(path):
         case {"kind": "gpt2" | "bytes" as kind}:
             return named_tokenizer(kind)

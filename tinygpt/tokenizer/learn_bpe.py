@@ -7,13 +7,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 from tinygpt.errors import InputError, show
-from tinygpt.tokenizer.vocabulary import END, from_merges, spell
-
-if TYPE_CHECKING:
-    from tiktoken import Encoding
+from tinygpt.tokenizer.tokenizer import END, Tokenizer
+from tinygpt.tokenizer.vocabulary import from_merges, spell
 
 _BYTES = sorted(map(spell, (bytes([byte]) for byte in range(256))))  # in the order of GPT-2's ids
 _EDGE = -1  # stands between words; no symbol
@@ -56,7 +53,7 @@ def train_bpe(text_pieces: Iterable[str], vocab_size: int) -> list[list[str]]:
     return merges
 
 
-def bpe_tokenizer(merges: list[list[str]]) -> Encoding:
+def bpe_tokenizer(merges: list[list[str]]) -> Tokenizer:
     """The tokenizer of some merges; ids are GPT-2's for bytes, then the merges', then the end's."""
     tokens = [*_BYTES, *map("".join, merges), END]
     return from_merges({token: number for number, token in enumerate(tokens)}, merges, "bpe")

@@ -1,24 +1,20 @@
-"""GPT-2's vocabulary files to tiktoken and back, checked so that both give the same ids."""
+"""GPT-2's vocabulary and merges to tiktoken and back, checked so that both give the same ids."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tinygpt.errors import CheckpointError, show
-from tinygpt.storage import read_json
-
-if TYPE_CHECKING:  # imported only where text is handled, which is rare
-    from tiktoken import Encoding
+from tinygpt.tokenizer.tokenizer import END, AddedToken, Tokenizer
 
 SURROGATE = re.compile("[\ud800-\udfff]")  # what JSON can spell but UTF-8 cannot
 _NEVER = 2**31  # more than any id
-END = "<|endoftext|>"
 # The parts of a token are joined in steps of its length: for GPT-2's tokens together 2.6 million.
 _MOST_STEPS = 8_000_000
-_MOST_SPECIAL = 1 << 16
+_MOST_OTHERS = 1 << 16
 
 # GPT-2's files spell a byte as one visible character: itself where it is printable Latin-1, else
 # the next free one from U+0100. Source: `bytes_to_unicode` in GPT-2's encoder.py.
@@ -27,59 +23,14 @@ _STAND_INS = {b: chr(256 + n) for n, b in enumerate(b for b in range(256) if b n
 _BYTE_OF = {_STAND_INS.get(b, chr(b)): b for b in range(256)}
 
 
-def from_tokenizers(path: Path) -> Encoding:
-    """The tokenizer in a `tokenizer.json`, as the library `tokenizers` writes it.
-
-    Raises:
-        CheckpointError: when the file cannot be read, or its tokenizer is not of GPT-2's form.
-    """
-    match read_json(path):
-        case {
-            "model": dict(model),
-            "pre_tokenizer": dict(split),
-            "added_tokens": list(added),
-            **other,
-        }:
-            vocab, merges = model.get("vocab"), model.get("merges")
-        case content:
-            raise CheckpointError(
-                f"{str(path)!r} holds {show(content)}: it must have a model, a pre_tokenizer and "
-                "added_tokens; save the tokenizer again"
-            )
-    for name, value, usual in (
-        ("normalizer", other.get("normalizer"), None),
-        ("pre_tokenizer.type", split.get("type"), "ByteLevel"),
-        ("pre_tokenizer.add_prefix_space", split.get("add_prefix_space"), False),
-        ("pre_tokenizer.use_regex", split.get("use_regex", True), True),
-        ("model.type", model.get("type", "BPE"), "BPE"),
-        ("model.continuing_subword_prefix", model.get("continuing_subword_prefix") or "", ""),
-        ("model.end_of_word_suffix", model.get("end_of_word_suffix") or "", ""),
-    ):
-        if value != usual:
-            raise CheckpointError(
-                f"{str(path)!r}: {name} is {show(value)}, but only a tokenizer of GPT-2's form, "
-                f"where it is {usual!r}, can be read; use another"
-            )
-    if isinstance(vocab, dict):
-        for token in added:
-            match token:
-                case {"content": str(text), "id": number} if (
-                    vocab.setdefault(text, number) == number
-                ):
-                    continue
-            raise CheckpointError(
-                f"{str(path)!r}: added token {show(token)} must have a content and the id that "
-                "the vocabulary has for it, if any; save the tokenizer again"
-            )
-    return from_merges(vocab, merges, str(path))
-
-
 class _Unfit(Exception):
     """What is wrong with a vocabulary; `from_merges` adds whose it is."""
 
 
-def from_merges(vocab: Any, merges: Any, source: str) -> Encoding:
-    """GPT-2's vocabulary and merges as an Encoding, if tiktoken merges as they say.
+def from_merges(
+    vocab: Any, merges: Any, source: str, added: Sequence[AddedToken] | None = None, **around: Any
+) -> Tokenizer:
+    """GPT-2's vocabulary and merges as a tokenizer, if tiktoken merges as they say.
 
     tiktoken joins the two parts that make the token of lowest id, GPT-2 those of the first merge.
     Both come to the same when ids rise with the merges, and each merge is what earlier ones leave.
@@ -88,6 +39,9 @@ def from_merges(vocab: Any, merges: Any, source: str) -> Encoding:
         vocab: token, in GPT-2's spelling, -> id. Neither this nor `merges` need be checked before.
         merges: in order, each two tokens: as a list, or as a text with a space between them.
         source: where they come from, for the error.
+        added: the tokens that stand for their own spelling, whether `vocab` has them or not. By
+            default the end token is, where `vocab` has it.
+        around: the tokenizer's other attributes.
     Raises:
         CheckpointError: when they are not of that form, or tiktoken would give other ids.
     """
@@ -95,21 +49,39 @@ def from_merges(vocab: Any, merges: Any, source: str) -> Encoding:
     from tiktoken_ext.openai_public import r50k_pat_str
 
     try:
-        _check_vocabulary(vocab, merges)
+        if added is None:
+            has_end = isinstance(vocab, dict) and END in vocab
+            added = [AddedToken(END, vocab[END])] if has_end else []
+            around.setdefault("eos", vocab[END] if has_end else None)
+        tokens = _with_added(vocab, added)
+        _check_vocabulary(tokens, merges)
         merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
         ranks = _rank(vocab, merges)
         for merge, usual in zip(merges, find_merges(ranks, source), strict=True):
             if merge != usual:
                 fact = f"merge {show(merge)} cannot happen: earlier ones leave {show(usual)}"
                 raise _Unfit(fact)
-        special = _special_tokens(vocab, ranks)
+        others = _other_tokens(tokens, ranks, {token.content for token in added})
         if not ranks:
             raise _Unfit("the vocabulary has no byte: it must have one at least")
     except _Unfit as error:
         raise CheckpointError(
             f"tokenizer {source!r}: {error}; copy its files again, or use another"
         ) from error
-    return Encoding("bpe", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
+    encoding = Encoding("bpe", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=others)
+    return Tokenizer(encoding, tuple(added), **around)
+
+
+def _with_added(vocab: Any, added: Sequence[AddedToken]) -> Any:
+    """A vocabulary with the added tokens that it lacks; one that is none, as it is."""
+    if not isinstance(vocab, dict):
+        return vocab
+    tokens = dict(vocab)
+    for token in added:
+        if tokens.setdefault(token.content, token.id) != token.id:
+            fact = f"id {token.id}, in the vocabulary {show(tokens[token.content])}"
+            raise _Unfit(f"added token {show(token.content)} has {fact}")
+    return tokens
 
 
 def _check_vocabulary(vocab: Any, merges: Any) -> None:
@@ -149,17 +121,19 @@ def _rank(vocab: dict[str, int], merges: list[Any]) -> dict[bytes, int]:
     return ranks
 
 
-def _special_tokens(vocab: dict[str, int], ranks: dict[bytes, int]) -> dict[str, int]:
-    """The tokens that no merge makes: they stand for themselves, and must not look like others."""
+def _other_tokens(
+    tokens: dict[str, int], ranks: dict[bytes, int], added: set[str]
+) -> dict[str, int]:
+    """The tokens that no merge makes: an added one may look like any, another like no byte."""
     ordinary = set(map(spell, ranks))
-    special = {token: number for token, number in vocab.items() if token not in ordinary}
-    for token in special:
+    others = {token: number for token, number in tokens.items() if token not in ordinary}
+    for token in others.keys() - added:
         if not set(token).isdisjoint(_STAND_INS.values()):
             raise _Unfit(f"token {show(token)} is a byte-level one that no merge makes")
-    length = sum(map(len, special))
-    if length > _MOST_SPECIAL:  # tiktoken makes one pattern of them all
-        raise _Unfit(f"it has {length} characters of special tokens: at most {_MOST_SPECIAL}")
-    return special
+    length = sum(map(len, others))
+    if length > _MOST_OTHERS:  # tiktoken makes one pattern of them all
+        raise _Unfit(f"it has {length} characters of special tokens: at most {_MOST_OTHERS}")
+    return others
 
 
 def find_merges(ranks: dict[bytes, int], source: str) -> list[list[str]]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from tinygpt.data.dataset import Batches, Dataset
 from tinygpt.errors import CheckpointError, InputError, reason, say, show
@@ -22,12 +22,10 @@ from tinygpt.generate import Generator
 from tinygpt.model import GPT
 from tinygpt.storage import write_text
 from tinygpt.tokenizer.encoding import decode, end_token, folder_tokenizer
+from tinygpt.tokenizer.tokenizer import Tokenizer
 from tinygpt.training import run_files
 from tinygpt.training.settings import TrainConfig
 from tinygpt.training.step import Counters, Trainer
-
-if TYPE_CHECKING:
-    from tiktoken import Encoding
 
 # So many steps in a row without a finite loss end a run. float16 may need some to find its scale.
 _MOST_SKIPPED = 10
@@ -42,7 +40,7 @@ class Run:
         self,
         folder: Path,
         data: Dataset,
-        tokenizer: Encoding,
+        tokenizer: Tokenizer,
         model: GPT,
         config: TrainConfig,
         minutes: float | None = None,

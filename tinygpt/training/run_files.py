@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tinygrad import Tensor
@@ -23,10 +23,7 @@ from tinygpt.checkpoints.stored_tensor import read_tensor
 from tinygpt.errors import CheckpointError, InputError, reason, show
 from tinygpt.model import GPT
 from tinygpt.storage import TEMPORARY, read_json, temporary_beside, write_text
-from tinygpt.tokenizer.encoding import save_tokenizer
-
-if TYPE_CHECKING:
-    from tiktoken import Encoding
+from tinygpt.tokenizer.tokenizer import Tokenizer
 
 _STATE, _TENSORS, _FORMAT = "state.json", "training.safetensors", "tinygpt training 1"
 
@@ -34,7 +31,7 @@ _STATE, _TENSORS, _FORMAT = "state.json", "training.safetensors", "tinygpt train
 def save(
     run: Path,
     model: GPT,
-    tokenizer: Encoding,
+    tokenizer: Tokenizer,
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
 ) -> Path:
@@ -52,8 +49,7 @@ def save(
     final = run / f"step-{state['step']:08d}"
     temporary = temporary_beside(final)
     try:
-        model.save_pretrained(temporary)
-        save_tokenizer(tokenizer, temporary)
+        model.save_pretrained(temporary, tokenizer)
         layout = {name: ("F32", tensor.shape) for name, tensor in tensors.items()}
         safetensors_file.write(temporary / _TENSORS, layout, lambda name: tensors[name].numpy())
         write_text(temporary / _STATE, json.dumps({"format": _FORMAT, **state}, indent=1) + "\n")
