@@ -15,7 +15,7 @@ from tinygrad import device as tinygrad_device
 
 from tinygpt import InputError
 from tinygpt.commands import doctor
-from tinygpt.runtime import device, disk_cache, memory
+from tinygpt.runtime import device, disk_cache
 
 
 def test_a_backend_works_or_does_not():
@@ -244,9 +244,3 @@ print(os.path.isfile("kernels.db"), helpers.diskcache_get("mine", "text"))
 """
     env = {"CACHEDB": "kernels.db", "CACHELEVEL": None, "WHERE": str(tmp_path)}
     assert python(script, **env) == "True 1\n"
-
-
-def test_memory_is_known_and_enforced(monkeypatch):
-    assert memory.available_memory_bytes() > 10**8
-    monkeypatch.setattr(memory, "available_memory_bytes", lambda: None)
-    memory.require_memory(10**18, "anything")  # where the system does not say, nothing is refused

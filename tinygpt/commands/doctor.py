@@ -75,12 +75,16 @@ def _versions() -> dict[str, str]:
 
 def _machine() -> dict[str, str]:
     free = memory.available_memory_bytes()
+    on_device = ""
+    if device.default().split(":")[0] not in memory.SHARE_MEMORY:
+        card = memory.device_memory_bytes()
+        on_device = ", on the device " + (f"{card / 1e9:.1f} GB" if card else "unknown")
     chosen = os.environ.get("DEV") or f"unset, tinygrad takes {device.default()}"
     return {
         "cores": str(
             len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         ),
-        "memory": "unknown" if free is None else f"{free / 1e9:.1f} GB free",
+        "memory": "unknown" if free is None else f"{free / 1e9:.1f} GB free{on_device}",
         "DEV": chosen if device.note is None else f"{chosen} ({device.note})",
         "clang": _clang(),
         "operations": device.describe_operations(),
