@@ -16,6 +16,14 @@ _REPR.maxstring = _REPR.maxother = 100
 show = _REPR.repr
 
 
+_CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+
+
+def visible(text: str) -> str:
+    """What a model wrote, without what would move a terminal's cursor or set its title."""
+    return text.translate(_CONTROL)
+
+
 class InputError(ValueError):
     """Something given by the user is wrong. The message is one line, written for that user."""
 

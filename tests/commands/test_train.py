@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import pytest
 from prepared import prepared
 from program import finish, start
 
-from tinygpt import GPT, InputError
+from tinygpt import GPT, InputError, load_tokenizer
+from tinygpt.checkpoints.run_folder import checkpoint_in
 from tinygpt.commands import train
+from tinygpt.commands.main import main
 from tinygpt.data.dataset import Dataset
+from tinygpt.data.prepare import prepare
+from tinygpt.tokenizer.encoding import same_tokenizer
+from tinygpt.training.lock import locked
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +62,12 @@ def test_an_error_speaks_in_the_words_that_were_typed(argv, words, data, tmp_pat
 
 def test_each_spelling_of_the_shape_reaches_the_settings(data, tmp_path, monkeypatch):
     built = []
-    monkeypatch.setattr(train, "start", lambda _, __, settings, *___: built.append(settings) or 1)
+    monkeypatch.setattr(train, "plan", lambda settings, *_: built.append(settings))
     short = "--layers 2 --heads 2 --dim 8 --inner 12 --context 4 --untied"
     long = "--n-layer 2 --n-head 2 --n-embd 8 --n-inner 12 --block-size 4 --no-tie-word-embeddings"
     for flags in (short, long):
         argv = [*flags.split(), "--no-bias", "--no-shortcut", "--norm", "post"]
-        with pytest.raises(AttributeError):  # there is no run to start
+        with pytest.raises(TypeError):  # there is no plan to follow
             command(data.folder, "-o", tmp_path / "out", *argv)
     expected = {"n_layer": 2, "n_head": 2, "n_embd": 8, "n_inner": 12, "block_size": 4}
     expected |= {"bias": False, "shortcut": False, "tie_word_embeddings": False, "norm": "post"}
@@ -92,3 +98,87 @@ def test_a_sample_in_letters_that_the_system_cannot_write_is_no_end(encoding, tm
     lines = (tmp_path / "run" / "log.jsonl").read_bytes().decode().split("\n")
     assert "ж" in "".join(lines)
     assert "\\u0436" in words or "\\U0001f600" in words  # as the terminal can show them
+
+
+FAST = ["--steps", "2", "--eval-every", "2", "--eval-batches", "1", "--batch-size", "2"]
+SMALL_SHAPE = ["--layers", "1", "--heads", "1", "--dim", "16", "--context", "8"]
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog. " * 40, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        ["--context", "4000"],  # only the tokens tell that this is too much
+        ["--heads", "3"],
+        ["--config", "none.toml"],
+        ["--tokenizer", "gpt3"],
+    ],
+)
+def test_a_refused_first_try_leaves_nothing_that_blocks_the_second(refused, text, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(InputError):
+        command(text, "-o", run, *SMALL_SHAPE, *FAST, *refused)
+    assert not run.exists()
+    assert command(text, "-o", run, *SMALL_SHAPE, *FAST, "--tokenizer", "bytes") == 0
+
+
+def test_a_killed_first_try_leaves_nothing_that_blocks_the_second(text, tmp_path, monkeypatch):
+    """Its tokens are made anew; those that the user has made are not touched."""
+    run = tmp_path / "run"
+
+    def killed(*_):
+        raise SystemExit
+
+    argv = [text, "-o", run, *SMALL_SHAPE, *FAST]
+    monkeypatch.setattr(train, "_train", killed)
+    with pytest.raises(SystemExit):
+        command(*argv, "--tokenizer", "char")
+    assert (run / "data" / "header.json").is_file()
+    monkeypatch.undo()
+    assert command(*argv, "--tokenizer", "bytes") == 0
+    mine = tmp_path / "mine" / "data"
+    prepare(text, mine, "char")
+    with pytest.raises(InputError, match="was prepared with tokenizer 'char'"):
+        command(text, "-o", tmp_path / "mine", *SMALL_SHAPE, *FAST, "--tokenizer", "bytes")
+    assert (mine / "header.json").is_file()
+
+
+def test_a_run_in_use_is_refused_to_a_second_training(text, tmp_path):
+    argv = [text, "-o", tmp_path / "run", *SMALL_SHAPE, *FAST]
+    with locked(tmp_path / "run"):
+        assert "is in use by another training" in words_of_error(*argv)
+        assert "is in use by another training" in words_of_error(*argv, "--resume")
+    assert command(*argv) == 0
+
+
+def test_a_model_brings_its_tokenizer_and_a_rate_for_fine_tuning(text, tmp_path, capsys):
+    """And the run's folder is its best checkpoint, here, in `generate` and `evaluate`."""
+    one, two, other = tmp_path / "one", tmp_path / "two", tmp_path / "other.txt"
+    assert command(text, "-o", one, *SMALL_SHAPE, *FAST, "--tokenizer", "bpe:300") == 0
+    other.write_text("A lazy fox. Wörter 日本語, and quick dogs! " * 40, encoding="utf-8")
+    assert command(other, "-o", two, "--model", one, *FAST) == 0
+    assert command(other, "-o", two, "--resume", "--steps", "3") == 0
+    tokenizers = [load_tokenizer(run) for run in (one, two)]
+    assert same_tokenizer(*tokenizers)
+    state = json.loads((checkpoint_in(two, "last") / "state.json").read_text(encoding="utf-8"))
+    assert state["config"]["learning_rate"] == 1e-4
+    assert state["config"]["steps"] == 3
+    assert main(["evaluate", str(two), str(two / "data")]) == 0
+    capsys.readouterr()
+    assert main(["generate", "quick", "--model", str(two), "--max-new-tokens", "3"]) == 0
+    assert capsys.readouterr().out.startswith("quick")
+
+
+def test_the_end_of_a_run_is_a_text_on_stdout_and_samples_are_shown_as_text(text, tmp_path, capsys):
+    argv = [text, "-o", tmp_path / "run", *SMALL_SHAPE, *FAST, "--sample-tokens", "30"]
+    assert command(*argv) == 0
+    out, words = capsys.readouterr()
+    assert len(out) == 31  # characters, and a line feed
+    assert "a sample of 30 tokens:\n" + out in words
+    assert f"done: tinygpt generate --model {tmp_path / 'run'}" in words

@@ -14,14 +14,17 @@ import numpy as np
 import pytest
 from conftest import NARROW, weights_of
 from prepared import TEXT, prepared
-from tinygrad import Tensor
+from tinygrad import Tensor, dtypes
 
 from tinygpt import GPT, GPTConfig, InputError, load_tokenizer
-from tinygpt.checkpoints.quantization import convert
+from tinygpt.checkpoints.quantization import convert, dtype_of
+from tinygpt.checkpoints.run_folder import checkpoint_in
 from tinygpt.commands import train
 from tinygpt.data.dataset import Dataset
 from tinygpt.tokenizer.encoding import char_tokenizer, encode, save_tokenizer
-from tinygpt.training.run import _Bar, _cut_log
+from tinygpt.training import run_files
+from tinygpt.training.progress import Progress
+from tinygpt.training.run import _cut_log
 from tinygpt.training.settings import RECIPES, TrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -58,8 +61,9 @@ def timeless(entries: list[dict]) -> list[dict]:
 
 
 def same_files(a: Path, b: Path) -> None:
+    one, other = (checkpoint_in(run, "last") for run in (a, b))
     for name in ("model.safetensors", "training.safetensors", "state.json"):
-        assert (a / "last" / name).read_bytes() == (b / "last" / name).read_bytes(), name
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +82,8 @@ def test_a_run_learns_logs_and_saves(whole, data):
     assert [entry["step"] for entry in evaluations] == [0, 4, 8, 12]
     assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] - 0.1
     best = min(evaluations[1:], key=lambda entry: entry["val_loss"])
-    assert (whole / "best").resolve().name == f"step-{best['step']:08d}"
-    assert (whole / "last").resolve().name == "step-00000012"
+    assert checkpoint_in(whole, "best").name == f"step-{best['step']:08d}"
+    assert checkpoint_in(whole, "last").name == "step-00000012"
     rates = [entry["learning_rate"] for entry in steps]
     np.testing.assert_allclose(rates[:3], [0.0025, 0.005, 0.0075])
     assert rates[3] == 0.01
@@ -101,7 +105,7 @@ def test_resuming_is_exact(stop_at, whole, data, tmp_path):
 
     run._step = until
     assert run.go() == signal.SIGTERM
-    assert (tmp_path / "run" / "last").resolve().name == f"step-{stop_at:08d}"
+    assert checkpoint_in(tmp_path / "run", "last").name == f"step-{stop_at:08d}"
     again = train.Run.resume(tmp_path / "run", data)
     assert again.counters.step == stop_at
     assert again.go() is None
@@ -120,11 +124,10 @@ def test_resuming_is_exact_with(settings, data, tmp_path):
     run = train.start(tmp_path / "run", data, settings)
     run.trainer.config = TrainConfig.of(settings, {"keep": 5})
     assert run.go() is None
-    os.remove(tmp_path / "run" / "last")
-    os.symlink("step-00000003", tmp_path / "run" / "last")
+    run_files.point(tmp_path / "run", "last", tmp_path / "run" / "step-00000003")
     assert train.Run.resume(tmp_path / "run", data).go() is None
     for name in ("model.safetensors", "training.safetensors"):
-        a, b = (tmp_path / part / "last" / name for part in ("whole", "run"))
+        a, b = (checkpoint_in(tmp_path / part, "last") / name for part in ("whole", "run"))
         assert a.read_bytes() == b.read_bytes()
 
 
@@ -171,7 +174,7 @@ def test_killed_at_random_moments_and_resumed_the_weights_are_the_same(data, tmp
         child.send_signal(signal.SIGKILL)
         child.communicate()
         assert child.returncode == -signal.SIGKILL
-        step = int((run / "last").resolve().name.removeprefix("step-"))
+        step = int(checkpoint_in(run, "last").name.removeprefix("step-"))
         old_log = (run / "log.jsonl").stat().st_ino
         child = process(data.folder, "-o", run, "--resume")
     _, words = child.communicate()
@@ -192,7 +195,7 @@ def test_a_signal_saves_and_ends(number, data, tmp_path):
     assert child.returncode == 128 + number, words
     step = log(tmp_path / "run")[-1]["step"]
     assert f"stopped at step {step}" in words
-    assert (tmp_path / "run" / "last").resolve().name == f"step-{step:08d}"
+    assert checkpoint_in(tmp_path / "run", "last").name == f"step-{step:08d}"
 
 
 def test_a_loss_that_stays_nan_stops_the_run_at_the_last_good_state(data, tmp_path):
@@ -252,18 +255,99 @@ def test_fine_tuning_lowers_the_loss(lora, whole, data, tmp_path):
     assert same == bool(lora)
 
 
-@pytest.mark.parametrize("dtype", [name for name in NARROW if name != "int8"])
-def test_a_model_that_is_held_in_fewer_bits_is_widened_to_be_trained(dtype, data, tmp_path):
+@pytest.fixture(scope="module", params=["float32", *NARROW])
+def base(request, data, tmp_path_factory) -> Path:
+    """A model that is held in one of the dtypes, and its tokenizer."""
+    folder = tmp_path_factory.mktemp(request.param) / "base"
     shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8}
-    model = convert(GPT(GPTConfig(vocab_size=data.header.vocab_size, **shape)), dtype)
-    model.save_pretrained(tmp_path / "narrow")
-    save_tokenizer(data.tokenizer(), tmp_path / "narrow")
-    settings = {"steps": 2, "eval_every": 2, "sample_tokens": 0, "batch_size": 2, "block_size": 8}
-    run = train.start(
-        tmp_path / "run", data, settings | {"eval_batches": 1}, model=str(tmp_path / "narrow")
-    )
+    model = GPT(GPTConfig(vocab_size=data.header.vocab_size, **shape))
+    convert(model, request.param).save_pretrained(folder)
+    save_tokenizer(data.tokenizer(), folder)
+    return folder
+
+
+SHORT = {"steps": 4, "eval_every": 2, "sample_tokens": 0, "eval_batches": 1, "learning_rate": 0.01}
+
+
+@pytest.mark.parametrize("lora", [{}, {"lora_rank": 2}])
+def test_a_model_held_in_any_dtype_is_trained_in_float32(lora, base, data, tmp_path):
+    run = train.start(tmp_path / "run", data, SHORT | lora, model=str(base))
+    assert all(weight.dtype == dtypes.float32 for weight in run.trainer.weights.values())
     assert run.go() is None
-    assert run.counters.updates == 2
+    assert run.counters.updates == 4
+    first, last = (
+        weights_of(GPT.from_pretrained(path, "float32")) for path in (base, tmp_path / "run")
+    )
+    name = "blocks.0.mlp.c_fc.weight"
+    assert np.abs(last[name] - first[name]).max() > 0.001
+    losses = [entry["val_loss"] for entry in log(tmp_path / "run") if "val_loss" in entry]
+    assert losses[-1] < losses[0] - 0.001
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("lora", [{}, {"lora_rank": 2}])
+def test_checkpoints_in_fewer_bits_are_gone_on_with_exactly(dtype, lora, data, tmp_path):
+    settings = TINY | {"steps": 4, "eval_every": 2, "keep": 5} | lora
+    for folder, kind in (("wide", "float32"), ("whole", dtype), ("run", dtype)):
+        run = train.start(tmp_path / folder, data, settings | {"dtype": kind})
+        assert run.go() is None
+    run_files.point(tmp_path / "run", "last", tmp_path / "run" / "step-00000002")
+    again = train.Run.resume(tmp_path / "run", data)
+    assert again.go() is None
+    same_files(tmp_path / "whole", tmp_path / "run")
+    assert timeless(log(tmp_path / "whole")) == timeless(log(tmp_path / "run"))
+    wide = weights_of(GPT.from_pretrained(tmp_path / "wide" / "last"))
+    narrow = GPT.from_pretrained(tmp_path / "run" / "last")
+    assert dtype_of(narrow.wte) == dtype
+    kept = weights_of(convert(GPT.from_pretrained(tmp_path / "wide" / "last"), dtype))
+    for name, value in weights_of(narrow).items():
+        np.testing.assert_array_equal(value, kept[name])  # rounded once, not at every save
+    for name, value in weights_of(again.trainer.model).items():
+        np.testing.assert_array_equal(value, wide[name])
+
+
+def test_a_finished_run_is_given_more_steps(data, tmp_path):
+    """At a constant rate it comes to what a run of so many steps from the start comes to."""
+    settings = TINY | {"schedule": "constant", "dropout": 0.2, "steps": 6, "keep": 5}
+    before = tmp_path / "run" / "step-00000006" / "model.safetensors"
+    for folder, steps in (("whole", 12), ("run", 6)):
+        run = train.start(tmp_path / folder, data, settings | {"steps": steps, "eval_every": 3})
+        assert run.go() is None
+    kept, entries = before.read_bytes(), log(tmp_path / "run")
+    argv = [data.folder, "-o", tmp_path / "run", "--resume"]
+    assert command(*argv, "--steps", "12") == 0
+    same_files(tmp_path / "whole", tmp_path / "run")
+    assert timeless(log(tmp_path / "whole")) == timeless(log(tmp_path / "run"))
+    assert before.read_bytes() == kept
+    assert log(tmp_path / "run")[: len(entries)] == entries
+
+
+def test_more_steps_move_the_schedule_as_if_there_had_always_been_so_many(data, tmp_path):
+    for folder, steps in (("long", 12), ("run", 6)):
+        run = train.start(tmp_path / folder, data, TINY | {"steps": steps})
+        assert run.go() is None
+    assert train.Run.resume(tmp_path / "run", data, steps=12).go() is None
+    long, more = (
+        {entry["step"]: entry["learning_rate"] for entry in log(tmp_path / name) if "loss" in entry}
+        for name in ("long", "run")
+    )
+    assert [more[step] for step in range(7, 13)] == [long[step] for step in range(7, 13)]
+    assert more[6] < more[7]  # the short run's rate had come to its end
+
+
+def test_a_finished_run_is_given_more_minutes(data, tmp_path, capsys):
+    settings = TINY | {"steps": 3, "eval_every": 1000}
+    assert train.start(tmp_path / "run", data, settings).go() is None
+    argv = [data.folder, "-o", tmp_path / "run", "--resume"]
+    assert command(*argv) == 0
+    assert "its 3 steps are made: --steps N or --minutes M gives it more" in capsys.readouterr().err
+    assert command(*argv, "--minutes", "0.02") == 0
+    run = train.Run.resume(tmp_path / "run", data)
+    assert run.finished
+    assert run.counters.step > 3 + 20
+    assert [e["step"] for e in log(tmp_path / "run") if "loss" in e] == [
+        *range(1, run.counters.step + 1)
+    ]
 
 
 def test_minutes_fit_the_schedule(data, tmp_path):
@@ -272,14 +356,16 @@ def test_minutes_fit_the_schedule(data, tmp_path):
     assert run.minutes is None
     assert run.counters.step == run.config.steps > 20
     assert run.config.steps != 12
-    state = json.loads((tmp_path / "run" / "last" / "state.json").read_text(encoding="utf-8"))
+    state = json.loads(
+        (checkpoint_in(tmp_path / "run", "last") / "state.json").read_text(encoding="utf-8")
+    )
     assert state["config"]["steps"] == run.config.steps
 
 
 def test_transformers_finds_the_same_validation_loss(whole, data):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
-    model = transformers.GPT2LMHeadModel.from_pretrained(whole / "last").eval()
+    model = transformers.GPT2LMHeadModel.from_pretrained(checkpoint_in(whole, "last")).eval()
     count = len(data.val) // 8 * 8
     ids = torch.tensor(data.val[: count + 1].astype(np.int64))
     places = range(0, count if len(data.val) > count else count - 8, 8)
@@ -312,7 +398,9 @@ def test_settings_come_from_recipe_then_flags(data, tmp_path):
     argv = [data.folder, "-o", run, "--recipe", "shakespeare-gpu", "--config", file, "--steps", 2]
     assert command(*argv, "--dropout", "0.5", "--bias") == 0
     config = TrainConfig.of(
-        json.loads((run / "last" / "state.json").read_text(encoding="utf-8"))["config"]
+        json.loads((checkpoint_in(run, "last") / "state.json").read_text(encoding="utf-8"))[
+            "config"
+        ]
     )
     assert config == TrainConfig.of(TINY, {"steps": 2, "dropout": 0.5, "bias": True})
 
@@ -350,7 +438,12 @@ def test_bad_input_is_one_line(data, whole, tmp_path):
     assert "cannot write" in error(data.folder, "-o", blocked)
     assert "--resume" in error(data.folder, "-o", whole)
     assert "no checkpoint" in error(data.folder, "-o", out, "--resume")
-    assert "--steps cannot change" in error(data.folder, "-o", whole, "--resume", "--steps", "3")
+    assert "--seed cannot change" in error(data.folder, "-o", whole, "--resume", "--seed", "3")
+    fewer = error(data.folder, "-o", whole, "--resume", "--steps", "12")
+    assert fewer.startswith("--steps is 12, but ")
+    assert "has made 12 steps already" in fewer
+    both = error(data.folder, "-o", whole, "--resume", "--steps", "20", "--minutes", "1")
+    assert "give one of them" in both
     assert "--minutes is 0.0" in error(data.folder, "-o", out, "--minutes", "0")
     (tmp_path / "bad.toml").write_text("steps = ", encoding="utf-8")
     assert "not TOML" in error(data.folder, "-o", out, "--config", tmp_path / "bad.toml")
@@ -362,16 +455,34 @@ def test_bad_input_is_one_line(data, whole, tmp_path):
     assert "--context is 9, but the window" in long
 
 
-def test_the_bar_shows_steps_and_losses(monkeypatch, capsys):
+@pytest.mark.parametrize("width", [200, 80, 40, 10])
+def test_the_line_of_progress_fits_the_terminal(width, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setenv("COLUMNS", "100")
-    bar = _Bar()
-    bar.show(5, 20, 2.5, None, 1234.5, 61.0)
+    monkeypatch.setenv("COLUMNS", str(width))
+    progress = Progress()
+    progress.show(12_345, 600_000, 10.25, 10.5, 123_456.0, 36_061.0)
     line = capsys.readouterr().err
-    assert line.startswith(f"\r{'#' * 5}{'-' * 15} 5/20  loss 2.5000  1,234 tokens/s  1:01 left ")
-    assert len(line) == 100
-    bar.show(30, 20, 2.5, 2.25, 1.0, 0.0)
-    assert "val 2.2500" in capsys.readouterr().err
+    facts = "12345/600000  loss 10.250  val 10.500  123,456 tokens/s  10:01:01 left"
+    assert line[0] == "\r"
+    assert len(line) == width
+    assert line.strip("\r #-").startswith(facts[: width - 1].strip())
+    progress.show(5, 20, 2.5, None, 1234.5, 61.0)
+    line = capsys.readouterr().err.strip()
+    if width >= 80:
+        assert line == f"{'#' * 5}{'-' * 15} 5/20  loss 2.500  1,234 tokens/s  1:01 left"
+
+
+def test_without_a_terminal_progress_is_one_line_a_minute(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    progress = Progress()
+    for step in range(1, 181):
+        now[0] = float(step)
+        progress.show(step, 180, 2.5, 2.25, 1234.5, 180.0 - step)
+    progress.clear()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert lines[0] == ("tinygpt: step 60/180  loss 2.500  val 2.250  1,234 tokens/s  2:00 left")
 
 
 def test_too_short_a_split_is_one_line(tmp_path):

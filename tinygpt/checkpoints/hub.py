@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tinygpt.checkpoints.download import fetch_from_hub
 from tinygpt.checkpoints.model_files import FILES, shards
+from tinygpt.checkpoints.run_folder import followed
 from tinygpt.errors import CheckpointError, InputError, reason, say
 from tinygpt.storage import temporary_beside
 
@@ -36,7 +37,8 @@ def resolve(name_or_path: str | Path) -> Path:
     """The local folder or file of a model, downloaded first if it has to be.
 
     Args:
-        name_or_path: a folder; a file; "shakespeare", the small model that the package carries; or
+        name_or_path: a folder, of a model or of a run, of which its best checkpoint is taken; a
+            file; "shakespeare", the small model that the package carries; or
             a name on the Hugging Face Hub such as "gpt2" or "org/name". Such a one is looked for
             in `cache_folder()`, then in the Hugging Face cache.
     Returns:
@@ -55,7 +57,7 @@ def resolve(name_or_path: str | Path) -> Path:
     if os.path.isdir(path) or os.path.isfile(path):
         if isinstance(name_or_path, str) and _is_also_a_name(given):
             say(f"{given} is the folder here; rename it to have the model of that name")
-        return Path(path)
+        return followed(Path(path))
     advice = "give a model's folder or file, or a name such as gpt2"
     if os.path.exists(path):
         raise InputError(f"{given!r} is neither a folder nor a file: {advice}")

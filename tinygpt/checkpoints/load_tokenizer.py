@@ -13,6 +13,7 @@ from tinygpt.checkpoints import gguf_file
 from tinygpt.checkpoints.detect_form import file_format
 from tinygpt.checkpoints.gguf_vocabulary import ids_of_metadata, tokenizer_from_metadata
 from tinygpt.checkpoints.model_files import weight_files
+from tinygpt.checkpoints.run_folder import followed
 from tinygpt.errors import CheckpointError, InputError, say, show, unknown
 from tinygpt.storage import read_json
 from tinygpt.tokenizer.encoding import (
@@ -49,12 +50,12 @@ def load_tokenizer(name_or_path: str | Path, vocab_size: int | None = None) -> T
         if os.path.isdir(name):
             say(f"tokenizer {name} is the one of that name; ./{name} would be the folder")
         return _fitting(named_tokenizer(name), name, vocab_size)
-    path = Path(name)
-    if os.path.isdir(name):
+    path = followed(Path(name))
+    if path.is_dir():
         file = None if folder_has_tokenizer(path) else _only_file(path)
-    elif os.path.isfile(name) and is_tokenizer_file(path):
+    elif path.is_file() and is_tokenizer_file(path):
         return _fitting(file_tokenizer(path), name, vocab_size)
-    elif os.path.isfile(name):
+    elif path.is_file():
         file = path
     else:
         raise unknown("tokenizer", name, (*NAMES, f"a folder with {' or '.join(FILES)}"))

@@ -18,7 +18,7 @@ from tinygpt.checkpoints import hub
 from tinygpt.commands.flags import add_flag, add_options, add_shared, given, spelled
 from tinygpt.commands.prompt import read_ids, read_prompt
 from tinygpt.config import PRESETS, SHAPE, GPTConfig
-from tinygpt.errors import InputError, say
+from tinygpt.errors import InputError, say, visible
 from tinygpt.options import defaults
 from tinygpt.runtime import device
 from tinygpt.sampling import Sampling
@@ -29,7 +29,6 @@ _DEFAULT_PRESET = "nano"
 # The built-in model's tokens are short, so it writes more of them. It has learned too little to
 # be sampled at temperature 1, which gives too many words that are none.
 _BUILT_IN_TOKENS, _BUILT_IN_TEMPERATURE = 300, 0.8
-_CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -254,8 +253,7 @@ class _Output:
         self.times: list[float] = []  # seconds after the start, for each token
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")
-        # What a model writes must not move a terminal's cursor or set its title.
-        self.hidden = _CONTROL if sys.stdout.isatty() else {}
+        self.shown = visible if sys.stdout.isatty() else str
 
     def follow(self, steps: Iterator[list[int | None]]) -> None:
         """Take all steps, showing the text at once where there is one sample to show."""
@@ -288,7 +286,7 @@ class _Output:
 
     def _show(self, text: str) -> None:
         if text:
-            sys.stdout.write(text.translate(self.hidden))
+            sys.stdout.write(self.shown(text))
             sys.stdout.flush()
 
     def finish(self) -> None:

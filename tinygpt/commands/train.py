@@ -3,24 +3,86 @@
 from __future__ import annotations
 
 import argparse
-import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tinygrad.nn.state import get_state_dict
-
-from tinygpt.checkpoints.open_checkpoint import open_checkpoint
+from tinygpt.checkpoints.load_tokenizer import load_tokenizer
+from tinygpt.checkpoints.open_checkpoint import Checkpoint, open_checkpoint
+from tinygpt.checkpoints.run_folder import checkpoint_in
 from tinygpt.commands.flags import add_flag, add_options, add_shared, given, spelled
 from tinygpt.data.dataset import Dataset
 from tinygpt.data.prepare import prepare
-from tinygpt.errors import InputError, reason, say
+from tinygpt.errors import InputError, say, visible
 from tinygpt.model import GPT
 from tinygpt.options import defaults
 from tinygpt.runtime import device
+from tinygpt.tokenizer.tokenizer import Tokenizer
+from tinygpt.training.lock import locked
 from tinygpt.training.run import Run
-from tinygpt.training.settings import RECIPES, SHAPE, TrainConfig, read_settings, settings_of
+from tinygpt.training.settings import (
+    RECIPES,
+    SHAPE,
+    TrainConfig,
+    fine_tuning,
+    read_settings,
+    settings_of,
+)
+from tinygpt.training.step import sharing_weights
+
+
+def plan(
+    settings: dict[str, Any], model: str | None, spelled: Callable[[str], str] = str
+) -> tuple[TrainConfig, Checkpoint | None]:
+    """All settings of a new run, and the model that it begins with, opened.
+
+    Args:
+        settings: fields of TrainConfig that differ from the defaults.
+        model: name or folder of the model to begin with; None makes a new one.
+        spelled: a setting's name -> what the user calls it, for an error.
+    Raises:
+        InputError: when the settings cannot work, or not with that model.
+    """
+    if model is None:
+        return TrainConfig.of(settings, spelled=spelled), None
+    for name in SHAPE:
+        if name in settings and name != "block_size":
+            raise InputError(
+                f"{spelled(name)} describes a new model, but --model brings its own shape"
+            )
+    found = open_checkpoint(model)
+    shape = {name: getattr(found.config, name) for name in SHAPE}
+    defaults = fine_tuning(found.config.block_size, bool(settings.get("lora_rank")))
+    config = TrainConfig.of(shape, defaults, settings, spelled=spelled)
+    if config.block_size > (most := found.config.block_size):
+        name = spelled("block_size")
+        raise InputError(f"{name} is {config.block_size}, but the window of {model} has {most}")
+    return config, found
+
+
+def begin(
+    folder: Path,
+    data: Dataset,
+    config: TrainConfig,
+    base: Checkpoint | None = None,
+    minutes: float | None = None,
+) -> Run:
+    """A new run, of a new model or from one that was opened.
+
+    Raises:
+        InputError: when the model and the data do not go together.
+    """
+    if base is None:
+        gpt = GPT(config.gpt_config(data.header.vocab_size), config.seed)
+        return Run(folder, data, data.tokenizer(), gpt, config, minutes)
+    tokenizer = base.tokenizer()
+    data.check(base.config.vocab_size, tokenizer)
+    gpt = base.load("float32")  # gradients need it, whatever the file holds
+    dropouts = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), float(config.dropout))
+    gpt = sharing_weights(gpt, replace(gpt.config, **dropouts))
+    return Run(folder, data, tokenizer, gpt, config, minutes)
 
 
 def start(
@@ -29,53 +91,10 @@ def start(
     settings: dict[str, Any],
     model: str | None = None,
     minutes: float | None = None,
-    spelled: Callable[[str], str] = str,
 ) -> Run:
-    """A new run: from scratch, or from any model that can be loaded.
-
-    Args:
-        settings: fields of TrainConfig that differ from the defaults.
-        model: name or folder of the model to begin with; None makes a new one.
-        spelled: a setting's name -> what the user calls it, for an error.
-    Raises:
-        InputError: when the settings, the model, the data and the folder do not go together.
-    """
-    if (folder / "last").exists():
-        raise InputError(
-            f"{folder} already holds a run: pass --resume to go on with it, or another folder"
-        )
-    tokenizer = data.tokenizer()
-    if model is None:
-        config = TrainConfig.of(settings, spelled=spelled)
-        gpt = GPT(config.gpt_config(data.header.vocab_size), config.seed)
-        return Run(folder, data, tokenizer, gpt, config, minutes)
-    for name in SHAPE:
-        if name in settings and name != "block_size":
-            raise InputError(
-                f"{spelled(name)} describes a new model, but --model brings its own shape"
-            )
-    found = open_checkpoint(model)
-    data.check(found.config.vocab_size, found.tokenizer())
-    gpt = found.load("float32")  # gradients need it, whatever the file holds
-    shape = {name: getattr(gpt.config, name) for name in SHAPE}
-    window = settings.get("block_size", min(TrainConfig.block_size, shape["block_size"]))
-    config = TrainConfig.of(shape, settings, {"block_size": window}, spelled=spelled)
-    if window > (most := gpt.config.block_size):
-        name = spelled("block_size")
-        raise InputError(f"{name} is {window}, but the window of {model} has {most}")
-    return Run(folder, data, tokenizer, _with_dropout(gpt, config.dropout), config, minutes)
-
-
-def _with_dropout(model: GPT, dropout: float) -> GPT:
-    """The same model, its weights shared, with that dropout."""
-    dropouts: dict[str, Any] = dict.fromkeys(
-        ("embd_pdrop", "attn_pdrop", "resid_pdrop"), float(dropout)
-    )
-    copy = GPT(replace(model.config, **dropouts), seed=None)
-    weights = get_state_dict(model)
-    for name, weight in get_state_dict(copy).items():
-        weight.replace(weights[name])
-    return copy
+    """A new run: `plan` and `begin` in one."""
+    _need_new(folder)
+    return begin(folder, data, *plan(settings, model), minutes)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -107,57 +126,95 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`tinygpt train`: 0 at the end, 128 and the signal's number after a signal."""
-    folder, settings = Path(args.out), given(args, defaults(TrainConfig))
-    fresh = {"recipe": args.recipe, "config": args.config, "model": args.model}
-    fresh |= {"minutes": args.minutes, **settings}
+    folder = Path(args.out)
+    if args.steps is not None and args.minutes is not None:
+        raise InputError("--steps and --minutes both say how long to train: give one of them")
     device.check()
-    data = Dataset.open(_prepared(args, folder))
-    if args.resume:
-        for name, value in fresh.items():
-            if value is not None:
-                flag = spelled(args)(name)
-                raise InputError(f"{flag} cannot change a run: --resume goes on with its settings")
-        job = Run.resume(folder, data)
-    else:
-        filed = read_settings(args.config) if args.config else {}
-        settings = settings_of(args.recipe) | filed | settings
-        _need_writable(folder)
-        names = spelled(args, elsewhere=filed)
-        job = start(folder, data, settings, args.model, args.minutes, names)
-    config, shape = job.config, job.trainer.model.config
+    with locked(folder):
+        job = _resumed(args, folder) if args.resume else _new(args, folder)
+        return _train(job)
+
+
+def _new(args: argparse.Namespace, folder: Path) -> Run:
+    """A new run. Where it is refused, the folder is left such that another try can be made."""
+    _need_new(folder)
+    filed = read_settings(args.config) if args.config else {}
+    settings = settings_of(args.recipe) | filed | given(args, defaults(TrainConfig))
+    config, base = plan(settings, args.model, spelled(args, elsewhere=filed))
+    tokens = folder / "data"
+    mark = tokens / ".by-train"  # what the user has prepared there himself is not touched
+
+    def forget() -> None:
+        if mark.is_file():
+            shutil.rmtree(tokens, ignore_errors=True)
+
+    forget()  # what a try has left that was killed before its first checkpoint
+    had_tokens = tokens.exists()
+    try:
+        source = _prepared(args, tokens, base and base.tokenizer())
+        if source == tokens and not had_tokens:
+            mark.touch()
+        return begin(folder, Dataset.open(source), config, base, args.minutes)
+    except InputError:
+        forget()
+        raise
+
+
+def _resumed(args: argparse.Namespace, folder: Path) -> Run:
+    """The run that is in the folder, perhaps with more steps or time than it was to have."""
+    fixed = {"recipe": args.recipe, "config": args.config, "model": args.model}
+    for name, value in (fixed | given(args, defaults(TrainConfig))).items():
+        if value is not None and name != "steps":
+            flag = spelled(args)(name)
+            raise InputError(
+                f"{flag} cannot change a run: --resume goes on with its settings, but for --steps "
+                "and --minutes"
+            )
+    last = checkpoint_in(folder, "last")
+    if last is None:
+        raise InputError(f"{folder} has no checkpoint to go on from: leave --resume out")
+    data = Dataset.open(_prepared(args, folder / "data", load_tokenizer(last)))
+    return Run.resume(folder, data, args.steps, args.minutes)
+
+
+def _train(job: Run) -> int:
+    config, model = job.config, job.trainer.model.config
     where = f"{device.describe()}, {device.describe_operations()}"
-    say(f"{shape.parameter_count:,} parameters on {where}, {config.steps} steps")
-    stopped = job.go()
-    if stopped is None:
-        if job.best is not None:  # None where no validation loss was a number
-            say(f"lowest validation loss {job.best['val_loss']:.4f}, in {folder / 'best'}")
-        say(f"done: {folder / 'last'}")
-        return 0
-    say(f"stopped at step {job.counters.step}, saved in {folder / 'last'}: --resume goes on")
-    return 128 + stopped
+    say(f"{model.parameter_count:,} parameters on {where}")
+    if job.finished:
+        say(f"its {config.steps} steps are made: --steps N or --minutes M gives it more")
+    stopped, name = job.go(), job.folder
+    if stopped is not None:
+        saved = f"saved in {name}: --resume goes on" if job.counters.step else "nothing to save"
+        say(f"stopped at step {job.counters.step}, {saved}")
+        return 128 + stopped
+    if job.best is not None:  # None where no validation loss was a number
+        say(f"lowest validation loss {job.best['val_loss']:.4f}, in {name}/best")
+    say(f"done: tinygpt generate --model {name}")
+    if job.sample:
+        print(visible(job.sample))
+    return 0
 
 
-def _prepared(args: argparse.Namespace, folder: Path) -> Path:
-    """The folder of tokens: DATA, or that of a text, made inside the run's folder."""
+def _need_new(folder: Path) -> None:
+    if checkpoint_in(folder, "last"):
+        raise InputError(
+            f"{folder} already holds a run: pass --resume to go on with it, or another folder"
+        )
+
+
+def _prepared(args: argparse.Namespace, tokens: Path, tokenizer: Tokenizer | None) -> Path:
+    """The folder of tokens: DATA, or one made of a text.
+
+    Args:
+        tokens: where to make it.
+        tokenizer: for a text where no other is asked for; None is that of its characters.
+    """
     source = Path(args.data)
     if source.is_dir() or (not source.exists() and args.data != "shakespeare"):
         if args.tokenizer:
             raise InputError(f"--tokenizer is for a text, but {source} is not a file")
         return source
-    prepare(
-        args.data if args.data == "shakespeare" else source,
-        folder / "data",
-        args.tokenizer or "char",
-    )
-    return folder / "data"
-
-
-def _need_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be written before anything is computed."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable.tmp"
-        probe.mkdir(exist_ok=True)
-        os.rmdir(probe)
-    except OSError as error:
-        raise InputError(f"cannot write {folder}: {reason(error)}; pass another --out") from error
+    text = args.data if args.data == "shakespeare" else source
+    prepare(text, tokens, args.tokenizer or tokenizer or "char")
+    return tokens

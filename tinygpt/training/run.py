@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import signal
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,17 +13,23 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from tinygrad import Tensor
+
+from tinygpt.checkpoints.load_tokenizer import load_tokenizer
+from tinygpt.checkpoints.quantization import check_dtype, convert
+from tinygpt.checkpoints.run_folder import checkpoint_in
 from tinygpt.data.dataset import Batches, Dataset
-from tinygpt.errors import CheckpointError, InputError, reason, say, show
+from tinygpt.errors import CheckpointError, InputError, reason, say, visible
 from tinygpt.evaluation.losses import Scorer, mean_loss, spread
 from tinygpt.generate import Generator
 from tinygpt.model import GPT
 from tinygpt.storage import write_text
-from tinygpt.tokenizer.encoding import decode, end_token, folder_tokenizer
+from tinygpt.tokenizer.encoding import decode, end_token
 from tinygpt.tokenizer.tokenizer import Tokenizer
 from tinygpt.training import run_files
+from tinygpt.training.progress import Progress, duration
 from tinygpt.training.settings import TrainConfig
-from tinygpt.training.step import Counters, Trainer
+from tinygpt.training.step import Counters, Trainer, sharing_weights
 
 # So many steps in a row without a finite loss end a run. float16 may need some to find its scale.
 _MOST_SKIPPED = 10
@@ -58,12 +62,14 @@ class Run:
                 f"{data.folder}: the validation split has {len(data.val)} tokens, too few for a "
                 f"window of {config.block_size}: give more text or a smaller --block-size"
             )
+        check_dtype(config.dtype)
         self.trainer = Trainer(model, config)
         shape = config.batch_size, config.block_size
         self.batches = Batches(data.train, *shape, config.seed, config.order)
         self.scorer, self.generator = Scorer(model), Generator(model)
         self.best: dict[str, Any] | None = None  # the step of the lowest validation loss, and it
         self.val_loss: float | None = None
+        self.sample = ""  # what it wrote at the last evaluation
         self.times: list[float] = []  # seconds of this process's steps
         self.started = time.perf_counter()
         self.signal: int | None = None
@@ -79,70 +85,101 @@ class Run:
         return self.trainer.counters
 
     @classmethod
-    def resume(cls, folder: Path, data: Dataset) -> Run:
+    def resume(
+        cls,
+        folder: Path,
+        data: Dataset,
+        steps: int | None = None,
+        minutes: float | None = None,
+    ) -> Run:
         """The run as its last checkpoint left it.
 
+        Args:
+            steps: how many it is to have in all from now on; None keeps its number. The learning
+                rate goes on as if it had been this from the beginning.
+            minutes: how long it is to go on; None keeps to the steps.
         Raises:
-            InputError: when there is none, it is damaged, or it was made with other data.
+            InputError: when there is none, it is damaged, it was made with other data, or it has
+                made so many steps already.
         """
-        last = folder / "last"
-        if not last.exists():
+        last = checkpoint_in(folder, "last")
+        if last is None:
             raise InputError(f"{folder} has no checkpoint to go on from: leave --resume out")
-        model, arrays, state = run_files.load(last.resolve())
+        model, arrays, state = run_files.load(last)
         try:
             settings, counters, best = state["config"], state["counters"], state["best"]
-            minutes, position, source = state["minutes"], state["data"], state["source"]
+            left, position, source = state["minutes"], state["data"], state["source"]
             config = TrainConfig.of(settings)
             counters = Counters(**counters)
         except (KeyError, TypeError, InputError) as error:
             raise CheckpointError(f"{last}/state.json: {reason(error)}") from error
         if source != data.header.source:
             raise InputError(f"{folder} was trained on other data than {data.folder}: pass those")
-        tokenizer = folder_tokenizer(last)
+        tokenizer = load_tokenizer(last)
         data.check(model.config.vocab_size, tokenizer)
-        run = cls(folder, data, tokenizer, model, config, minutes)
-        run_files.restore(run.trainer.tensors, arrays, last)
+        if steps is not None:
+            if steps <= counters.step:
+                raise InputError(
+                    f"--steps is {steps}, but {folder} has made {counters.step} steps already: "
+                    "give how many it is to have in all"
+                )
+            config, left = replace(config, steps=steps), None
+        run = cls(folder, data, tokenizer, model, config, left if minutes is None else minutes)
+        run_files.restore(run.tensors, arrays, last)
         run.trainer.counters, run.best = counters, best
         run.batches.restore(position)
-        run._link_best()  # in case the program was ended between the two links
+        run._name_best()  # in case the program was ended between the two names
         _cut_log(folder / "log.jsonl", counters.step)
         return run
 
     def go(self) -> int | None:
         """Train to the end, or until a signal; the number of that signal."""
+        path, mode = self.folder / "log.jsonl", "a" if self.counters.step else "w"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / "log.jsonl", "a", encoding="utf-8") as log, self._signals():
+            with open(path, mode, encoding="utf-8", newline="") as log, self._signals():
                 self._go(log)
         except OSError as error:
             raise InputError(f"cannot write {self.folder}: {reason(error)}") from error
         return self.signal
 
     def _go(self, log: TextIO) -> None:
-        bar = _Bar()
+        progress = Progress()
         saved = self.counters.step
         if saved == 0:
-            self._evaluate(log, bar)
-        while not self._finished and self.signal is None:
-            self._step(log, bar)
+            self._evaluate(log, progress)
+        while not self.finished and self.signal is None:
+            self._step(log, progress)
             step = self.counters.step
             fit = self.minutes is not None and len(self.times) == _TIMED
-            if fit or step % self.config.eval_every == 0 or self._finished:
+            if fit or step % self.config.eval_every == 0 or self.finished:
                 begun = time.perf_counter()
-                self._evaluate(log, bar)
+                self._evaluate(log, progress)
                 if fit:
                     self._fit(time.perf_counter() - begun)
                 self._save()
                 saved = step
         if saved != self.counters.step:
             self._save()
-        bar.clear()
+        progress.clear()
 
     @property
-    def _finished(self) -> bool:
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps besides the model, all of it in float32.
+
+        Where the model is kept in fewer bits, that is also its weights as they are trained.
+        """
+        kept = self.trainer.tensors
+        if self.config.dtype != "float32":
+            kept |= {f"{name}.master": weight for name, weight in self.trainer.weights.items()}
+        return kept
+
+    @property
+    def finished(self) -> bool:
+        """Whether all of its steps are made."""
         return self.minutes is None and self.counters.step >= self.config.steps
 
-    def _step(self, log: TextIO, bar: _Bar) -> None:
+    def _step(self, log: TextIO, progress: Progress) -> None:
         start = time.perf_counter()
         config = self.config
         rate = self.trainer.learning_rate
@@ -155,17 +192,19 @@ class Run:
         tokens = config.accumulate * config.batch_size * config.block_size
         self._log(log, {**entry, "tokens_per_s": round(tokens / recent)})
         left = recent * max(0, config.steps - step)
-        bar.show(step, config.steps, outcome.loss, self.val_loss, tokens / recent, left)
+        if self.minutes is None and len(self.times) == _TIMED:
+            say(f"about {duration(left)} left, for {config.steps - step} steps")
+        progress.show(step, config.steps, outcome.loss, self.val_loss, tokens / recent, left)
         if self.counters.skipped_in_a_row == _MOST_SKIPPED:
             self._save()
-            bar.clear()
+            progress.clear()
             raise InputError(
                 f"the loss or its gradient was not finite in {_MOST_SKIPPED} steps in a row, to "
                 f"step {step}: the weights as they were before those are in "
                 f"{self.folder / 'last'}; try a lower --learning-rate"
             )
 
-    def _evaluate(self, log: TextIO, bar: _Bar) -> None:
+    def _evaluate(self, log: TextIO, progress: Progress) -> None:
         config, step = self.config, self.counters.step
         most = config.eval_batches * config.batch_size
         places = spread(len(self.data.val), config.block_size, most)
@@ -175,15 +214,16 @@ class Run:
         entry = {"step": step, "val_loss": self.val_loss}
         if config.sample_tokens:
             start = end_token(self.tokenizer) or 0
-            ids = self.generator.generate([start], config.sample_tokens, config.seed)
-            entry["sample"] = decode(self.tokenizer, ids)
+            how = config.sample_tokens, config.seed
+            ids = self.generator.generate([start], *how, temperature=config.sample_temperature)
+            self.sample = entry["sample"] = decode(self.tokenizer, ids)
         if step and (self.best is None or self.val_loss < self.best["val_loss"]):
             self.best = {"step": step, "val_loss": self.val_loss}
         self._log(log, entry)
-        bar.clear()
+        progress.clear()
         say(f"step {step}: validation loss {self.val_loss:.4f}")
         if config.sample_tokens:
-            say(f"sample: {show(entry['sample'])}")
+            say(f"a sample of {config.sample_tokens} tokens:\n{visible(self.sample)}\n")
 
     def _save(self) -> None:
         state = {
@@ -195,16 +235,18 @@ class Run:
             "minutes": self.minutes,
             "config": asdict(self.config),
         }
-        trainer = self.trainer
-        run_files.save(self.folder, trainer.model, self.tokenizer, trainer.tensors, state)
-        self._link_best()
+        model = self.trainer.model
+        if self.config.dtype != "float32":
+            model = convert(sharing_weights(model, model.config), self.config.dtype)
+        run_files.save(self.folder, model, self.tokenizer, self.tensors, state)
+        self._name_best()
         run_files.prune(self.folder, self.config.keep)
 
-    def _link_best(self) -> None:
+    def _name_best(self) -> None:
         if self.best is not None:
             best = self.folder / f"step-{self.best['step']:08d}"
             if best.is_dir():
-                run_files.link(self.folder, "best", best)
+                run_files.point(self.folder, "best", best)
 
     def _fit(self, evaluation_s: float) -> None:
         """Choose the number of steps such that they end when the minutes do."""
@@ -241,36 +283,6 @@ class Run:
         finally:
             for number, handler in usual.items():
                 signal.signal(number, handler)
-
-
-class _Bar:
-    """The line that a terminal shows of the steps."""
-
-    def __init__(self) -> None:
-        self.wide = shutil.get_terminal_size().columns if sys.stderr.isatty() else 0
-
-    def show(
-        self,
-        step: int,
-        steps: int,
-        loss: float,
-        val_loss: float | None,
-        tokens_per_s: float,
-        left_s: float,
-    ) -> None:
-        if not self.wide:
-            return
-        done = 20 * step // max(step, steps)
-        clock = f"{int(left_s) // 60}:{int(left_s) % 60:02d} left"
-        line = f"{'#' * done}{'-' * (20 - done)} {step}/{steps}  loss {loss:.4f}"
-        line += "" if val_loss is None else f"  val {val_loss:.4f}"  # None just after --resume
-        line += f"  {tokens_per_s:,.0f} tokens/s  {clock}"
-        sys.stderr.write("\r" + line[: self.wide - 1].ljust(self.wide - 1))
-        sys.stderr.flush()
-
-    def clear(self) -> None:
-        if self.wide:
-            sys.stderr.write("\r" + " " * (self.wide - 1) + "\r")
 
 
 def _cut_log(path: Path, step: int) -> None:

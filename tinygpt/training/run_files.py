@@ -1,9 +1,10 @@
 """A training run's folder: checkpoints that are there whole or not at all, and exact to go on from.
 
 Each checkpoint is a folder `step-N`: the model and its tokenizer as `GPT.from_pretrained` reads
-them, what else training depends on in `training.safetensors`, and `state.json`. The links `last`
-and `best` name two of them. A folder gets its name once all of it is on the disk, and a link is
-replaced in one go, so whatever ends the program, `last` leads to a complete checkpoint.
+them, what else training depends on in `training.safetensors`, and `state.json`. The files `last`
+and `best` name two of them: see `checkpoints.run_folder`. A folder gets its name once all of it is
+on the disk, and such a file is replaced in one go, so whatever ends the program, `last` leads to a
+complete checkpoint.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import numpy as np
 from tinygrad import Tensor
 
 from tinygpt.checkpoints import safetensors_file
+from tinygpt.checkpoints.run_folder import NAMES, checkpoint_in
 from tinygpt.checkpoints.stored_tensor import read_tensor
 from tinygpt.errors import CheckpointError, InputError, reason, show
 from tinygpt.model import GPT
-from tinygpt.storage import TEMPORARY, read_json, temporary_beside, write_text
+from tinygpt.storage import TEMPORARY, read_json, sync_folder, temporary_beside, write_text
 from tinygpt.tokenizer.tokenizer import Tokenizer
 
 _STATE, _TENSORS, _FORMAT = "state.json", "training.safetensors", "tinygpt training 1"
@@ -35,7 +37,7 @@ def save(
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
 ) -> Path:
-    """Write a checkpoint and let `last` lead to it.
+    """Write a checkpoint and let `last` name it.
 
     Args:
         run: the run's folder, made if need be.
@@ -53,42 +55,49 @@ def save(
         layout = {name: ("F32", tensor.shape) for name, tensor in tensors.items()}
         safetensors_file.write(temporary / _TENSORS, layout, lambda name: tensors[name].numpy())
         write_text(temporary / _STATE, json.dumps({"format": _FORMAT, **state}, indent=1) + "\n")
-        # A run killed between the rename and the link has left this step, equally complete.
+        # A run killed before `last` named it has left this step, equally complete.
         if final.exists():
             os.rename(final, temporary_beside(final))
         os.rename(temporary, final)
-        _sync(run)
+        sync_folder(run)
     except OSError as error:
         raise InputError(f"cannot write {final}: {reason(error)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    link(run, "last", final)
+    point(run, "last", final)
     return final
 
 
-def link(run: Path, name: str, folder: Path) -> None:
-    """Let the link of that name in a run's folder lead to a checkpoint, in one go.
+def point(run: Path, name: str, folder: Path) -> None:
+    """Let `last` or `best` in a run's folder name a checkpoint, in one go.
 
     Raises:
         InputError: when it cannot be written.
     """
-    temporary = temporary_beside(run / name)
+    path, temporary = run / name, temporary_beside(run / name)
     try:
-        os.symlink(folder.name, temporary)
-        os.replace(temporary, run / name)
-        _sync(run)
+        with open(temporary, "xb") as file:
+            file.write(f"{folder.name}\n".encode())
+            file.flush()
+            os.fsync(file.fileno())
+        if path.is_dir() and not path.is_symlink():  # in a copy whose links were followed
+            os.rename(path, temporary_beside(path))
+        os.replace(temporary, path)  # this replaces an older run's link, and not what it leads to
+        sync_folder(run)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise InputError(f"cannot write {run / name}: {reason(error)}") from error
+        raise InputError(f"cannot write {path}: {reason(error)}") from error
 
 
 def prune(run: Path, keep: int) -> None:
-    """Remove all but the newest checkpoints, those that links lead to, and what a crash left."""
-    linked = {os.path.realpath(run / name) for name in ("last", "best")}
+    """Remove all but the newest checkpoints, those that have names, and what a crash left."""
+    named = {found.resolve() for name in NAMES if (found := checkpoint_in(run, name))}
     old = sorted(run.glob("step-*"))[:-keep]
-    for folder in [*old, *run.glob(TEMPORARY)]:
-        if os.path.realpath(folder) not in linked:
-            shutil.rmtree(folder, ignore_errors=True)
+    for path in [*old, *run.glob(TEMPORARY)]:
+        if path.is_file():
+            path.unlink(missing_ok=True)
+        elif path.resolve() not in named:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def load(folder: Path) -> tuple[GPT, dict[str, np.ndarray], dict[str, Any]]:
@@ -106,7 +115,7 @@ def load(folder: Path) -> tuple[GPT, dict[str, np.ndarray], dict[str, Any]]:
         )
     infos, _ = safetensors_file.read_header(folder / _TENSORS)
     arrays = {name: read_tensor(folder / _TENSORS, info) for name, info in infos.items()}
-    return GPT.from_pretrained(folder), arrays, state
+    return GPT.from_pretrained(folder, "float32"), arrays, state
 
 
 def restore(tensors: Mapping[str, Tensor], arrays: Mapping[str, np.ndarray], folder: Path) -> None:
@@ -126,12 +135,3 @@ def restore(tensors: Mapping[str, Tensor], arrays: Mapping[str, np.ndarray], fol
             )
     for name, tensor in tensors.items():
         tensor.assign(Tensor(arrays[name]).to(tensor.device)).realize()
-
-
-def _sync(folder: Path) -> None:
-    """See to it that the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -74,11 +74,15 @@ class TrainConfig(Checked):
     compute: Literal["float32", "bfloat16", "float16"] = option(
         "float32", "float32, bfloat16 or float16, in the forward pass"
     )
+    dtype: Literal["float32", "float16", "bfloat16", "int8"] = option(
+        "float32", "how checkpoints hold the weights; training itself keeps them in float32"
+    )
     lora_rank: int = _count(0, "train only low-rank additions to the matrices; 0 trains all")
     lora_alpha: float = _amount(16.0, "those are scaled by this / rank")
     eval_every: int = _count(250, "steps between evaluations, at each of which is saved", low=1)
     eval_batches: int = _count(200, "most batches of an evaluation, spread over the split", low=1)
     sample_tokens: int = _count(100, "length of the sample at each evaluation; 0 makes none")
+    sample_temperature: float = _amount(0.8, "how daring that sample is; 0 takes the likeliest")
     keep: int = _count(2, "newest checkpoints to keep, besides the best", low=1)
     seed: int = option(
         1337, "of the initial weights, the batches and dropout", limits={"low": 0, "below": 2**32}
@@ -122,6 +126,26 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         return tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:
         raise CheckpointError(f"{path}: it is not TOML: {error}") from error
+
+
+def fine_tuning(block_size: int, lora: bool) -> dict[str, Any]:
+    """What is different, where no setting says otherwise, for a model that has learnt already.
+
+    The rate is a tenth of a new model's: a higher one undoes what was learnt. LoRA's matrices are
+    new, and take ten times as much. Source: Hu et al. 2021, table 11, for the factor.
+
+    Args:
+        block_size: the model's window. A long one is cut, for memory's and time's sake.
+    """
+    return {
+        "learning_rate": 1e-3 if lora else 1e-4,
+        "min_learning_rate": 1e-4 if lora else 1e-5,
+        "steps": 500,
+        "warmup_steps": 20,
+        "eval_every": 100,
+        "batch_size": 4,
+        "block_size": min(256, block_size),
+    }
 
 
 # nanoGPT's recipes: its README's for characters on a CPU, config/train_shakespeare_char.py, and

@@ -12,6 +12,7 @@ import numpy as np
 from tinygrad import Tensor, dtypes
 from tinygrad.nn.state import get_state_dict
 
+from tinygpt.config import GPTConfig
 from tinygpt.errors import InputError
 from tinygpt.model import GPT
 from tinygpt.runtime import buffers, device, memory
@@ -47,6 +48,14 @@ class Counters:
     skipped_in_a_row: int = 0
     loss_scale: float = 1.0
     updates_at_scale: int = 0  # since the loss scale last changed
+
+
+def sharing_weights(model: GPT, config: GPTConfig) -> GPT:
+    """A model of another configuration of the same shape, whose weights are those of this one."""
+    copy, weights = GPT(config, seed=None), get_state_dict(model)
+    for name, weight in get_state_dict(copy).items():
+        weight.replace(weights[name])
+    return copy
 
 
 class Trainer:

@@ -1,0 +1,143 @@
+"""One training at a time in a folder: who holds it, and whose lock is an old one."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tinygpt import InputError
+from tinygpt.training.lock import locked
+
+HOLD = """
+import sys
+from pathlib import Path
+from tinygpt.training.lock import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def holding(run: Path) -> subprocess.Popen:
+    """Another process, which holds a folder."""
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", HOLD, str(run)]
+    child = subprocess.Popen(command, stdin=pipe, stdout=pipe, cwd=Path(__file__).parents[2])
+    assert child.stdout.readline() == b"held\n"
+    return child
+
+
+def left_behind(run: Path) -> Path:
+    """What the lock of a killed process leaves."""
+    child = holding(run)
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    return run / ".lock" / "holder.json"
+
+
+def test_a_second_training_is_told_who_holds_the_folder(tmp_path):
+    child = holding(tmp_path / "run")
+    words = rf"in use by another training, process {child.pid} on '.*', since '20.*remove .*\.lock"
+    with pytest.raises(InputError, match=words) as caught, locked(tmp_path / "run"):
+        pass
+    assert "\n" not in str(caught.value)
+    (tmp_path / "run" / "mine").touch()
+    child.communicate(b"")
+    assert child.returncode == 0
+    with locked(tmp_path / "run"):  # it has gone, and its lock with it
+        assert (tmp_path / "run" / ".lock").is_dir()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine"]
+
+
+def test_the_lock_of_a_killed_process_is_in_nobodys_way(tmp_path):
+    file = left_behind(tmp_path)
+    assert file.is_file()
+    with locked(tmp_path):
+        assert json.loads(file.read_text(encoding="utf-8"))["pid"] == os.getpid()
+    assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "is_held"),
+    [
+        ({}, True),
+        ({"started": "1"}, False),  # the number was given to another process
+        ({"boot": "before"}, False),  # the machine was started anew
+        ({"pid": 2**40}, False),
+        ({"pid": -1}, False),
+        ({"host": "elsewhere"}, True),  # which cannot be asked from here
+        ({"host": "elsewhere", "pid": 2**40}, True),
+        ({"pid": "x"}, False),
+        ({"more": 1}, False),
+    ],
+)
+def test_a_lock_is_believed_while_its_process_can_be_there(change, is_held, tmp_path):
+    file = tmp_path / ".lock" / "holder.json"
+    with locked(tmp_path):
+        mine = json.loads(file.read_text(encoding="utf-8"))
+    file.parent.mkdir()
+    file.write_text(json.dumps(mine | change), encoding="utf-8")
+    if is_held:
+        with pytest.raises(InputError, match="in use by another training"), locked(tmp_path):
+            pass
+        assert json.loads(file.read_text(encoding="utf-8")) == mine | change
+    else:
+        with locked(tmp_path):
+            assert json.loads(file.read_text(encoding="utf-8")).keys() == mine.keys()
+        assert not file.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"{}" * 9])
+def test_a_damaged_lock_is_in_nobodys_way(content, tmp_path):
+    (tmp_path / ".lock").mkdir()
+    (tmp_path / ".lock" / "holder.json").write_bytes(content)
+    with locked(tmp_path):
+        pass
+    assert not (tmp_path / ".lock").exists()
+
+
+def _try(run: Path, start, results) -> None:
+    start.wait()
+    try:
+        with locked(run):
+            results.put(True)
+            start.wait()
+    except InputError:
+        results.put(False)
+        start.wait()
+
+
+def test_of_many_that_find_an_old_lock_one_gets_the_folder(tmp_path):
+    left_behind(tmp_path)
+    spawn, count = multiprocessing.get_context("spawn"), 4
+    start, results = spawn.Barrier(count), spawn.Queue()
+    children = [spawn.Process(target=_try, args=(tmp_path, start, results)) for _ in range(count)]
+    for child in children:
+        child.start()
+    assert sorted(results.get() for _ in children) == [False] * (count - 1) + [True]
+    for child in children:
+        child.join()
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    words = r"cannot write .*pass another --out"
+    with pytest.raises(InputError, match=words), locked(tmp_path / "file" / "run"):
+        pass
+
+
+def test_a_refused_first_try_leaves_no_folder(tmp_path):
+    with pytest.raises(InputError), locked(tmp_path / "new"):
+        raise InputError("no")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "mine").mkdir()
+    with locked(tmp_path / "mine"):
+        pass
+    assert (tmp_path / "mine").exists()

@@ -1,0 +1,154 @@
+"""One training at a time in a run's folder, and who it is.
+
+The lock is a folder with a description of its holder. A folder that is not empty is never replaced
+by renaming another, on any system, so whoever renames first has it, and it is never there without
+its description. It needs no links and no locks of the system, which network drives lack.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from tinygpt.errors import CheckpointError, InputError, reason, show
+from tinygpt.storage import read_json, temporary_beside
+
+_FOLDER, _FILE = ".lock", "holder.json"
+_TRIES = 5
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold a run's folder while the block runs; one that was made for it and is empty then, goes.
+
+    Raises:
+        InputError: when another training holds it, saying who, or it cannot be written.
+    """
+    made = not run.exists()
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        mine = _take(run)
+    except OSError as error:
+        raise InputError(f"cannot write {run}: {reason(error)}; pass another --out") from error
+    try:
+        yield
+    finally:
+        if _holder(run / _FOLDER) == mine:
+            _remove(run / _FOLDER)
+        if made:
+            with suppress(OSError):  # it is not empty
+                run.rmdir()
+
+
+def _take(run: Path) -> dict[str, Any]:
+    """Put a lock of this process into a folder, in place of one whose holder is gone."""
+    lock, mine = run / _FOLDER, _this_process()
+    for _ in range(_TRIES):
+        ready = temporary_beside(lock)
+        ready.mkdir()
+        try:
+            (ready / _FILE).write_text(json.dumps(mine), encoding="utf-8")
+            os.rename(ready, lock)
+            return mine
+        except OSError:
+            if not lock.is_dir():  # what is in the way is no other lock
+                raise
+        finally:
+            shutil.rmtree(ready, ignore_errors=True)
+        if (holder := _holder(lock)) is None or not _is_alive(holder):
+            _remove(lock, holder)
+            continue
+        who = f"process {show(holder['pid'])} on {show(holder['host'])}, since {show(holder['at'])}"
+        raise InputError(
+            f"{run} is in use by another training, {who}: wait for it, stop it, or pass another "
+            f"--out (if that process is gone, remove {lock})"
+        )
+    raise InputError(f"{run} is being taken by other trainings: pass another --out")
+
+
+def _remove(lock: Path, expected: dict[str, Any] | None = None) -> None:
+    """Take a lock away, unless it has become another than the one expected."""
+    aside = temporary_beside(lock)
+    with suppress(FileNotFoundError):  # another process was faster
+        os.rename(lock, aside)
+        if expected is not None and _holder(aside) != expected:
+            os.rename(aside, lock)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _holder(lock: Path) -> dict[str, Any] | None:
+    """What a lock says of its holder; None where it says nothing that could be understood."""
+    with suppress(CheckpointError):
+        found = read_json(lock / _FILE)
+        if isinstance(found.get("pid"), int) and found.keys() == _this_process().keys():
+            return found
+    return None
+
+
+def _this_process() -> dict[str, Any]:
+    pid = os.getpid()
+    return {
+        "pid": pid,
+        "host": socket.gethostname(),
+        "boot": _boot(),
+        "started": _started(pid),
+        "at": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+def _is_alive(holder: dict[str, Any]) -> bool:
+    """Whether a holder is still there, as far as can be known from here."""
+    if holder["host"] != socket.gethostname():
+        return True
+    return holder["boot"] == _boot() and holder["started"] == _started(holder["pid"])
+
+
+def _boot() -> str | None:
+    """What is another after each start of the machine; None where that is not to be known."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    return None
+
+
+def _started(pid: int) -> str | None:
+    """When a process started, since its number is given out again; None where there is none."""
+    if sys.platform == "win32":
+        return _started_on_windows(pid)
+    try:
+        # The name stands in parentheses and may hold anything. Field 22 counts ticks since boot;
+        # field 3 is Z for what has ended and waits to be asked for.
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        fields = stat.rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else fields[19]
+    except OSError:
+        if Path("/proc/self/stat").exists():
+            return None
+    command = ["ps", "-o", "lstart=", "-p", str(pid)]
+    run = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+    return run.stdout.strip() or None
+
+
+def _started_on_windows(pid: int) -> str | None:
+    import ctypes
+
+    kernel, times = ctypes.windll.kernel32, (ctypes.c_uint64 * 4)()  # type: ignore[attr-defined]
+    kernel.OpenProcess.restype = ctypes.c_void_p
+    handle = kernel.OpenProcess(0x1000, False, pid)  # to ask what little anyone may
+    if not handle:
+        return None
+    try:
+        at = [ctypes.byref(times, 8 * number) for number in range(4)]
+        kernel.GetProcessTimes(ctypes.c_void_p(handle), *at)
+        ended = times[1]  # a process that has ended is there until nobody holds a handle of it
+        return None if ended else str(times[0])
+    finally:
+        kernel.CloseHandle(ctypes.c_void_p(handle))
