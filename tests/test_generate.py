@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from conftest import SMALL, needs_clang, randomize, reference_of
+from tinygrad import Tensor
 from tinygrad.engine.realize import runtime_cache
 from tinygrad.helpers import GlobalCounters
 from tinygrad.nn.state import get_state_dict
@@ -195,9 +196,50 @@ def test_the_next_text_is_of_the_weights_that_the_model_has_by_then(new):
     assert list(generator.generate(PROMPTS[0], 9, temperature=0)) == expected != first
 
 
+@pytest.fixture(params=["C", "plain"])
+def form(request, monkeypatch):
+    if request.param == "plain":
+        monkeypatch.setenv("TINYGPT_KERNELS", "0")
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"top_k": 5, "seed": 1}])
+def test_weights_that_diverged_end_the_text_in_one_line(form, sampling):
+    broken = randomize(GPT(SMALL))
+    weight = broken.blocks[1].mlp.c_fc.weight
+    weight.assign(weight * np.inf).realize()
+    generator = Generator(broken)
+    for steps in (
+        generator.generate(PROMPTS[0], 5, **sampling),
+        generator.generate_batch(PROMPTS, 5, **sampling),
+    ):
+        with pytest.raises(InputError, match="logits are not finite numbers") as caught:
+            list(steps)
+        assert "\n" not in str(caught.value)
+
+
+def test_whole_numbers_of_any_library_are_a_prompt(generator):
+    expected = list(generator.generate([3, 1, 4], 5, seed=2, temperature=0.5))
+    for prompt in ((3, 1, 4), np.array([3, 1, 4], np.uint16), Tensor([3, 1, 4])):
+        own = {"seed": np.int64(2), "temperature": np.float32(0.5)}
+        assert list(generator.generate(prompt, np.int32(5), **own)) == expected
+    rows = list(generator.generate_batch(np.array([[3, 1, 4]] * 2), 5, np.array([2, 2]),
+                                         temperature=0.5))  # fmt: skip
+    assert rows == [[token, token] for token in expected]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        ({"prompt": "Hello"}, "'Hello' is text: encode it first"),
+        ({"prompt": b"Hello"}, "is text"),
+        ({"prompt": [1.0, 2.0]}, "ids are of type float64"),
+        ({"prompt": Tensor([1.0])}, "ids are of type dtypes.float"),
+        ({"prompt": [True]}, "ids are of type bool"),
+        ({"prompt": 5}, "a prompt has 0 axes"),
+        ({"prompt": [[1, 2]]}, "a prompt has 2 axes"),
+        ({"prompt": [[1], [1, 2]]}, "rows of different lengths"),
+        ({"prompt": None}, "ids are of type object"),
+        ({"stop_tokens": ["a"]}, "ids are of type"),
         ({"prompt": []}, "empty"),
         ({"prompt": [3, 67]}, "token 67"),
         ({"prompt": [-1]}, "token -1"),

@@ -75,6 +75,54 @@ def test_ids_may_be_of_any_whole_type(model):
     np.testing.assert_array_equal(*losses)
 
 
+def test_ids_that_have_one_meaning_are_taken(model):
+    expected = model(Tensor(TOKENS.astype(np.int32))).numpy()
+    for given in (TOKENS, TOKENS.tolist(), TOKENS.astype(np.uint8), tuple(map(tuple, TOKENS))):
+        np.testing.assert_array_equal(model(given).numpy(), expected)
+    for row in (TOKENS[0], TOKENS[0].tolist(), Tensor(TOKENS[0])):
+        assert model(row).shape == (1, *expected.shape[1:])
+        np.testing.assert_allclose(model(row).numpy(), expected[:1], atol=1e-5)
+    np.testing.assert_array_equal(
+        model.losses(TOKENS, TOKENS.tolist()).numpy(), model.losses(TOKENS, TOKENS).numpy()
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([[67]], "token 67 is outside the vocabulary: ids run from 0 to 66"),
+        (Tensor([[3, -1]]), "token -1 is outside"),
+        (np.array([2**63], np.uint64), "token 9223372036854775808 is outside"),
+        ("To be", "'To be' is text: encode it first"),
+        ([["To be"]], "ids are of type <U5"),
+        ([1.5], "ids are of type float64"),
+        (np.ones((1, 2)), "ids are of type float64"),
+        (Tensor([[1.0]]), "ids are of type dtypes.float"),
+        ([True], "ids are of type bool"),
+        ([], "no ids are given"),
+        (Tensor.zeros(1, 0, dtype="int32"), "no ids are given"),
+        (np.zeros((2, 0), int), "no ids are given"),
+        ([[1], [1, 2]], "rows of different lengths"),
+        ([[[1]]], "tokens have 3 axes"),
+        (7, "tokens have 0 axes"),
+        (None, "ids are of type object"),
+        ({1: 2}, "ids are of type object"),
+    ],
+    ids=str,
+)
+def test_what_is_no_row_of_ids_is_refused_in_one_line(model, given, words):
+    for call in (model, model.hidden_states, lambda ids: model.losses(ids, ids)):
+        with pytest.raises(InputError) as caught:
+            call(given)
+        assert words in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_targets_of_another_shape_are_refused(model):
+    with pytest.raises(InputError, match="each token has one target"):
+        model.losses([1, 2, 3], [1, 2])
+
+
 def test_padding_is_ignored(model):
     alone = model(Tensor(TOKENS[:1, 3:].astype(np.int32))).numpy()
     padding = Tensor([3, 0])

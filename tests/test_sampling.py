@@ -207,3 +207,47 @@ def test_a_filter_is_one_function_and_one_field():
     flags.add_options(parser, WithBanned)
     assert parser.parse_args(["--banned", "7"]).banned == 7
     assert "never this token" in parser.format_help()
+
+
+@pytest.mark.backend
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {}, {"top_k": 3, "top_p": 0.9}])
+def test_a_logit_that_is_no_number_chooses_no_id(settings, bad):
+    """One among many, where filters would hide it, and a maximum might not see it."""
+    logits = np.repeat(LOGITS[:1], 3, 0)
+    logits[1, 5] = logits[2] = bad
+    settings = Sampling(**settings)
+    seeds = None if settings.greedy else Tensor(np.arange(3, dtype=np.uint64))
+    tokens = choose(Tensor(logits), steps_of(settings), seeds).numpy()
+    assert 0 <= tokens[0] < 67
+    assert not ((tokens[1:] >= 0) & (tokens[1:] < 67)).any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "same"),
+    [
+        ({"temperature": 1e-38}, {"temperature": 0}),
+        ({"temperature": 5e-324}, {"temperature": 0}),
+        ({"temperature": 1e39, "top_k": 1}, {"temperature": 0}),
+        ({"temperature": 10**400, "top_k": 1}, {"temperature": 0}),
+        ({"top_k": 2**31}, {}),
+        ({"top_k": 10**30}, {}),
+        ({"top_p": 1e-46}, {"temperature": 0}),
+        ({"min_p": 1e-46}, {}),
+        ({"min_p": 0}, {}),
+        ({"repetition_penalty": 1e39}, {"repetition_penalty": 1e6}),
+        ({"repetition_penalty": 1e-46}, {"repetition_penalty": 1e-6}),
+        ({"frequency_penalty": 1e39}, {"frequency_penalty": 1e6}),
+        ({"presence_penalty": -1e-46}, {}),
+    ],
+    ids=str,
+)
+def test_a_setting_beyond_float32_or_int32_chooses_as_its_limit_does(settings, same):
+    logits = np.repeat(LOGITS[:1], 50, 0)
+    counts = Tensor(np.repeat(COUNTS[:, :1], 50, 1))
+    seeds = Tensor(np.arange(50, dtype=np.uint64))
+    chosen = []
+    for each in (Sampling(**settings), Sampling(**same)):
+        draw = None if each.greedy else seeds
+        chosen.append(choose(Tensor(logits), steps_of(each), draw, 0, counts).numpy())
+    np.testing.assert_array_equal(*chosen)

@@ -30,6 +30,7 @@ ROWS = [
     ("layers", "sampling"),
     ("ops",),
     ("tokenizer",),
+    ("ids",),
     ("runtime",),
     ("storage",),
     ("config",),

@@ -12,7 +12,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from tinygpt.errors import InputError, check_int
-from tinygpt.model import GPT
+from tinygpt.ids import check_range, read_ids
+from tinygpt.model import GPT, NOT_NUMBERS
 from tinygpt.sampling import Sampling
 from tinygpt.session import Session
 
@@ -60,7 +61,8 @@ class Generator:
             sampling: fields of `sampling.Sampling`: temperature (0 is greedy), top_k, top_p,
                 min_p, repetition_penalty, frequency_penalty, presence_penalty.
         Raises:
-            InputError: for an argument that cannot work, before anything is computed.
+            InputError: for an argument that cannot work, before anything is computed; and when the
+                model's logits are no numbers.
         """
         steps = self.generate_batch([prompt], max_new_tokens, seed, stop_tokens, **sampling)
         return (token for (token,) in steps if token is not None)
@@ -81,32 +83,32 @@ class Generator:
         Yields:
             At each step the next id of each row, None for a row that a stop token has ended.
         """
-        settings = Sampling.of(**sampling)
-        if not prompts:
+        settings = Sampling.of(**{name: _plain(value) for name, value in sampling.items()})
+        if len(prompts) == 0:
             raise InputError("no prompts: give at least one")
         if not self._idle_fits(len(prompts)):  # check before even the prompts are copied
             self.model.require_cache_memory(len(prompts), self.model.config.block_size)
         rows = [self._check_prompt(prompt) for prompt in prompts]
+        max_new_tokens = _plain(max_new_tokens)
         check_int("max_new_tokens", max_new_tokens, low=0)
         seeds = self._check_seeds(seed, len(rows))
-        return self._steps(rows, max_new_tokens, seeds, frozenset(stop_tokens), settings)
+        ends = frozenset(read_ids(list(stop_tokens)).tolist()) if stop_tokens else frozenset()
+        return self._steps(rows, max_new_tokens, seeds, ends, settings)
 
     def _check_prompt(self, prompt: Sequence[int]) -> list[int]:
-        ids, vocab_size = [int(token) for token in prompt], self.model.config.vocab_size
-        if not ids:
-            raise InputError("the prompt is empty: give at least one token")
-        for token in ids:
-            if not 0 <= token < vocab_size:
-                raise InputError(
-                    f"token {token} is outside the vocabulary: ids run from 0 to {vocab_size - 1}"
-                )
-        return ids
+        ids = read_ids(prompt)
+        if ids.ndim != 1:
+            raise InputError(f"a prompt has {ids.ndim} axes: give one row of ids for each prompt")
+        check_range(ids, self.model.config.vocab_size)
+        return ids.tolist()
 
     @staticmethod
     def _check_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
         if seed is None:
             return [secrets.randbits(32) for _ in range(count)]
-        seeds = [seed] * count if isinstance(seed, int) else list(seed)
+        given: Any = seed
+        seeds = [given] * count if np.ndim(given) == 0 else list(given)
+        seeds = [_plain(value) for value in seeds]
         if len(seeds) != count:
             raise InputError(f"{len(seeds)} seeds for {count} prompts: give one, or one for each")
         for value in seeds:
@@ -140,6 +142,8 @@ class Generator:
                 else:
                     chosen = session.decode([ids[-1] for ids in contexts], inputs, step)
                 for row, token in enumerate(chosen):
+                    if live[row] and not 0 <= token < self.model.config.vocab_size:
+                        raise InputError(NOT_NUMBERS)
                     live[row] = live[row] and token not in stop_tokens
                     if live[row]:
                         contexts[row].append(token)
@@ -172,6 +176,11 @@ class Generator:
         finally:
             with _lock:
                 _idle[self.model] = session
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy's as Python's own, which the checks know."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _count(rows: list[list[int]], vocab_size: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tinygrad import Tensor, dtypes
@@ -17,10 +17,12 @@ from tinygrad.nn.state import get_state_dict
 from tinygpt import ops
 from tinygpt.config import GPTConfig
 from tinygpt.errors import InputError
+from tinygpt.ids import check_range, read_ids
 from tinygpt.layers import Dropout, Embedding, LayerNorm, Linear, TransformerBlock
 from tinygpt.ops.sizes import Position, Whole, plus, shape
 from tinygpt.runtime import device
 from tinygpt.runtime.buffers import tensor, write
+from tinygpt.runtime.capture import is_capturing
 from tinygpt.runtime.memory import require_memory
 
 if TYPE_CHECKING:
@@ -28,6 +30,12 @@ if TYPE_CHECKING:
 
 # One (keys, values) pair a block, each (B, H, cache length, D): see `GPT.empty_cache`.
 Cache = list[tuple[Tensor, Tensor]]
+
+# What a user is told of logits among which nothing can be chosen.
+NOT_NUMBERS = (
+    "the model's logits are not finite numbers: its weights have diverged or are damaged; take an "
+    "earlier checkpoint, or train again with a lower learning rate"
+)
 
 
 class GPT:
@@ -115,7 +123,7 @@ class GPT:
 
     def __call__(
         self,
-        tokens: Tensor,
+        tokens: Any,
         cache: Cache | None = None,
         start_pos: Position = 0,
         padding: Tensor | None = None,
@@ -128,7 +136,7 @@ class GPT:
 
     def hidden_states(
         self,
-        tokens: Tensor,
+        tokens: Any,
         cache: Cache | None = None,
         start_pos: Position = 0,
         padding: Tensor | None = None,
@@ -138,7 +146,7 @@ class GPT:
         """All of the forward pass but the output projection.
 
         Args:
-            tokens: whole numbers (B, T), ids in [0, vocab_size).
+            tokens: ids in [0, vocab_size), (B, T) or for one row (T,): a tensor, an array or lists.
             cache: from `empty_cache`; the tokens' keys and values are written into it, and those
                 before start_pos are read from it. None: the tokens stand alone.
             start_pos: position of tokens[:, 0]; a bound tinygrad Variable compiles once for all.
@@ -153,10 +161,10 @@ class GPT:
         Returns:
             float32 (B, T, C), or (B, 1, C) with `row`.
         Raises:
-            InputError: when the tokens reach past the window.
+            InputError: when the tokens are no ids of the vocabulary, or reach past the window.
         """
+        tokens = self.ids(tokens)
         T = shape(tokens)[1]
-        tokens = tokens.cast(dtypes.int32)
         if isinstance(start_pos, int) and start_pos + T > self.config.block_size:
             raise InputError(
                 f"tokens at positions {start_pos} to {start_pos + T - 1} reach past the window "
@@ -168,6 +176,25 @@ class GPT:
             last_row = row if i == len(self.blocks) - 1 else None
             x = block(x, None if cache is None else cache[i], start_pos, padding, last_row, key)
         return self.ln_f(x) if self.config.norm == "pre" else x
+
+    def ids(self, given: Any) -> Tensor:
+        """What is given as tokens, as int32 (B, T).
+
+        Values are not looked at while a step is captured: there are none yet.
+
+        Raises:
+            InputError: for what is no ids, or none of this vocabulary.
+        """
+        if is_capturing():
+            return given.cast(dtypes.int32)
+        ids = read_ids(given)
+        check_range(ids, self.config.vocab_size)
+        if ids.ndim not in (1, 2):
+            raise InputError(f"tokens have {ids.ndim} axes: give (B, T), or (T,) for one row")
+        rows = ids.reshape(-1, ids.shape[-1])
+        if isinstance(given, Tensor):
+            return given.reshape(rows.shape).cast(dtypes.int32)
+        return tensor(rows.astype(np.int32))
 
     def encode_positions(self, positions: Tensor) -> Tensor:
         """int32 (..., T) -> (..., T, C): learned rows, or the fixed waves of Vaswani et al. 3.5."""
@@ -183,18 +210,25 @@ class GPT:
         weight, scale = self._unembedding
         return ops.linear(x, weight, scale=scale)
 
-    def losses(self, tokens: Tensor, targets: Tensor, key: Tensor | None = None) -> Tensor:
+    def losses(self, tokens: Any, targets: Any, key: Tensor | None = None) -> Tensor:
         """The cross entropy of each target, in nats, through which gradients go.
 
         Args:
-            tokens, targets: int32 (B, T).
+            tokens, targets: ids of one shape, as in `hidden_states`.
             key: as in `hidden_states`.
         Returns:
             float32 (B, T).
+        Raises:
+            InputError: as from `hidden_states`.
         """
+        tokens, targets = self.ids(tokens), self.ids(targets)
+        if tokens.shape != targets.shape:
+            raise InputError(
+                f"tokens are {tokens.shape} and targets {targets.shape}: each token has one target"
+            )
         x = self.hidden_states(tokens, key=key)
         weight, scale = self._unembedding
-        return ops.cross_entropy(x, weight, targets.cast(dtypes.int32), scale)
+        return ops.cross_entropy(x, weight, targets, scale)
 
     @property
     def _unembedding(self) -> tuple[Tensor, Tensor | None]:

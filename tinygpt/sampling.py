@@ -131,6 +131,7 @@ class Sampling(Checked):
         None,
         min_p,
         "only those at least X times as likely as the likeliest",
+        neutral=0,
         limits={"low": 0, "most": 1},
     )
 
@@ -156,10 +157,22 @@ class Sampling(Checked):
             value, about = getattr(self, field.name), field.metadata
             neutral = value in (field.default, about.get("neutral"))
             if not neutral and (about["counted"] or not self.greedy):
-                dtype = np.int32 if known[field.name].type is int else np.float32
-                bound = np.array([value], dtype)
+                bound = _bound(value, known[field.name].type)
                 found.append(Step(about["function"], bound, about["counted"]))
         return found
+
+
+# The least and the largest that a float setting counts as. Beyond them float32 would overflow, or
+# have only zero; no logit is so large or so small that a choice could tell.
+_LEAST, _LARGEST = 1e-15, 1e15
+
+
+def _bound(value: Any, kind: type) -> np.ndarray:
+    """A setting as an array (1,), within what float32 and int32 can say."""
+    if kind is int:
+        return np.array([min(value, 2**31 - 1)], np.int32)
+    size = min(max(abs(value), _LEAST), _LARGEST)
+    return np.array([size if value > 0 else -size], np.float32)
 
 
 def choose(
@@ -178,14 +191,19 @@ def choose(
         draw: which draw of the stream this is.
         counts: float (2, B, V): how often each token stands in prompt and text; in the text alone.
     Returns:
-        int32 (B,).
+        int32 (B,), which is no id where a logit was no finite number: -1 or V.
     """
+    given = logits
     for step in steps:
         arguments = (step.bound, counts) if step.counted else (step.bound,)
         logits = step.function(logits, *arguments).contiguous()
     if seeds is not None:
         logits = logits + gumbel(seeds, draw, shape(logits)[-1])
-    return logits.contiguous().argmax(-1).cast(dtypes.int32)
+    logits, V = logits.contiguous(), shape(logits)[-1]
+    # The first of the largest, as argmax has it. What is no number decides against all, in the same
+    # kernel: filters may have hidden it, and a maximum may not see it.
+    places = (logits == logits.max(-1, keepdim=True)) * Tensor.arange(V, 0, -1, dtype=dtypes.int32)
+    return V - given.isfinite().where(places, V + 1).max(-1).cast(dtypes.int32)
 
 
 def gumbel(seeds: Tensor, step: Whole, size: int) -> Tensor:

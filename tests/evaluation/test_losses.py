@@ -217,3 +217,17 @@ def test_bad_input_is_one_line(saved, data, tmp_path):
     small = GPT(replace(CONFIG, vocab_size=100))
     with pytest.raises(InputError, match="vocabulary of 257, but the model has 100"):
         evaluate_data(small, data)
+
+
+@pytest.mark.parametrize("form", ["C", "plain"])
+def test_a_loss_that_is_no_number_is_refused_in_one_line(form, data, monkeypatch):
+    if form == "plain":
+        monkeypatch.setenv("TINYGPT_KERNELS", "0")
+    broken = randomize(GPT(CONFIG))
+    broken.wpe.weight.assign(broken.wpe.weight * np.inf).realize()
+    for refused in (
+        lambda: evaluate_data(broken, data),
+        lambda: tasks.score_continuation(Scorer(broken), [1, 2], [3]),
+    ):
+        with pytest.raises(InputError, match="logits are not finite numbers"):
+            refused()

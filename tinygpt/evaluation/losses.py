@@ -12,7 +12,7 @@ from tinygrad.nn.state import get_state_dict
 
 from tinygpt.data.dataset import Dataset
 from tinygpt.errors import InputError
-from tinygpt.model import GPT
+from tinygpt.model import GPT, NOT_NUMBERS
 from tinygpt.runtime import buffers
 from tinygpt.runtime.capture import CapturedStep, capture
 from tinygpt.tokenizer.tokenizer import Tokenizer
@@ -138,6 +138,8 @@ def evaluate_data(
     places = windows(len(tokens), block_size, stride)
     batch_size = min(batch_size, len(places))
     loss = mean_loss(Scorer(model).losses, tokens, places, block_size, batch_size)
+    if not math.isfinite(loss):
+        raise InputError(NOT_NUMBERS)
     text = data.header.splits[split]
     bits = loss / math.log(2) * text.tokens
     return {

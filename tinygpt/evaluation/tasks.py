@@ -12,6 +12,7 @@ import numpy as np
 
 from tinygpt.errors import CheckpointError, InputError, reason, show
 from tinygpt.evaluation.losses import Scorer
+from tinygpt.model import NOT_NUMBERS
 from tinygpt.tokenizer.encoding import encode
 from tinygpt.tokenizer.tokenizer import Tokenizer
 
@@ -28,7 +29,8 @@ def score_continuation(scorer: Scorer, context: Sequence[int], text: Sequence[in
     """How likely a model finds `text` after `context`; of a long context the last part is read.
 
     Raises:
-        InputError: when the text alone does not fit into the window, or one of the two is empty.
+        InputError: when the text alone does not fit into the window, one of the two is empty, or
+            the model's logits are no numbers.
     """
     block_size = scorer.model.config.block_size
     if not context or not 0 < len(text) <= block_size:
@@ -42,7 +44,10 @@ def score_continuation(scorer: Scorer, context: Sequence[int], text: Sequence[in
     inputs, targets = np.zeros((2, 1, room), np.int32)
     inputs[0, :length], targets[0, :length] = ids[:-1], ids[1:]
     losses, hits = (found[0, length - len(text) : length] for found in scorer(inputs, targets))
-    return Scored(float(losses.sum(dtype=np.float64)), len(text), bool(hits.all()))
+    loss = float(losses.sum(dtype=np.float64))
+    if not math.isfinite(loss):
+        raise InputError(NOT_NUMBERS)
+    return Scored(loss, len(text), bool(hits.all()))
 
 
 def hellaswag(scorer: Scorer, tokenizer: Tokenizer, path: Path) -> dict[str, Any]:

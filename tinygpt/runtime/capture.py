@@ -51,6 +51,15 @@ def capture(
     return CapturedStep(function, named, key)
 
 
+def is_capturing() -> bool:
+    """Whether what this thread computes now is being captured, so that no value can be looked at.
+
+    A recorder of ours knows its thread; a TinyJit may be of any.
+    """
+    here = threading.get_ident()
+    return bool(capturing) and getattr(capturing[0], "thread", here) == here
+
+
 class CapturedStep:
     """What `capture` gives."""
 
