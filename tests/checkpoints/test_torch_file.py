@@ -202,9 +202,86 @@ def test_tensors_that_share_a_storage_do_not_multiply_it(tmp_path):
         GPT.from_pretrained(tmp_path / "ckpt.pt")
 
 
-def test_torchs_older_form_is_told(tmp_path):
+# What torch wrote before 1.6: a row of pickles, and the storages after them.
+
+MACHINE = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"int": 4}}
+
+
+def old_file(
+    pickled: bytes = GOOD,
+    version: object = 1001,
+    machine: object = MACHINE,
+    keys: object = ("0",),
+    storages: bytes = struct.pack("<Q", 6) + FLOATS.tobytes(),
+) -> bytes:
+    keys = list(keys) if isinstance(keys, tuple) else keys
+    rows = [pickle.dumps(version, 2), pickle.dumps(machine, 2), pickled, pickle.dumps(keys, 2)]
+    return torch_file.OLD_START + b"".join(rows) + storages
+
+
+OTHER = struct.pack("<Q", 7) + FLOATS.tobytes() + bytes(4)
+OLD_FAULTS = {
+    "version": (old_file(version=1002), "it is of torch's version 1002, not 1001"),
+    "version of an odd type": (old_file(version=[[]]), r"version \[\[\]\], not 1001"),
+    "byte order": (old_file(machine={"little_endian": False}), "its byte order is not little"),
+    "no machine": (old_file(machine=[]), "its byte order is not little"),
+    "no keys": (old_file(keys=(), storages=b""), "its list of storages is not theirs"),
+    "a key too many": (old_file(keys=("0", "1")), "its list of storages is not theirs"),
+    "a key twice": (old_file(keys=("0", "0")), "its list of storages is not theirs"),
+    "another key": (old_file(keys=("1",)), "its list of storages is not theirs"),
+    "keys of no type": (old_file(keys=((),)), "its list of storages is not theirs"),
+    "keys that are no list": (old_file(keys={"0": 1}), "its list of storages is not theirs"),
+    "another size": (old_file(storages=OTHER), "its storage '0' has 7 elements, not 6"),
+    "cut": (old_file()[:-1], "the file is cut"),
+    "cut before the numbers": (old_file()[:-24], "the file is cut"),
+    "bytes too many": (old_file() + b"x", "its tensors end at byte"),
+    "a pickle that is cut": (torch_file.OLD_START + pickle.dumps(1001, 2), "its pickle is cut"),
+    "past its storage": (
+        old_file(tensor((2, 3), (3, 1), offset=1)), "reaches past its storage of 6"
+    ),
+    "larger than the file": (
+        old_file(tensor((2, 3), (3, 1), size=2**47), storages=struct.pack("<Q", 2**47)),
+        "the file is cut",
+    ),
+    "a view of torch 0.3": (
+        old_file(GOOD.replace(b"K\x06tQ", b"K\x06X\x01\0\0\0vtQ")), "which is no storage"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pickled", [GOOD, GOOD.replace(b"K\x06tQ", b"K\x06NtQ")])
+def test_a_file_by_torch_before_1_6_is_read(tmp_path, pickled):
+    (tmp_path / "x.bin").write_bytes(old_file(pickled))
+    tensors, rest = torch_file.read_header(tmp_path / "x.bin")
+    assert rest == {}
+    found = read_tensor(tmp_path / "x.bin", tensors["w"])
+    np.testing.assert_array_equal(found, FLOATS.reshape(2, 3))
+
+
+@pytest.mark.parametrize("fault", OLD_FAULTS)
+def test_a_damaged_file_by_torch_before_1_6_is_refused(fault, tmp_path):
+    refuses(tmp_path / "x.bin", *OLD_FAULTS[fault])
+
+
+def test_a_file_by_torch_before_1_6_cut_anywhere_is_refused(tmp_path):
+    data = old_file()
+    for size in range(len(data)):
+        (tmp_path / "x.bin").write_bytes(data[:size])
+        with pytest.raises(CheckpointError):
+            torch_file.read_header(tmp_path / "x.bin")
+
+
+def test_an_optimizers_state_is_told(tmp_path):
     torch = pytest.importorskip("torch")
-    state = {"w": torch.zeros(2)}
-    torch.save(state, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(CheckpointError, match=r"torch before 1.6 wrote it: load it there, and"):
+    state = torch.optim.AdamW([torch.zeros(2, requires_grad=True)]).state_dict()
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="the state of an optimizer: give the file with the"):
+        GPT.from_pretrained(tmp_path / "x.pt")
+
+
+def test_a_whole_pickled_model_is_told(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "x.pt")
+    words = r"it holds an object of <torch.nn.modules.linear.Linear>, .*give a state dict"
+    with pytest.raises(CheckpointError, match=words):
         GPT.from_pretrained(tmp_path / "x.pt")

@@ -21,12 +21,21 @@ import pytest
 import tinygpt
 from tinygpt import GPT
 from tinygpt.checkpoints import torch_file
+from tinygpt.checkpoints.pickled_names import ALLOWED, Record
 from tinygpt.checkpoints.stored_tensor import read_tensor
-from tinygpt.checkpoints.unpickle import ALLOWED, MAX_BYTES, load
+from tinygpt.checkpoints.unpickle import MAX_BYTES, load
 from tinygpt.errors import CheckpointError
 
 DICT = b"ccollections\nOrderedDict\n"
 REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
+
+
+def put_old(path: Path, data: bytes) -> Path:
+    """The same as torch before 1.6 wrote it."""
+    machine = {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}
+    rows = [pickle.dumps(1001, 2), pickle.dumps(machine, 2), data, pickle.dumps([], 2)]
+    path.write_bytes(torch_file.OLD_START + b"".join(rows))
+    return path
 
 
 def put(path: Path, data: bytes, **others: bytes) -> Path:
@@ -55,6 +64,29 @@ class Sets:
         return collections.OrderedDict, (), {"x": Calls(os.system, "echo > hacked")}
 
 
+class Plain:
+    """An object that pickles as its class and its fields."""
+
+    def __init__(self, **fields: Any) -> None:
+        self.__dict__.update(fields)
+
+    def __setstate__(self, state: dict) -> None:
+        raise AssertionError("it was made")
+
+
+class Slotted:
+    """One whose fields are not in a dict."""
+
+    __slots__ = ("n_layer",)
+
+    def __init__(self) -> None:
+        self.n_layer = 2
+
+
+class Listed(dict):
+    """A dict of a class of its own."""
+
+
 def by_hand(module: str, name: str, argument: str = "echo > hacked") -> bytes:
     """A call in protocol 2, of what need not be there to be named."""
     text = struct.pack("<I", len(argument)) + argument.encode()
@@ -65,7 +97,31 @@ def by_hand(module: str, name: str, argument: str = "echo > hacked") -> bytes:
 CODE = "__import__('pathlib').Path('hacked').touch()"
 HOSTILE: dict[str, tuple[bytes, str]] = {
     "os.system": (pickle.dumps(Calls(os.system, "echo > hacked"), 2), "posix.system"),
-    "os.system, protocol 0": (b"cos\nsystem\n(S'echo > hacked'\ntR.", "os.system"),
+    "os.system, protocol 0": (b"cos\nsystem\n(S'echo > hacked'\ntR.", "instruction b'S'"),
+    "os.system by itself": (b"cos\nsystem\n.", "it holds <os.system>"),
+    "os.system as a class": (
+        b"\x80\x02cos\nsystem\nX\x0d\0\0\0echo > hacked\x85\x81.", "an object of <os.system>"
+    ),
+    "os.system as a class, with a state": (
+        b"\x80\x02cos\nsystem\n)\x81X\x0d\0\0\0echo > hackedb.", "an object of <os.system>"
+    ),
+    "an object of no class": (b"\x80\x02K\x01)\x81.", "an object of 1, which is no class"),
+    "an object of an object": (b"\x80\x02ca\nb\n)\x81)\x81.", "which is no class"),
+    "a call of an object": (b"\x80\x02ca\nb\n)\x81)R.", "nothing to call"),
+    "an object as a tensor's storage": (
+        b"\x80\x02" + REBUILD + b"(ca\nb\n)\x81K\0))tR.", "a tensor's storage is an object of"
+    ),
+    "an object as the model": (
+        pickle.dumps({"model": Plain()}, 2), "its model is an object of .*Plain"
+    ),
+    "an object as a tensor": (pickle.dumps({"w": Plain()}, 2), "'w' is an object of .*Plain"),
+    "a whole model": (pickle.dumps(Plain(), 4), "it holds an object of .*Plain.*give a state dict"),
+    "a storage in two ways": (
+        b"\x80\x02](" + b"".join(
+            b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK%ctQ" % n
+            for n in (6, 7)
+        ) + b"e.", "the storage '0' in two ways"
+    ),
     "os.system, protocol 4": (pickle.dumps(Calls(os.system, "echo > hacked"), 4), "posix.system"),
     "os.system as INST": (b"(S'echo > hacked'\nios\nsystem\n.", "instruction b'S'"),
     "os.system as INST, newer texts": (b"(X\x01\0\0\0aios\nsystem\n.", "os.system"),
@@ -92,14 +148,17 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         b"\x80\x02" + DICT + by_hand("os", "system")[2:-1] + b"\x85R.", "os.system"
     ),
     "reduce of a reduce": (b"\x80\x02" + DICT + b")R)R.", "nothing to call"),
-    "a storage called": (b"\x80\x02ctorch\nFloatStorage\nK\x05\x85R.", "nothing to call"),
+    "a storage called": (
+        b"\x80\x02ctorch\nFloatStorage\nK\x05\x85R.", "calls <torch.FloatStorage>"
+    ),
     "a call in a state": (pickle.dumps(Sets(), 2), "posix.system"),
     "a state for a tensor": (b"\x80\x02" + DICT + b"}b.", "sets the state of"),
-    "NEWOBJ": (b"\x80\x02" + DICT + b")\x81.", r"instruction b'\\x81'"),
+    "NEWOBJ": (b"\x80\x02" + DICT + b")\x81.", "an object of <collections.OrderedDict>"),
     "NEWOBJ_EX": (b"\x80\x04" + DICT + b")}\x92.", r"instruction b'\\x92'"),
     "OBJ": (b"(" + DICT + b"o.", "instruction b'o'"),
     "an extension": (b"\x80\x02\x82\x01.", r"instruction b'\\x82'"),
-    "a buffer": (b"\x80\x05\x97.", "protocol 5"),
+    "a buffer": (b"\x80\x05\x97.", r"instruction b'\\x97'"),
+    "a protocol to come": (b"\x80\x06N.", "protocol 6"),
     "a persistent id as a line": (b"Pcos.system\n.", "which is no storage"),
     "a persistent id of text": (b"\x80\x02X\x04\0\0\0evilQ.", "refers to 'evil'"),
     "a persistent path": (
@@ -120,8 +179,9 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("put", [put, put_old])
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_a_hostile_pickle_is_refused_by_name_and_runs_nothing(kind, tmp_path, monkeypatch):
+def test_a_hostile_pickle_is_refused_by_name_and_runs_nothing(kind, put, tmp_path, monkeypatch):
     data, name = HOSTILE[kind]
     path = put(tmp_path / "model.pth", data)
     monkeypatch.chdir(tmp_path)
@@ -156,6 +216,12 @@ def bomb(kind: str) -> bytes:
         return b"\x80\x02" + b"]" * 50_000 + b"a" * 49_999 + b"."
     if kind == "marks":
         return b"\x80\x02" + b"(" * 50_000
+    if kind == "objects of twice the same":
+        twice = b"ca\nb\n)\x81h\0h\0\x86bq\0"
+        return b"\x80\x02ca\nb\n)\x81q\0" + twice * 60 + b"."
+    if kind == "a large state for many objects":
+        items = b"".join(b"M" + struct.pack("<H", n) + b"N" for n in range(1 << 16))
+        return b"\x80\x02}(" + items + b"uq\0](" + b"ca\nb\n)\x81h\0b" * 70_000 + b"e."
     assert kind == "a memo of far numbers"
     places = b"".join(b"r" + struct.pack("<I", 2**32 - 1 - i) for i in range(20_000))
     return b"\x80\x02]" + places + b"."
@@ -165,7 +231,8 @@ def bomb(kind: str) -> bytes:
     "kind",
     [
         "tuples of twice the same", "lists of twice the same", "a list in itself", "lists in lists",
-        "marks", "a memo of far numbers",
+        "marks", "a memo of far numbers", "objects of twice the same",
+        "a large state for many objects",
     ],
 )  # fmt: skip
 def test_a_bomb_takes_little_memory(kind, tmp_path):
@@ -188,12 +255,21 @@ def test_a_long_pickle_is_refused_before_it_is_read(tmp_path):
 
 def test_the_allowed_names_are_these():
     kinds = "Double Float Half BFloat16 Long Int Short Char Byte Bool"
-    assert {
-        "collections OrderedDict",
-        "torch._utils _rebuild_tensor_v2",
-        "torch._utils _rebuild_parameter",
-        *(f"torch {kind}Storage" for kind in kinds.split()),
-    } == ALLOWED
+    recorded = {
+        "torch device", "torch Size", "pathlib PosixPath", "pathlib WindowsPath", "numpy dtype",
+        "__builtin__ set", "builtins set", "numpy.core.multiarray scalar",
+        "numpy._core.multiarray scalar", "_codecs encode",
+    }  # fmt: skip
+    assert (
+        recorded
+        | {
+            "collections OrderedDict",
+            "torch._utils _rebuild_tensor_v2",
+            "torch._utils _rebuild_parameter",
+            *(f"torch {kind}Storage" for kind in kinds.split()),
+        }
+        == ALLOWED
+    )
 
 
 def test_no_unpickler_but_ours_is_in_the_package():
@@ -213,13 +289,29 @@ PLAIN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 @pytest.mark.parametrize("value", [*PLAIN, PLAIN], ids=lambda value: str(value)[:20])
 def test_plain_data_comes_as_pickle_reads_it(value, protocol):
     assert load(pickle.dumps(value, protocol)) == value
 
 
-def test_what_torch_writes_needs_nothing_more(tmp_path):
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_an_object_of_an_unknown_class_comes_as_its_fields_and_is_never_made(protocol):
+    with_all = Plain(n_layer=2, name="x", inner=Plain(a=[1]), here=Path("x"), rate=np.float64(0.5))
+    found = load(pickle.dumps([with_all, Slotted(), Listed(n_layer=3)], protocol))
+    assert [type(each) for each in found] == [Record] * 3
+    assert [each.fields.get("n_layer") for each in found] == [2, 2, 3]
+    fields = found[0].fields
+    assert fields["name"] == "x"
+    assert fields["inner"].fields == {"a": [1]}
+    assert str(fields["here"]) == "an object of <pathlib.PosixPath>"
+    assert str(fields["rate"]).endswith("multiarray.scalar>")
+    with pytest.raises(AssertionError, match="it was made"):  # so that this test could fail
+        pickle.loads(pickle.dumps(with_all, protocol))
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "before 1.6"])
+def test_what_torch_writes_needs_nothing_more(new, tmp_path):
     torch = pytest.importorskip("torch")
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     tensors = model.state_dict()  # an OrderedDict with a state of its own
@@ -236,7 +328,8 @@ def test_what_torch_writes_needs_nothing_more(tmp_path):
         "uint8": torch.tensor([0, 255], dtype=torch.uint8),
         "bool": torch.tensor([True, False]),
     }
-    torch.save({"model": tensors, "step": 3}, tmp_path / "x.pt")
+    saved = {"model": tensors, "step": 3}
+    torch.save(saved, tmp_path / "x.pt", _use_new_zipfile_serialization=new)
     found, rest = torch_file.read_header(tmp_path / "x.pt")
     assert rest == {"step": 3}
     assert found.keys() == tensors.keys()
@@ -244,6 +337,8 @@ def test_what_torch_writes_needs_nothing_more(tmp_path):
         want = tensors[name].detach()
         array = read_tensor(tmp_path / "x.pt", info)
         np.testing.assert_array_equal(array, want.float() if want.dtype.is_floating_point else want)
+    if not new:
+        return
     with zipfile.ZipFile(tmp_path / "x.pt") as archive:
         used = {code.name for code, _, _ in pickletools.genops(archive.read("x/data.pkl"))}
     assert {"BINPERSID", "REDUCE", "BUILD"} <= used

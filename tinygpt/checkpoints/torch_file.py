@@ -1,8 +1,9 @@
 """torch's files, which `torch.save` writes: a zip archive of a pickle and the tensors' bytes.
 
 The archive is never unpacked. Its list of contents is checked, the pickle goes through `unpickle`,
-and each tensor it names becomes a range of bytes in the file. Source: torch/serialization.py; the
-zip format, https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT.
+and each tensor it names becomes a range of bytes in the file. Before 1.6 torch wrote a row of
+pickles instead, and the tensors' bytes after them; those are read by the same machine. Source:
+torch/serialization.py; the zip format, https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ from typing import Any, BinaryIO
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 from tinygpt.checkpoints import unpickle
+from tinygpt.checkpoints.pickled_names import Record, TorchTensor
 from tinygpt.checkpoints.stored_tensor import MAX_ELEMENTS, MAX_TENSORS, SIZES, TensorInfo
-from tinygpt.checkpoints.unpickle import TorchTensor
 from tinygpt.errors import CheckpointError, reason, show
 from tinygpt.storage import need
 
 _MAX_LIST_BYTES = 4 << 20  # of the archive's list of contents: some 40,000 entries
 _LOCAL = struct.Struct("<4s5H3I2H")  # stands before each entry's name, extra field and bytes
-# How a file by torch before 1.6 begins, pickles one after the other. Source: `MAGIC_NUMBER`.
-OLD_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+# How a file by torch before 1.6 begins: a pickle of this number, then one of the form's version.
+# Source: `MAGIC_NUMBER`, `PROTOCOL_VERSION`.
+OLD_START, _OLD_VERSION = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", 1001
+Places = dict[str, tuple[int, int]]  # a storage's key -> where its bytes begin, how many they are
 
 
 def read_header(path: str | Path) -> tuple[dict[str, TensorInfo], dict[str, Any]]:
@@ -43,19 +46,59 @@ def read_header(path: str | Path) -> tuple[dict[str, TensorInfo], dict[str, Any]
         need(os.path.isfile(path), "no such file")
         with open(path, "rb") as file:
             old = file.read(len(OLD_START)) == OLD_START
-            need(not old, "torch before 1.6 wrote it: load it there, and save it again")
-            records = _records(file)
-            pickle = [name for name in records if name.count("/") == 1 and name[-9:] == "/data.pkl"]
-            need(len(pickle) == 1, "no torch file: it must hold one folder with one data.pkl")
-            folder = pickle[0].removesuffix("data.pkl")
-            order = records.get(f"{folder}byteorder")
-            need(order is None or _read(file, order) == b"little", "its byte order is not little")
-            saved = unpickle.load(_read(file, records[pickle[0]]))
+            saved, places = _old_content(file) if old else _zip_content(file)
         state, rest = _state_dict(saved)
-        tensors = {name: _place(name, t, folder, records) for name, t in state.items()}
+        tensors = {name: _place(name, t, places) for name, t in state.items()}
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {reason(error)}") from error
     return tensors, rest
+
+
+def _zip_content(file: BinaryIO) -> tuple[Any, Places]:
+    """What was saved, and where each storage lies."""
+    records = _records(file)
+    pickle = [name for name in records if name.count("/") == 1 and name[-9:] == "/data.pkl"]
+    need(len(pickle) == 1, "no torch file: it must hold one folder with one data.pkl")
+    folder = pickle[0].removesuffix("data.pkl")
+    order = records.get(f"{folder}byteorder")
+    need(order is None or _read(file, order) == b"little", "its byte order is not little")
+    inside = f"{folder}data/"
+    places = {
+        name.removeprefix(inside): (start, entry.file_size)
+        for name, (start, entry) in records.items()
+        if name.startswith(inside)
+    }
+    return unpickle.load(_read(file, records[pickle[0]])), places
+
+
+def _old_content(file: BinaryIO) -> tuple[Any, Places]:
+    """As `_zip_content`, of what torch wrote before 1.6; the file stands after OLD_START.
+
+    Four pickles: the form's version, the machine, what was saved, and the keys of the storages.
+    Each storage comes after them in that order, behind its number of elements.
+    """
+    begin = file.tell()
+    (version, machine, saved, keys), storages, length = unpickle.load_row(
+        file.read(unpickle.MAX_BYTES), 4
+    )
+    if version != _OLD_VERSION:
+        raise ValueError(f"it is of torch's version {show(version)}, not {_OLD_VERSION}")
+    little = type(machine) is dict and machine.get("little_endian") is True
+    need(little, "its byte order is not little")
+    # Other keys, such as tuples of tuples, could take for ever to hash.
+    good = type(keys) is list and all(type(key) is str for key in keys)
+    need(good and sorted(keys) == sorted(storages), "its list of storages is not theirs")
+    places, at, size = {}, begin + length, os.fstat(file.fileno()).st_size
+    for key in keys:
+        file.seek(at)
+        count, storage = int.from_bytes(file.read(8), "little"), storages[key]
+        if count != storage.size:
+            raise ValueError(f"its storage {show(key)} has {count} elements, not {storage.size}")
+        places[key] = at + 8, count * SIZES[storage.dtype]
+        at += 8 + places[key][1]
+        need(at <= size, "the file is cut")
+    need(at == size, f"its tensors end at byte {at}, but it has {size} bytes: fetch it again")
+    return saved, places
 
 
 class _Listing:
@@ -90,7 +133,8 @@ def _records(file: BinaryIO) -> dict[str, tuple[int, ZipInfo]]:
         need(name not in records, f"the entry {show(name)} is there twice")
         stored = entry.compress_type == ZIP_STORED and entry.file_size == entry.compress_size
         if not stored or entry.flag_bits & 1:
-            raise ValueError(f"{show(name)} is compressed or encrypted")
+            fact = f"{show(name)} is compressed or encrypted"
+            raise ValueError(f"{fact}, which torch never does: unpack an archive of a model first")
         start = _start(file, entry)
         records[name] = start, entry
         spans.append((entry.header_offset, start + entry.file_size, name))
@@ -127,32 +171,35 @@ def _read(file: BinaryIO, record: tuple[int, ZipInfo]) -> bytes:
 
 def _state_dict(saved: Any) -> tuple[dict[str, TorchTensor], dict[str, Any]]:
     """What was saved, parted into the model's tensors and the rest."""
-    need(type(saved) is dict, f"it holds {show(saved)}, not a state dict")
+    advice = "give a state dict, as torch.save(model.state_dict(), PATH) writes it"
+    if type(saved) is not dict:
+        raise ValueError(f"it holds {show(saved)}, not a state dict: {advice}")
     rest: dict[str, Any] = {}
-    for key in ("model", "model_state_dict", "state_dict"):
-        if type(saved.get(key)) is dict:
-            saved, rest = saved[key], {k: v for k, v in saved.items() if k != key}
+    for key in ("model", "model_state_dict", "state_dict", "module"):
+        if isinstance(inner := saved.get(key), Record):
+            raise ValueError(f"its {key} is {show(inner)}: {advice}")
+        if type(inner) is dict:
+            saved, rest = inner, {k: v for k, v in saved.items() if k != key}
             break
+    if "param_groups" in saved:
+        raise ValueError("it holds the state of an optimizer: give the file with the model")
     many = f"it holds {len(saved)} tensors: at most {MAX_TENSORS} are read"
     need(len(saved) <= MAX_TENSORS, many)
     for name, value in saved.items():
         if type(name) is not str or not isinstance(value, TorchTensor):
-            raise ValueError(f"{show(name)} is {show(value)}, not a tensor: give a state dict")
+            raise ValueError(f"{show(name)} is {show(value)}, not a tensor: {advice}")
     return saved, rest
 
 
-def _place(
-    name: str, tensor: TorchTensor, folder: str, records: dict[str, tuple[int, ZipInfo]]
-) -> TensorInfo:
+def _place(name: str, tensor: TorchTensor, places: Places) -> TensorInfo:
     """Where in the file a tensor's numbers lie, all of them inside its storage."""
     label, storage = f"tensor {show(name)}:", tensor.storage
-    record = records.get(f"{folder}data/{storage.key}")
-    if record is None:
+    if storage.key not in places:
         raise ValueError(f"{label} no storage {show(storage.key)}")
-    begin, entry = record
+    begin, size_bytes = places[storage.key]
     item_bytes = SIZES[storage.dtype]
-    if storage.size * item_bytes != entry.file_size:
-        fact = f"{storage.size} of {storage.dtype} are not {entry.file_size} bytes"
+    if storage.size * item_bytes != size_bytes:
+        fact = f"{storage.size} of {storage.dtype} are not {size_bytes} bytes"
         raise ValueError(f"{label} {fact}")
     span = _span(label, tensor)
     if tensor.offset + span > storage.size:

@@ -1,108 +1,54 @@
 """Pickles as torch writes them, read without running anything: tensors come as where they lie.
 
 A pickle is a program for a small machine with a stack. This is that machine with the instructions
-that plain data and tensors need, and no other. The names that a pickle may ask for are listed one
-by one below, and each is answered by a few lines here, never by what is really called so. Source:
-Python's Lib/pickletools.py, for the instructions; torch/_utils.py, for the names' arguments.
+that plain data, tensors and the fields of objects need, and no other. The names that a pickle may
+call are listed one by one in `pickled_names`, and each is answered by a few lines there, never by
+what is really called so. An object of any other class comes as a `Record`: the name of its class,
+and its fields as they lie in the pickle. Source: Python's Lib/pickletools.py.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from tinygpt.checkpoints.stored_tensor import MAX_ELEMENTS, MAX_RANK, MAX_TENSORS
+from tinygpt.checkpoints.pickled_names import CALLS, RECORDED, STORAGES, Name, Record, Storage
+from tinygpt.checkpoints.stored_tensor import MAX_ELEMENTS, MAX_TENSORS
 from tinygpt.errors import show
 from tinygpt.storage import need
 
 MAX_BYTES = 1 << 20  # GPT-2 XL takes 0.1 MB; nanoGPT's, with its optimizer, four times that
-_STORAGES = {
-    "torch DoubleStorage": "F64",
-    "torch FloatStorage": "F32",
-    "torch HalfStorage": "F16",
-    "torch BFloat16Storage": "BF16",
-    "torch LongStorage": "I64",
-    "torch IntStorage": "I32",
-    "torch ShortStorage": "I16",
-    "torch CharStorage": "I8",
-    "torch ByteStorage": "U8",
-    "torch BoolStorage": "BOOL",
-}
-
-
-@dataclass(frozen=True)
-class Name:
-    """What a pickle calls by its module and name: one of the allowed, and never looked up."""
-
-    full: str
-
-
-@dataclass(frozen=True)
-class Storage:
-    """A run of numbers of one type, kept in the archive under its key."""
-
-    dtype: str
-    key: str
-    size: int  # in elements
-
-
-@dataclass(frozen=True)
-class TorchTensor:
-    """A view of a storage; offset and strides are in elements."""
-
-    storage: Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-def _ordered_dict(*pairs: Any) -> dict:
-    need(not pairs, "it makes an OrderedDict from arguments, which torch does not")
-    return {}
-
-
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> TorchTensor:
-    """Source: torch/_utils.py, `_rebuild_tensor_v2`; the rest is of use in training alone."""
-    if not isinstance(storage, Storage):
-        raise ValueError(f"a tensor's storage is {show(storage)}")
-    for numbers in ([offset], shape, strides):
-        whole = isinstance(numbers, list | tuple) and len(numbers) <= MAX_RANK
-        if not whole or not all(type(n) is int and 0 <= n < MAX_ELEMENTS for n in numbers):
-            raise ValueError(f"a tensor has {show(numbers)} where whole numbers, 0 or more, belong")
-    if len(shape) != len(strides):
-        raise ValueError(f"a tensor of shape {show(shape)} has strides {show(strides)}")
-    return TorchTensor(storage, offset, tuple(shape), tuple(strides))
-
-
-def _rebuild_parameter(tensor: Any, *rest: Any) -> TorchTensor:
-    if not isinstance(tensor, TorchTensor):
-        raise ValueError(f"a parameter is {show(tensor)}, not a tensor")
-    return tensor
-
-
-_CALLS: dict[str, Callable[..., Any]] = {
-    "collections OrderedDict": _ordered_dict,
-    "torch._utils _rebuild_tensor_v2": _rebuild_tensor,
-    "torch._utils _rebuild_parameter": _rebuild_parameter,
-}
-ALLOWED = frozenset({*_CALLS, *_STORAGES})  # every name there is; nothing else gets past `_name`
 
 
 def load(data: bytes) -> Any:
-    """What a pickle holds: dicts, lists, tuples, numbers, texts, and `TorchTensor`s.
+    """What a pickle holds: dicts, lists, tuples, numbers, texts, `TorchTensor`s and `Record`s.
 
     Objects may hold one another many times over or be nested without end: walk through them no
     deeper than you know them.
 
     Raises:
-        ValueError: for a name that is not in ALLOWED, or anything else that torch does not write
-            for tensors; the message says which.
+        ValueError: for a call of a name that is not in ALLOWED, or anything else that torch does
+            not write for tensors; the message says which.
     """
     need(len(data) <= MAX_BYTES, f"its pickle has {len(data)} bytes: at most {MAX_BYTES} are read")
+    return load_row(data, 1)[0][0]
+
+
+def load_row(data: bytes, count: int) -> tuple[list[Any], dict[str, Storage], int]:
+    """What pickles hold that stand one after the other.
+
+    Args:
+        data: begins with them, and may go on after them.
+    Returns:
+        what each holds, as from `load`; every storage that they refer to by its key; where the
+        last of them ends.
+    Raises:
+        ValueError: as from `load`.
+    """
+    machine = _Machine(data)
     try:
-        return _Machine(data).run()
+        return [machine.run() for _ in range(count)], machine.storages, machine.at
     except (IndexError, KeyError, TypeError, struct.error) as error:
         raise ValueError(f"its pickle is damaged ({type(error).__name__})") from error
 
@@ -115,9 +61,11 @@ class _Machine:
         self.stack: list[Any] = []
         self.marked: list[list[Any]] = []  # the stacks below each mark
         self.memo: dict[int, Any] = {}
+        self.storages: dict[str, Storage] = {}
 
     def run(self) -> Any:
         """Until the STOP instruction; what is on the stack then."""
+        self.memo.clear()
         while (code := self.take(1)) != b".":
             if code not in _INSTRUCTIONS:
                 raise ValueError(
@@ -169,38 +117,57 @@ class _Machine:
         return found
 
     def name(self, module: Any, name: Any) -> None:
-        """A name, if it is one of the allowed."""
+        """A name, which means nothing yet."""
         if not type(module) is type(name) is str:
             raise ValueError(f"its pickle has the name {show(name)}")
-        full = f"{module} {name}"
-        if full not in ALLOWED:
-            asked = show(f"{module}.{name}")
-            raise ValueError(f"its pickle asks for {asked}: only what tensors need is allowed")
-        self.stack.append(Name(full))
+        self.stack.append(Name(f"{module} {name}"))
 
     def call(self) -> None:
         """REDUCE: what an allowed name makes of its arguments."""
         name, arguments = self.last(2)
-        known = isinstance(name, Name) and name.full in _CALLS
-        if not known or not isinstance(arguments, tuple):
+        if not isinstance(name, Name) or not isinstance(arguments, tuple):
             raise ValueError(f"its pickle calls {show(name)}, which is nothing to call")
+        if name.full in RECORDED:
+            self.stack.append(Record(name))
+            return
+        if name.full not in CALLS:
+            raise ValueError(f"its pickle calls {show(name)}: only what tensors need is allowed")
         self.calls += 1  # a parameter takes two
         need(self.calls <= 2 * MAX_TENSORS, f"its pickle has more than {MAX_TENSORS} tensors")
-        self.stack.append(_CALLS[name.full](*arguments))
+        self.stack.append(CALLS[name.full](*arguments))
+
+    def instance(self) -> None:
+        """INST, the old form of a call."""
+        names, arguments = (self.line(), self.line()), tuple(self.marks())
+        self.name(*names)
+        self.stack.append(arguments)
+        self.call()
+
+    def new_object(self) -> None:
+        """NEWOBJ: a record of what would be an object of a class."""
+        kind, arguments = self.last(2)
+        if not isinstance(kind, Name) or not isinstance(arguments, tuple):
+            raise ValueError(f"its pickle makes an object of {show(kind)}, which is no class")
+        self.stack.append(Record(kind))
 
     def persistent(self) -> None:
-        """BINPERSID: a storage. Source: torch/serialization.py, `persistent_id`."""
+        """BINPERSID: a storage. Source: torch/serialization.py, `persistent_id`; what torch before
+        1.6 wrote has one thing more, None since the views of 0.3 are gone."""
         match self.last(1)[0]:
-            case ("storage", Name(full), str(key), str(), int(size)) if (
-                full in _STORAGES and key.isascii() and key.isdigit() and 0 <= size < MAX_ELEMENTS
-            ):
-                self.stack.append(Storage(_STORAGES[full], key, int(size)))
+            case ("storage", Name(full), str(key), str(), int(size), *view) if (
+                full in STORAGES and key.isascii() and key.isdigit() and 0 <= size < MAX_ELEMENTS
+            ) and view in ([], [None]):
+                storage = Storage(STORAGES[full], key, int(size))
+                if self.storages.setdefault(key, storage) != storage:
+                    raise ValueError(f"its pickle has the storage {show(key)} in two ways")
+                self.stack.append(storage)
             case other:
                 raise ValueError(f"its pickle refers to {show(other)}, which is no storage")
 
     def set_items(self, flat: list[Any]) -> None:
-        """Keys and values, one after the other, into the dict below them."""
+        """Keys and values, one after the other, into the dict or record below them."""
         target = self.stack[-1]
+        target = target.items if isinstance(target, Record) else target
         need(type(target) is dict and len(flat) % 2 == 0, "its pickle sets items of no dict")
         for key, value in zip(flat[::2], flat[1::2], strict=True):
             # Other keys, such as tuples of tuples, could take for ever to hash.
@@ -214,10 +181,12 @@ class _Machine:
         self.stack[-1].extend(values)
 
     def build(self) -> None:
-        """BUILD: the attributes of an OrderedDict, torch's `_metadata`, which nothing needs."""
-        state = self.last(1)[0]
-        if type(state) is not dict or type(self.stack[-1]) is not dict:
-            raise ValueError(f"its pickle sets the state of {show(self.stack[-1])}")
+        """BUILD: the fields of a record. An OrderedDict's, torch's `_metadata`, nothing needs."""
+        state, target = self.last(1)[0], self.stack[-1]
+        if isinstance(target, Record):
+            target.state = state  # no copy: a small pickle can name a large dict many times
+        elif type(state) is not dict or type(target) is not dict:
+            raise ValueError(f"its pickle sets the state of {show(target)}")
 
     def push(self, value: Any) -> None:
         """A value on the stack."""
@@ -230,7 +199,7 @@ class _Machine:
     def begin(self) -> None:
         """PROTO: the version of the instructions."""
         version = self.number("<B")
-        need(version <= 4, f"its pickle is of protocol {version}: at most 4 can be read")
+        need(version <= 5, f"its pickle is of protocol {version}: at most 5 can be read")
 
     def long(self) -> int:
         """LONG1, which torch writes for numbers past 32 bits."""
@@ -243,7 +212,8 @@ class _Machine:
         raise ValueError(f"its pickle refers to {show(self.line())}, which is no storage")
 
 
-# The rest of Python's 68 instructions make objects, extend the machine, or came before protocol 2.
+# The rest of Python's 68 instructions make objects in rarer ways, extend the machine, or came
+# before protocol 2.
 _INSTRUCTIONS: dict[bytes, Callable[[_Machine], Any]] = {
     b"\x80": _Machine.begin,
     b"\x95": lambda m: m.take(8),  # FRAME
@@ -260,6 +230,7 @@ _INSTRUCTIONS: dict[bytes, Callable[[_Machine], Any]] = {
     b"\x8a": lambda m: m.push(m.long()),
     b"G": lambda m: m.push(m.number(">d")),
     b"X": lambda m: m.push(m.text("<I")),
+    b"C": lambda m: m.push(m.take(m.number("<B"))),  # bytes, as in a number of NumPy's
     b"\x8c": lambda m: m.push(m.text("<B")),
     b"t": lambda m: m.push(tuple(m.marks())),
     b"\x85": lambda m: m.push(tuple(m.last(1))),
@@ -275,9 +246,10 @@ _INSTRUCTIONS: dict[bytes, Callable[[_Machine], Any]] = {
     b"a": lambda m: m.append(m.last(1)),
     b"e": lambda m: m.append(m.marks()),
     b"c": lambda m: m.name(m.line(), m.line()),
-    b"i": lambda m: m.name(m.line(), m.line()),  # INST, which goes on to call it: no such call
+    b"i": _Machine.instance,
     b"\x93": lambda m: m.name(*m.last(2)),
     b"R": _Machine.call,
+    b"\x81": _Machine.new_object,
     b"b": _Machine.build,
     b"Q": _Machine.persistent,
     b"P": _Machine.persistent_line,
