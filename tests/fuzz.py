@@ -30,7 +30,8 @@ from pathlib import Path
 
 FORMS = (
     "Hugging Face, safetensors", "Hugging Face, pytorch_model.bin", "Hugging Face, .bin in shards",
-    "nanoGPT", "the book, checkpoint", "the book, safetensors", "GGUF F32", "GGUF F16",
+    "Hugging Face, .bin before 1.6", "minGPT", "nanoGPT", "build-nanogpt", "the book, fused",
+    "the book, checkpoint", "the book, safetensors", "GGUF F32", "GGUF F16",
     "GGUF Q8_0", "GGUF Q4_0",
 )  # fmt: skip
 # Of the processor's time, which other programs do not lengthen, and of memory.
@@ -84,6 +85,9 @@ class Seed:
             words, data = _mutate(draw, data, 0, len(data), JSON_PIECES)
         elif data[:2] == b"PK":
             words, data = _mutate_zip(draw, data)
+        elif data[:4] == b"\x80\2\x8a\n":  # pickles by themselves; the numbers are as many bytes
+            end = data.rfind(b".", 0, len(data) // 2) if draw.random() < 0.1 else 8000
+            words, data = _mutate(draw, data, 0, min(end, len(data)), PICKLE_PIECES)
         elif data[:4] == b"GGUF":
             tensors = data.find(b"token_embd.weight") - 8  # the list of them, after the metadata
             places = [(0, 600), (tensors - 200, tensors), (tensors, tensors + 1100), (0, len(data))]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,13 +60,28 @@ def hf_safetensors(folder: Path) -> tuple[Path, np.ndarray]:
     return folder, logits_of(model)
 
 
-def hf_bin(folder: Path) -> tuple[Path, np.ndarray]:
+def hf_bin(folder: Path, new: bool = True) -> tuple[Path, np.ndarray]:
     """As transformers 4 wrote it: `torch.save` of the state dict, the tied head included."""
     torch = pytest.importorskip("torch")
 
     model = hf_model()
     model.config.save_pretrained(folder)
-    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    path = folder / "pytorch_model.bin"
+    torch.save(model.state_dict(), path, _use_new_zipfile_serialization=new)
+    return folder, logits_of(model)
+
+
+def hf_with_heads(folder: Path, prefix: str = "") -> tuple[Path, np.ndarray]:
+    """With the heads of trl's value models and of GPT2DoubleHeadsModel."""
+    torch = pytest.importorskip("torch")
+
+    model = hf_model()
+    model.config.save_pretrained(folder)
+    state = {prefix + name: value for name, value in model.state_dict().items()}
+    for head, rows in (("v_head", 1), ("multiple_choice_head", 1)):
+        state[f"{prefix}{head}.summary.weight"] = torch.ones(rows, SHAPE["n_embd"])
+        state[f"{prefix}{head}.summary.bias"] = torch.ones(rows)
+    torch.save(state, folder / "pytorch_model.bin")
     return folder, logits_of(model)
 
 
@@ -87,7 +103,7 @@ def hf_bin_shards(folder: Path) -> tuple[Path, np.ndarray]:
 # nanoGPT. Source: https://github.com/karpathy/nanoGPT, `model.py` and `train.py`.
 
 
-def nanogpt_model(bias: bool):
+def nanogpt_model(bias: bool, gelu: str = "none", tied: bool = True):
     torch = pytest.importorskip("torch")
     nn, F = torch.nn, torch.nn.functional
     C, H, T, V = (SHAPE[n] for n in ("n_embd", "n_head", "n_positions", "vocab_size"))
@@ -122,7 +138,7 @@ def nanogpt_model(bias: bool):
             self.c_proj = nn.Linear(4 * C, C, bias=bias)
 
         def forward(self, x):
-            return self.c_proj(F.gelu(self.c_fc(x)))
+            return self.c_proj(F.gelu(self.c_fc(x), approximate=gelu))
 
     class Block(nn.Module):
         def __init__(self):
@@ -140,7 +156,8 @@ def nanogpt_model(bias: bool):
             parts = {"wte": nn.Embedding(V, C), "wpe": nn.Embedding(T, C), "h": blocks}
             self.transformer = nn.ModuleDict({**parts, "ln_f": LayerNorm()})
             self.lm_head = nn.Linear(C, V, bias=False)
-            self.transformer.wte.weight = self.lm_head.weight
+            if tied:
+                self.transformer.wte.weight = self.lm_head.weight
 
         def forward(self, ids):
             parts = self.transformer
@@ -174,6 +191,59 @@ def nanogpt(folder: Path, bias: bool = True, prefix: str = "") -> tuple[Path, np
     }
     torch.save(checkpoint, folder / "ckpt.pt")
     return folder / "ckpt.pt", expected
+
+
+def early_nanogpt(folder: Path) -> tuple[Path, np.ndarray]:
+    """As of January 2023, which had no option of biases yet, and GPT-2's GELU."""
+    torch = pytest.importorskip("torch")
+
+    model = nanogpt_model(True, "tanh")
+    args = {name: SHAPE[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    args |= {"block_size": SHAPE["n_positions"], "dropout": 0.0}
+    torch.save({"model": model.state_dict(), "model_args": args}, folder / "ckpt.pt")
+    return folder / "ckpt.pt", logits_of(model)
+
+
+# build-nanogpt. Source: https://github.com/karpathy/build-nanogpt, `train_gpt2.py`.
+
+
+@dataclass
+class GPTConfig:
+    """The object that it pickles beside the weights."""
+
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+
+
+def build_nanogpt(folder: Path, prefix: str = "") -> tuple[Path, np.ndarray]:
+    torch = pytest.importorskip("torch")
+
+    model = nanogpt_model(True, "tanh")
+    state = {prefix + name: value for name, value in model.state_dict().items()}
+    rest = {name: SHAPE[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    config = GPTConfig(SHAPE["n_positions"], **rest)
+    saved = {"model": state, "config": config, "step": 5, "val_loss": 3.2}
+    torch.save(saved, folder / "model_00005.pt")
+    return folder / "model_00005.pt", logits_of(model)
+
+
+# minGPT, whose file holds the weights alone. Source: https://github.com/karpathy/minGPT.
+
+
+def mingpt(folder: Path, config: bool = True) -> tuple[Path, np.ndarray]:
+    torch = pytest.importorskip("torch")
+
+    model = nanogpt_model(True, "tanh", tied=False)
+    state = model.state_dict()
+    for i in range(SHAPE["n_layer"]):
+        state[f"transformer.h.{i}.attn.bias"] = torch.tril(torch.ones(1, 1, 16, 16))
+    torch.save(state, folder / "model.pt")
+    if config:
+        (folder / "config.json").write_text(json.dumps(SHAPE), encoding="utf-8")
+    return folder / "model.pt", logits_of(model)
 
 
 # "Build a Large Language Model (From Scratch)". Source: its chapters 3 and 4.
@@ -254,14 +324,33 @@ def book_model(qkv_bias: bool):
     return model
 
 
-def book(folder: Path, qkv_bias: bool = False, nested: bool = False) -> tuple[Path, np.ndarray]:
+def fused(state: Mapping) -> dict:
+    """As its bonus material has it: one matrix for query, key and value, and torch's layer norm."""
+    torch = pytest.importorskip("torch")
+
+    found, parts = {}, ("W_query", "W_key", "W_value")
+    for name, value in state.items():
+        if parts[0] in name:
+            rows = [state[name.replace(parts[0], part)] for part in parts]
+            found[name.replace(parts[0], "qkv")] = torch.cat(rows)
+        elif not any(part in name for part in parts):
+            name = name.replace("out_proj", "proj").replace(".scale", ".weight")
+            found[name.replace(".shift", ".bias")] = value
+    return found
+
+
+def book(
+    folder: Path,
+    qkv_bias: bool = False,
+    nested: bool = False,
+    change: Callable[[Mapping], dict] = dict,
+) -> tuple[Path, np.ndarray]:
     torch = pytest.importorskip("torch")
 
     model = book_model(qkv_bias)
-    (folder / "config.json").write_text(
-        '{"n_head": 2}', encoding="utf-8"
-    )  # at width 32 it is not as in GPT-2
-    state = model.state_dict()
+    # at width 32 it is not as in GPT-2
+    (folder / "config.json").write_text('{"n_head": 2}', encoding="utf-8")
+    state = change(model.state_dict())
     saved = {"model_state_dict": state, "optimizer_state_dict": {}} if nested else state
     torch.save(saved, folder / "model.pth")
     return folder / "model.pth", logits_of(model)
@@ -404,10 +493,26 @@ WRITERS: dict[str, tuple[str, Writer]] = {
     "Hugging Face, safetensors": ("transformers", hf_safetensors),
     "Hugging Face, pytorch_model.bin": ("transformers", hf_bin),
     "Hugging Face, .bin in shards": ("transformers", hf_bin_shards),
+    "Hugging Face, .bin before 1.6": ("transformers", lambda folder: hf_bin(folder, new=False)),
+    "Hugging Face, more heads": ("transformers", hf_with_heads),
+    "Hugging Face, more heads, wrapped": ("transformers", lambda x: hf_with_heads(x, "module.")),
     "nanoGPT": ("torch", nanogpt),
-    "nanoGPT, compiled": ("torch", lambda folder: nanogpt(folder, prefix="_orig_mod.")),
+    "nanoGPT, early": ("torch", early_nanogpt),
+    **{
+        f"nanoGPT, {prefix}": ("torch", lambda folder, prefix=prefix: nanogpt(folder, True, prefix))
+        for prefix in ("_orig_mod.", "module.", "_orig_mod.module.", "module._orig_mod.model.")
+    },
     "nanoGPT, no bias": ("torch", lambda folder: nanogpt(folder, bias=False)),
+    "build-nanogpt": ("torch", build_nanogpt),
+    "build-nanogpt, wrapped": ("torch", lambda folder: build_nanogpt(folder, "module.")),
+    "minGPT": ("torch", mingpt),
     "the book, .pth": ("torch", book),
+    "the book, wrapped": (
+        "torch",
+        lambda folder: book(folder, change=lambda x: {f"module.{n}": v for n, v in x.items()}),
+    ),
+    "the book, fused": ("torch", lambda folder: book(folder, change=fused)),
+    "the book, fused, biases": ("torch", lambda folder: book(folder, True, change=fused)),
     "the book, checkpoint": ("torch", lambda folder: book(folder, True, nested=True)),
     "the book, safetensors": ("torch", book_safetensors),
     **{

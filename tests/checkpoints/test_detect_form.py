@@ -77,6 +77,71 @@ def test_a_file_of_hugging_faces_form_is_its_folder(tmp_path):
         GPT.from_pretrained(tmp_path / "pytorch_model.bin")
 
 
+def test_heads_beside_the_language_model_are_left_out_by_name(tmp_path, capsys):
+    path, _ = writers.hf_with_heads(tmp_path)
+    open_checkpoint(path)
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert "left out of" in err
+    for name in ("v_head.summary.weight", "multiple_choice_head.summary.bias"):
+        assert name in err
+
+
+@pytest.mark.parametrize("head", ["score.weight", "classifier.bias", "module.qa_outputs.weight"])
+def test_a_classifier_is_refused_by_name(head, tmp_path, ours):
+    folder = Path(shutil.copytree(ours[0], tmp_path / "in"))
+    write_safetensors(folder / "b.safetensors", {head: ("F32", (2,))}, lambda _: np.ones(2, "f4"))
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "b.safetensors"}}
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    words = rf"it is a classifier \({head.removeprefix('module.')}\): only language models"
+    with pytest.raises(CheckpointError, match=words):
+        GPT.from_pretrained(folder)
+
+
+def test_weights_without_a_configuration_say_which_one_to_write(tmp_path):
+    path, expected = writers.mingpt(tmp_path, config=False)
+    with pytest.raises(
+        CheckpointError, match=r"config.json: no such file: write one with"
+    ) as caught:
+        GPT.from_pretrained(path)
+    text = str(caught.value)
+    assert "N being its number of heads" in text
+    asked = text[text.index("{") : text.index("}") + 1].replace(" N,", " 2,")
+    assert json.loads(asked) == {**SHAPE, "activation_function": "gelu_new"}
+    (tmp_path / "config.json").write_text(asked, encoding="utf-8")
+    np.testing.assert_allclose(our_logits(GPT.from_pretrained(path)), expected, atol=1e-4)
+    (tmp_path / "hf").mkdir()
+    folder, expected = writers.hf_bin(tmp_path / "hf")
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"hf/config.json: no such file") as caught:
+        GPT.from_pretrained(folder)
+    text = str(caught.value)
+    asked = text[text.index("{") : text.index("}") + 1].replace(" N,", " 2,")
+    assert json.loads(asked) == SHAPE
+    (folder / "config.json").write_text(asked, encoding="utf-8")
+    np.testing.assert_allclose(our_logits(GPT.from_pretrained(folder)), expected, atol=1e-4)
+
+
+def test_weights_of_another_model_without_a_configuration_are_told(tmp_path):
+    layout = {"encoder.weight\n": ("F32", (2,))}
+    write_safetensors(tmp_path / "x.safetensors", layout, lambda _: np.ones(2, "f4"))
+    words = r"no such file, and its tensors \('encoder.weight\\n'\) are not named as a GPT-2's"
+    with pytest.raises(CheckpointError, match=words):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_a_shape_that_was_pickled_as_an_object_without_its_fields_is_asked_for(tmp_path):
+    torch = pytest.importorskip("torch")
+    path, _ = writers.build_nanogpt(tmp_path)
+    state = writers.nanogpt_model(True, "tanh").state_dict()
+    config = writers.GPTConfig(*range(2, 7))
+    del config.n_head  # as of a class whose settings are attributes of the class
+    torch.save({"model": state, "config": config}, path)
+    with pytest.raises(CheckpointError, match=r"config.json: no such file: write one with"):
+        GPT.from_pretrained(path)
+
+
 def test_nanogpts_head_is_its_embedding_and_the_books_may_be(tmp_path):
     path, _ = writers.nanogpt(tmp_path)
     config = open_checkpoint(path).config

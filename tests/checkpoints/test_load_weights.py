@@ -493,10 +493,14 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "weights cut": (cut, "model.safetensors: its tensors end at byte"),
     "weights empty": (
         lambda f: (f / WEIGHTS).write_bytes(b""),
-        "model.safetensors: 0 bytes are too few",
+        "model.safetensors: it is empty: fetch it again",
     ),
     "weights another format": (
         lambda f: (f / WEIGHTS).write_bytes(b"\x89PNG" + b"\xff" * 1000),
+        "model.safetensors: it is an image",
+    ),
+    "weights no format": (
+        lambda f: (f / WEIGHTS).write_bytes(b"\xff" * 1000),
         "model.safetensors: it is cut or no safetensors file",
     ),
     "shard missing": (lose_shard, f"{PARTS[1]}: no such file"),

@@ -6,24 +6,28 @@ those two.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tinygpt.checkpoints import config_json, gguf_file, safetensors_file, torch_file
+from tinygpt.checkpoints import config_json, gguf_file, other_files, safetensors_file, torch_file
+from tinygpt.checkpoints.pickled_names import Record
 from tinygpt.checkpoints.stored_tensor import TensorInfo
 from tinygpt.checkpoints.tensor_names import (
     BOOK,
     GGUF,
     HUGGING_FACE,
+    LINEAR,
     NANOGPT,
     Dialect,
+    book_dialect,
     weight_name,
 )
-from tinygpt.config import GPTConfig
-from tinygpt.errors import CheckpointError, InputError, reason, show
+from tinygpt.config import Activation, GPTConfig
+from tinygpt.errors import CheckpointError, InputError, reason, say, show
 from tinygpt.storage import read_json
 
 # Name without prefixes -> (file, where in it).
@@ -37,6 +41,11 @@ _GGUF_KEYS = {
     "layer_norm_epsilon": "attention.layer_norm_epsilon",
 }
 _BOOK_HEAD_DIM = 64  # the same in all four sizes of GPT-2, in the book too
+# What the programs of nanoGPT's kind save of a model's shape.
+_SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+# Heads that stand beside a language model, and what stands in its place where there is none.
+_BESIDE = re.compile(r"(v_head|value_head|multiple_choice_head)\..*")
+_CLASSIFIER = re.compile(r"(score|classifier|qa_outputs)\.(weight|bias)")
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,8 @@ def read_headers(files: Sequence[Path]) -> Headers:
     found: Tensors = {}
     for path in files:
         form = file_format(path)
+        if form == "safetensors" and (what := other_files.of_file(path)):
+            raise CheckpointError(f"{path}: it is {what}")
         tensors, extra = readers[form].read_header(path)
         for name, info in tensors.items():
             name = weight_name(name)
@@ -99,20 +110,86 @@ def recognize(path: Path, file: Path, headers: Headers) -> tuple[Dialect, GPTCon
         if headers.format == "gguf":
             tensors = drop_tied_copy(headers.tensors, GGUF)
             return GGUF, _gguf_config(tensors, extra), tensors
-        if isinstance(extra.get("model_args"), dict):
-            tensors = drop_tied_copy(_without_masks(headers.tensors, NANOGPT), NANOGPT)
-            return NANOGPT, _nanogpt_config(tensors, extra["model_args"]), tensors
-        if any(name.startswith("trf_blocks.") for name in headers.tensors):
-            tensors = drop_tied_copy(_without_masks(headers.tensors, BOOK), BOOK)
-            return BOOK, _book_config(file, tensors), tensors
+        tensors = _language_model(file, headers.tensors)
+        if settings := _settings(extra):
+            tensors = drop_tied_copy(_without_masks(tensors, NANOGPT), NANOGPT)
+            return NANOGPT, _nanogpt_config(tensors, *settings), tensors
+        if any(name.startswith("trf_blocks.") for name in tensors):
+            dialect = book_dialect(tensors)
+            tensors = drop_tied_copy(_without_masks(tensors, dialect), dialect)
+            return dialect, _book_config(file, tensors), tensors
+        folder = path if path.is_dir() else path.parent
+        return _by_config_json(folder / "config.json", tensors)
+    except CheckpointError:
+        raise
     except InputError as error:
         raise CheckpointError(f"{file}: {error}") from error
-    tensors = _without_masks(headers.tensors, HUGGING_FACE)
-    folder = path if path.is_dir() else path.parent
-    config = config_json.read_config(folder / "config.json")
+
+
+def _by_config_json(path: Path, tensors: Tensors) -> tuple[Dialect, GPTConfig, Tensors]:
+    """The form of a model whose configuration lies beside it, by which way its matrices lie."""
+    # GPT-2's is (in, out), and three times as wide as it is high.
+    place = tensors.get("h.0.attn.c_attn.weight")
+    is_linear = place is not None and len(s := place[1].shape) == 2 and s[0] == 3 * s[1]
+    dialect = LINEAR if is_linear else HUGGING_FACE
+    tensors = _without_masks(tensors, dialect)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file{_which_config(tensors, is_linear)}")
+    config = config_json.read_config(path)
+    if is_linear:
+        tensors = drop_tied_copy(tensors, dialect)
+        tied, bias = _is_tied(tensors, dialect), "ln_f.bias" in tensors
+        return dialect, replace(config, tie_word_embeddings=tied, bias=bias), tensors
     if config.tie_word_embeddings:  # then a head is a copy, and the model has no place for it
         tensors.pop("lm_head.weight", None)
-    return HUGGING_FACE, config, tensors
+    return dialect, config, tensors
+
+
+def _which_config(tensors: Tensors, is_linear: bool) -> str:
+    """What the missing `config.json` has to say, as far as the tensors tell."""
+    parts = ("wte.weight", "wpe.weight", "h.0.mlp.c_fc.weight")
+    if not all(name in tensors and len(tensors[name][1].shape) == 2 for name in parts):
+        return f", and its tensors ({show(sorted(tensors)[:3])[1:-1]}) are not named as a GPT-2's"
+    (vocab_size, n_embd), (block_size, _), inner = (tensors[name][1].shape for name in parts)
+    numbers = {int(n) for name in tensors for n in re.findall(r"^h\.(\d{1,9})\.", name)}
+    config = {
+        "n_layer": len(numbers),
+        "n_head": "N",
+        "n_embd": n_embd,
+        "n_positions": block_size,
+        "vocab_size": vocab_size,
+    }
+    if (n_inner := inner[0 if is_linear else 1]) != 4 * n_embd:
+        config["n_inner"] = n_inner
+    if is_linear:
+        config["activation_function"] = "gelu_new"
+    text = json.dumps(config).replace('"N"', "N")
+    other = ' (nanoGPT since June 2023: "gelu")' if is_linear else ""
+    return f": write one with {text}{other}, N being its number of heads"
+
+
+def _language_model(file: Path, tensors: Tensors) -> Tensors:
+    """The tensors without those of heads that stand beside a language model, which are named."""
+    if found := [name for name in tensors if _CLASSIFIER.fullmatch(name)]:
+        raise InputError(f"it is a classifier ({found[0]}): only language models can be loaded")
+    if beside := [name for name in tensors if _BESIDE.fullmatch(name)]:
+        names = ", ".join(show(name)[1:-1] for name in beside[:4])
+        more = f" and {len(beside) - 4} more" if len(beside) > 4 else ""
+        say(f"left out of {file}: {names}{more}, beside the language model")
+    return {name: place for name, place in tensors.items() if name not in beside}
+
+
+def _settings(extra: Mapping[str, Any]) -> tuple[str, dict[str | int, Any]] | None:
+    """What a program of nanoGPT's kind saved beside the weights: under which key, and its fields.
+
+    nanoGPT has a dict `model_args`, and build-nanogpt an object `config`.
+    """
+    for key in ("model_args", "config"):
+        given = extra.get(key)
+        given = given.fields if isinstance(given, Record) else given
+        if isinstance(given, dict) and (key == "model_args" or given.keys() >= set(_SHAPE)):
+            return key, given
+    return None
 
 
 def _without_masks(tensors: Tensors, dialect: Dialect) -> Tensors:
@@ -137,16 +214,18 @@ def drop_tied_copy(tensors: Tensors, dialect: Dialect) -> Tensors:
     return dict(tensors)
 
 
-def _nanogpt_config(tensors: Tensors, given: Mapping[str, Any]) -> GPTConfig:
-    """Source: nanoGPT's `GPTConfig`; its `MLP` computes the exact GELU."""
-    known = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-    for name in known:
+def _nanogpt_config(tensors: Tensors, key: str, given: Mapping[str | int, Any]) -> GPTConfig:
+    """Source: `GPTConfig` and `MLP` of nanoGPT and build-nanogpt."""
+    for name in _SHAPE:
         if name not in given:
-            raise InputError(f"its model_args have no {name}")
-    shape = {name: given[name] for name in known}
+            raise InputError(f"its {key} have no {name}")
+    shape = {name: given[name] for name in _SHAPE}
+    bias = given.get("bias", "ln_f.bias" in tensors)
+    # nanoGPT computes the exact GELU; build-nanogpt and nanoGPT's first months, whose checkpoints
+    # do not speak of biases, GPT-2's.
+    activation: Activation = "gelu" if key == "model_args" and "bias" in given else "gelu_tanh"
     tied = _is_tied(tensors, NANOGPT)
-    bias = given.get("bias", True)  # the first checkpoints do not say
-    return GPTConfig(**shape, bias=bias, activation="gelu", tie_word_embeddings=tied)
+    return GPTConfig(**shape, bias=bias, activation=activation, tie_word_embeddings=tied)
 
 
 def _book_config(file: Path, tensors: Tensors) -> GPTConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from tinygpt.checkpoints import other_files
 from tinygpt.errors import CheckpointError, reason, show
 from tinygpt.storage import read_json
 
@@ -31,16 +32,18 @@ def weight_files(path: Path) -> list[Path]:
         if (path / index).is_file():
             return [path / name for name in shards(path / index)]
     try:
-        others = [x for x in sorted(path.iterdir()) if x.suffix in _SUFFIXES and x.is_file()]
+        files = [x for x in sorted(path.iterdir()) if x.suffix in _SUFFIXES and x.is_file()]
+        others = [x for x in files if other_files.is_weights(x)]
+        names = tuple(name for pair in FILES for name in pair)
+        fact = other_files.of_folder(path, names) if not others else ""
     except OSError as error:
         raise CheckpointError(f"{path}: {reason(error)}") from error
     if len(others) == 1:
         return others
-    names = ", ".join(name for pair in FILES for name in pair)
     if others:
-        found = ", ".join(x.name for x in others[:3])
-        raise CheckpointError(f"{path}: none of {names}, but {found}: give the one file's path")
-    raise CheckpointError(f"{path}: none of {names} is there")
+        found = ", ".join(show(x.name)[1:-1] for x in others[:3])
+        fact = f"none of {', '.join(names)}, but {found}: give the one file's path"
+    raise CheckpointError(f"{path}: {fact}")
 
 
 def shards(index: str | Path) -> list[str]:

@@ -22,6 +22,7 @@ from tinygpt.checkpoints.tensor_names import (
     BOOK,
     GGUF,
     HUGGING_FACE,
+    LINEAR,
     Dialect,
     ExpectedTensor,
     expected_tensors,
@@ -33,7 +34,7 @@ from tinygpt.tokenizer.encoding import ids_tokenizer
 from tinygpt.tokenizer.tokenizer import Tokenizer
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_QKV_BIAS = re.compile(r"trf_blocks\.\d+\.att\.W_(query|key|value)\.bias")
+_QKV_BIAS = re.compile(r"trf_blocks\.\d+\.att\.(W_query|W_key|W_value|qkv)\.bias")
 _MOST_LAYERS, _MOST_POSITIONS = 256, 1 << 17  # far more than any GPT-2 has
 
 
@@ -87,7 +88,7 @@ def open_checkpoint(name_or_path: str | Path) -> Checkpoint:
     _need_plausible(path, config, len(tensors))
     int8 = dialect is HUGGING_FACE and any(info.dtype == "I8" for _, info in tensors.values())
     expected = expected_tensors(config, dialect, int8)
-    if dialect is BOOK:  # its models have no biases of query, key and value by default
+    if dialect.form == BOOK.form:  # its models have no biases of query, key and value by default
         left_out = {name for name in expected.keys() - tensors.keys() if _QKV_BIAS.fullmatch(name)}
         expected = {name: tensor for name, tensor in expected.items() if name not in left_out}
     _compare(path, dialect, expected, {name: info for name, (_, info) in tensors.items()})
@@ -138,7 +139,7 @@ def _compare(
         faults.append(f"missing {_some(missing)}")
     if surplus := [show(name)[1:-1] for name in sorted(set(stored) - set(expected))]:
         faults.append(f"not part of the model: {_some(surplus)}")
-    source = "config.json" if dialect is HUGGING_FACE else "its configuration"
+    source = "config.json" if dialect in (HUGGING_FACE, LINEAR) else "its configuration"
     for name in (name for name in expected if name in stored):
         info, asked = stored[name], expected[name].shape
         if info.shape != asked:

@@ -7,7 +7,7 @@ whether query, key and value are one matrix, and in which way round a matrix lie
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -111,6 +111,21 @@ BOOK = Dialect(
     norm=("scale", "shift"),
     ignored=r"trf_blocks\.\d+\.att\.mask",
 )
+# minGPT's and nanoGPT's weights without what their programs save beside them: `config.json` says
+# the rest, as it does for the form that they are named after.
+LINEAR = replace(NANOGPT, form="linear")
+
+
+def book_dialect(names: Collection[str]) -> Dialect:
+    """The book's form as a file has it: its later chapters and extras call some parts otherwise."""
+    parts = dict(BOOK.names)
+    if any(name.endswith(".att.qkv.weight") for name in names):
+        of = ("attn.q_proj", "attn.k_proj", "attn.v_proj")
+        parts = {_QKV: "att.qkv"} | {part: name for part, name in parts.items() if part not in of}
+    if any(name.endswith(".att.proj.weight") for name in names):
+        parts["attn.out_proj"] = "att.proj"
+    norm = ("weight", "bias") if "final_norm.weight" in names else BOOK.norm
+    return replace(BOOK, names=parts, norm=norm)
 
 
 def expected_tensors(
@@ -170,6 +185,15 @@ def _each(parts: tuple[str, ...], what: str) -> tuple[str, ...]:
     return tuple(f"{part}.{what}" for part in parts)
 
 
+# What programs that wrap a model, or a part of it, put before the names inside: torch's data
+# parallelism, its compiler, its checkpointing of activations.
+_WRAPPERS = re.compile(
+    r"\b(module|_orig_mod|_fsdp_wrapped_module|_forward_module|_checkpoint_wrapped_module)\."
+)
+# What stands before a whole model's names, in any number.
+_OWNERS = re.compile(r"^((base_model|model|transformer)\.)+")
+
+
 def weight_name(name: str) -> str:
-    """A tensor's name without what programs put before it: `transformer.`, `_orig_mod.`."""
-    return re.sub(r"^(_orig_mod\.)?(transformer\.)?", "", name)
+    """A tensor's name without what programs put before it, such as `module.transformer.`."""
+    return _OWNERS.sub("", _WRAPPERS.sub("", name))
