@@ -112,7 +112,8 @@ class _Loader:
         if not finite:
             fact = f"{name} has values that are infinite or not a number"
             raise CheckpointError(f"{self.found.path}: {fact}")
-        return self.found.expected[name].split(array)
+        parts, adapter = self.found.expected[name].split(array), self.found.adapter
+        return adapter.merged(name, parts) if adapter else parts
 
     def fill_missing(self) -> None:
         """Zero the biases of query, key and value, which the book's form leaves out."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt.checkpoints import gguf_file, hub
+from tinygpt.checkpoints.adapter import Adapter, read_adapter
 from tinygpt.checkpoints.detect_form import Tensors, read_headers, recognize
 from tinygpt.checkpoints.load_tokenizer import model_says, model_tokenizer, with_files
 from tinygpt.checkpoints.load_weights import load_weights
@@ -28,9 +29,9 @@ from tinygpt.checkpoints.tensor_names import (
     expected_tensors,
 )
 from tinygpt.config import GPTConfig
-from tinygpt.errors import CheckpointError, show
+from tinygpt.errors import CheckpointError, say, show
 from tinygpt.model import GPT
-from tinygpt.tokenizer.encoding import ids_tokenizer
+from tinygpt.tokenizer.encoding import folder_has_tokenizer, ids_tokenizer
 from tinygpt.tokenizer.tokenizer import Tokenizer
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -47,6 +48,7 @@ class Checkpoint:
     expected: dict[str, ExpectedTensor]  # by the name in the file
     tensors: Tensors  # where each of those lies
     metadata: Mapping[str, Any]  # of a GGUF file; empty for other forms
+    adapter: Adapter | None = None  # what is added to the weights
 
     def tokenizer(self, instead: str | Path | None = None) -> Tokenizer:
         """The tokenizer that the model brings, or another.
@@ -56,6 +58,8 @@ class Checkpoint:
         Raises:
             InputError: when there is none, it cannot be used, or it has more than the model knows.
         """
+        if not instead and self.adapter and folder_has_tokenizer(self.adapter.folder):
+            instead = self.adapter.folder  # which was trained together with it
         return model_tokenizer(self.path, self.metadata, self.config.vocab_size, instead)
 
     def numbers(self) -> Tokenizer:
@@ -76,21 +80,37 @@ def open_checkpoint(name_or_path: str | Path) -> Checkpoint:
     tensors' names the form.
 
     Args:
-        name_or_path: a folder, a file, or a name on the Hugging Face Hub: see `hub.resolve`.
+        name_or_path: a folder, a file, or a name on the Hugging Face Hub: see `hub.resolve`. Of a
+            LoRA adapter, the model that it names is opened with the adapter's changes.
     Raises:
         InputError: when it cannot be found or fetched.
         CheckpointError: when it is damaged, incomplete, dangerous, or not a GPT-2.
     """
     path = hub.resolve(name_or_path)
+    adapter = read_adapter(path)
+    if adapter is None:
+        return _open(path)
+    base = adapter.base()
+    say(f"{adapter.folder} is an adapter: merged into {base}")
+    return _open(base, adapter)
+
+
+def _open(path: Path, adapter: Adapter | None = None) -> Checkpoint:
+    """Read the headers of a model's files, with an adapter over it or without."""
     files = weight_files(path)
     headers = read_headers(files)
     dialect, config, tensors = recognize(path, files[0], headers)
+    if adapter:
+        config, tensors = adapter.onto(dialect, config, tensors)
+        files = [*files, *{file for file, _ in adapter.replaced.values()}]
     _need_plausible(path, config, len(tensors))
     int8 = dialect is HUGGING_FACE and any(info.dtype == "I8" for _, info in tensors.values())
     expected = expected_tensors(config, dialect, int8)
     if dialect.form == BOOK.form:  # its models have no biases of query, key and value by default
         left_out = {name for name in expected.keys() - tensors.keys() if _QKV_BIAS.fullmatch(name)}
         expected = {name: tensor for name, tensor in expected.items() if name not in left_out}
+    if adapter:
+        adapter.check(expected)
     _compare(path, dialect, expected, {name: info for name, (_, info) in tensors.items()})
     tensors = {name: tensors[name] for name in expected}
     taken = sum(info.size_bytes for _, info in tensors.values())
@@ -99,7 +119,7 @@ def open_checkpoint(name_or_path: str | Path) -> Checkpoint:
     if taken > 2 * there:
         raise CheckpointError(f"{path}: its tensors are {taken} bytes in files of {there}")
     metadata = headers.extra if headers.format == "gguf" else {}
-    return Checkpoint(path, config, expected, tensors, metadata)
+    return Checkpoint(path, config, expected, tensors, metadata, adapter)
 
 
 def load_pretrained(name_or_path: str | Path, dtype: str | None = None) -> GPT:
