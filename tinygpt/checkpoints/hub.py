@@ -8,7 +8,6 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from tinygpt.checkpoints.download import fetch_from_hub
 from tinygpt.checkpoints.model_files import FILES, shards
 from tinygpt.checkpoints.run_folder import followed
 from tinygpt.errors import CheckpointError, InputError, reason, say
@@ -148,6 +147,9 @@ def _download(repo: str, target: Path) -> None:
 
 def _fetch_all(endpoint: str, repo: str, folder: Path) -> None:
     """Fetch a model's files, the weights last: what is wrong with the small ones shows early."""
+    # Imported here, because HTTP and TLS take longer to import than a small model to load.
+    from tinygpt.checkpoints.download import fetch_from_hub
+
     if not fetch_from_hub(endpoint, repo, "config.json", folder):
         raise InputError(f"no model {repo!r} with a config.json at {endpoint}: check the name")
     for name in _TEXT_FILES:

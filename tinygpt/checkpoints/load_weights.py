@@ -100,7 +100,7 @@ class _Loader:
     def _read(self, name: str) -> list[np.ndarray]:
         """What a stored tensor holds of ours, every number checked to be one."""
         file, info = self.found.tensors[name]
-        array = read_tensor(file, info)
+        array = read_tensor(file, info, fresh=False)
         if info.dtype in gguf_file.BLOCKS:
             array = gguf_file.dequantize(array, info)
         with np.errstate(all="ignore"):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import mmap
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -41,11 +44,13 @@ class TensorInfo:
         return self.end - self.start
 
 
-def read_tensor(source: str | Path | BinaryIO, info: TensorInfo) -> np.ndarray:
-    """Read one tensor into a fresh array, and nothing else of the file.
+def read_tensor(source: str | Path | BinaryIO, info: TensorInfo, fresh: bool = True) -> np.ndarray:
+    """Read one tensor, and nothing else of the file.
 
     Args:
         source: the file that `info` was read from, as a path or opened for binary reading.
+        fresh: into memory of the array's own. If not, it may be the file's pages, which cannot be
+            written to, and are to be let go before the file is.
     Returns:
         an array of info.shape; BF16 comes as float32, the rest as the NumPy type of that name. Of
         a type made of blocks (see `gguf_file`) the bytes alone: uint8 (end - start,).
@@ -55,14 +60,9 @@ def read_tensor(source: str | Path | BinaryIO, info: TensorInfo) -> np.ndarray:
     try:
         if isinstance(source, str | Path):
             with open(source, "rb") as file:
-                return read_tensor(file, info)
-        raw = np.empty(info.size_bytes, np.uint8)
-        rest = memoryview(raw)
-        source.seek(info.start)
-        while rest and (count := source.readinto(rest)):  # a read may give less than asked for
-            rest = rest[count:]
-        if rest:
-            raise OSError(f"it ends {len(rest)} bytes too early; fetch it again")
+                return read_tensor(file, info, fresh)
+        raw = _mapped(source, info)
+        raw = raw.copy() if fresh else raw
     except OSError as error:
         name = getattr(source, "name", source)
         raise CheckpointError(f"{name}: {reason(error)}") from error
@@ -79,6 +79,23 @@ def read_tensor(source: str | Path | BinaryIO, info: TensorInfo) -> np.ndarray:
         wide <<= 16
         return wide.view(np.float32)
     return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def _mapped(file: BinaryIO, info: TensorInfo) -> np.ndarray:
+    """A tensor's bytes as the system holds them, which need no memory of their own: uint8, to read.
+
+    Where a file cannot be mapped, they are read.
+    """
+    size = file.seek(0, os.SEEK_END)
+    if size < info.end:
+        raise OSError(f"it ends {info.end - size} bytes too early; fetch it again")
+    start = info.start - info.start % mmap.ALLOCATIONGRANULARITY
+    with suppress(OSError, ValueError):  # an empty one; or no plain file
+        length = info.end - start
+        pages = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=start)
+        return np.frombuffer(pages, np.uint8, info.size_bytes, info.start - start)
+    file.seek(info.start)
+    return np.frombuffer(file.read(info.size_bytes), np.uint8)
 
 
 def to_bfloat16(array: np.ndarray) -> np.ndarray:

@@ -10,6 +10,8 @@ from tinygrad import Tensor, UOp
 from tinygrad.device import Buffer, BufferSpec
 from tinygrad.dtype import _from_np_dtype, _to_np_dtype
 
+from tinygpt.runtime import cpu_memory
+
 _MAKING = Lock()  # tinygrad makes tensors for one thread at a time
 
 
@@ -45,7 +47,9 @@ def tensor(values: np.ndarray, device: str | None = None) -> Tensor:
     """
     with _MAKING:
         made = Tensor.empty(*values.shape, dtype=_from_np_dtype(values.dtype), device=device)
-        allocate(_buffer(made.uop))
+        buffer = allocate(_buffer(made.uop))
+    if made.device == "CPU":
+        cpu_memory.populate(buffer)
     write(made, values)
     return made
 

@@ -72,7 +72,11 @@ def version(start: tuple[str, ...]) -> str:
     """The first line in which a compiler says what it is; "" if it does not run."""
     with suppress(OSError, subprocess.SubprocessError, IndexError):
         run = subprocess.run(
-            [*start, "--version"], capture_output=True, text=True, errors="replace", timeout=10
+            [*start, "--version"],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=10,
         )
         return run.stdout.splitlines()[0] if run.returncode == 0 else ""
     return ""

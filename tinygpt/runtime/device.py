@@ -20,7 +20,7 @@ from tinygrad.helpers import CPU_COUNT, DEV, Context
 
 from tinygpt.environment import MOST_THREADS
 from tinygpt.errors import InputError
-from tinygpt.runtime import clang, disk_cache
+from tinygpt.runtime import clang, cpu_memory, disk_cache
 from tinygpt.runtime.postpone import postpone
 
 # The compilers for the CPU besides clang, as DEV spells them, the best one first.
@@ -56,6 +56,7 @@ def select() -> None:
     global note
     postpone()
     clang.use()
+    cpu_memory.use()
     if DEV.device:  # the user has chosen, in the environment or in Python
         return
     in_use = os.environ.get("DEV")  # tinygrad has set it when a tensor was made before

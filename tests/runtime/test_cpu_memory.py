@@ -1,0 +1,41 @@
+"""Large buffers of the CPU lie in memory of this process alone, which goes back when they do."""
+
+from __future__ import annotations
+
+import mmap
+import sys
+
+import numpy as np
+import pytest
+from tinygrad import Device, Tensor
+
+from tinygpt.runtime import buffers, cpu_memory, device
+
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or Device.DEFAULT != "CPU", reason="a CPU under Linux"
+)
+
+
+@pytest.mark.parametrize("count", [cpu_memory._LEAST_BYTES // 4 - 1, cpu_memory._LEAST_BYTES // 4])
+def test_a_buffer_holds_what_is_written_whatever_memory_it_has(count):
+    device.select()
+    values = np.arange(count, dtype=np.float32)
+    made = buffers.tensor(values)
+    assert np.array_equal(made.numpy(), values)
+    assert np.array_equal((made + 1).numpy(), values + 1)
+
+
+def test_a_large_buffers_memory_is_private_and_goes_back_with_it():
+    def private_kb() -> int:
+        with open("/proc/self/smaps_rollup", encoding="utf-8") as file:
+            return next(int(x.split()[1]) for x in file if x.startswith("Anonymous:"))
+
+    device.select()
+    before = private_kb()
+    made: Tensor | None = buffers.tensor(np.ones(16 << 20, np.float32))
+    memory = made.uop.buffer._buf.meta
+    assert isinstance(memory, mmap.mmap)
+    assert private_kb() - before > 60_000
+    del memory
+    made = None
+    assert private_kb() - before < 30_000

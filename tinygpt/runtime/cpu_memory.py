@@ -1,0 +1,50 @@
+"""Memory of the CPU's large buffers, which the system hands out faster than what tinygrad asks for.
+
+tinygrad shares its memory with processes that are started by a fork, of which this program starts
+none. A page of shared memory takes half again as long to get; the weights of GPT-2 are 120,000.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from contextlib import suppress
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+from tinygrad.device import Buffer, BufferSpec
+
+_LEAST_BYTES = 1 << 20
+_POPULATE_WRITE = 23  # of Linux 5.14 and later: all pages at once
+
+
+@cache
+def use() -> None:
+    """Have tinygrad take private memory for large buffers of the CPU, where the system has both."""
+    if not sys.platform.startswith("linux"):
+        return
+    from tinygrad.runtime.ops_cpu import CPUAllocator
+
+    shared = CPUAllocator._alloc
+
+    def alloc(self: Any, size: int, options: BufferSpec) -> Any:
+        if options.external_ptr is not None or size < _LEAST_BYTES:
+            return shared(self, size, options)
+        memory = mmap.mmap(-1, size, mmap.MAP_ANONYMOUS | mmap.MAP_PRIVATE)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        made = shared(self, size, replace(options, external_ptr=address))
+        made.meta = memory  # which lives as long as the buffer
+        return made
+
+    inside: Any = CPUAllocator
+    inside._alloc = alloc
+
+
+def populate(buffer: Buffer) -> None:
+    """Get all pages of a buffer that is about to be written, at once where the system can."""
+    memory = getattr(buffer._buf, "meta", None)
+    if isinstance(memory, mmap.mmap) and buffer.nbytes >= _LEAST_BYTES:
+        with suppress(OSError, ValueError, AttributeError):
+            memory.madvise(_POPULATE_WRITE)
