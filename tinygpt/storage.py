@@ -43,7 +43,12 @@ def need(condition: bool, fact: str) -> None:
         raise ValueError(fact)
 
 
-def _read(path: str | Path, most_bytes: int) -> bytes:
+def read_bytes(path: str | Path, most_bytes: int) -> bytes:
+    """What is in a plain file that must not be larger.
+
+    Raises:
+        OSError, ValueError: when it cannot be read, is none, or has more.
+    """
     pipe = os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))
     need(not pipe, "it is no plain file")  # open() would wait for a writer
     with open(path, "rb") as file:
@@ -81,7 +86,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         CheckpointError: when the file cannot be read or holds anything else.
     """
     try:
-        return parse_json(_read(path, _MAX_JSON_BYTES))
+        return parse_json(read_bytes(path, _MAX_JSON_BYTES))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {reason(error)}") from error
 
@@ -93,7 +98,7 @@ def read_text(path: str | Path, most_bytes: int = MAX_TEXT_BYTES) -> str:
         CheckpointError: when the file cannot be read or is not UTF-8.
     """
     try:
-        return _read(path, most_bytes).decode()
+        return read_bytes(path, most_bytes).decode()
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {reason(error)}") from error
 

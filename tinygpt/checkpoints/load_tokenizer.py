@@ -13,6 +13,7 @@ from tinygpt.checkpoints import gguf_file
 from tinygpt.checkpoints.detect_form import file_format
 from tinygpt.checkpoints.gguf_vocabulary import ids_of_metadata, tokenizer_from_metadata
 from tinygpt.checkpoints.model_files import weight_files
+from tinygpt.checkpoints.nanogpt_characters import META, nanogpt_characters
 from tinygpt.checkpoints.run_folder import followed
 from tinygpt.errors import CheckpointError, InputError, say, show, unknown
 from tinygpt.storage import read_json
@@ -36,9 +37,9 @@ def load_tokenizer(name_or_path: str | Path, vocab_size: int | None = None) -> T
 
     Args:
         name_or_path: `gpt2` (from tiktoken's cache, else downloaded), `bytes` (256 bytes and
-            `<|endoftext|>`), a folder, a `tokenizer.json` or `vocab.json` of any name, or a
-            model's file: a GGUF file's own, else what is in the file's folder. A Path is never a
-            name.
+            `<|endoftext|>`), a folder, a `tokenizer.json` or `vocab.json` of any name,
+            nanoGPT's `meta.pkl`, or a model's file: a GGUF file's own, else what is in the file's
+            folder. A Path is never a name.
         vocab_size: how many ids the model knows; a tokenizer with more ordinary tokens is refused.
             For a folder without a tokenizer, 50257 and nanoGPT's 50304 mean `gpt2`, and 257
             `bytes`.
@@ -53,6 +54,8 @@ def load_tokenizer(name_or_path: str | Path, vocab_size: int | None = None) -> T
     path = followed(Path(name))
     if path.is_dir():
         file = None if folder_has_tokenizer(path) else _only_file(path)
+    elif path.is_file() and path.suffix == ".pkl":
+        return _fitting(nanogpt_characters(path), name, vocab_size)
     elif path.is_file() and is_tokenizer_file(path):
         return _fitting(file_tokenizer(path), name, vocab_size)
     elif path.is_file():
@@ -87,7 +90,11 @@ def model_tokenizer(
     own = not path.is_dir() or not folder_has_tokenizer(path)
     tokenizer = tokenizer_from_metadata(metadata, path) if own else None
     if tokenizer is None:
-        tokenizer = folder_tokenizer(path if path.is_dir() else path.parent, vocab_size)
+        folder = path if path.is_dir() else path.parent
+        if (meta := folder / META).is_file() and not folder_has_tokenizer(folder):
+            tokenizer = nanogpt_characters(meta)
+        else:
+            tokenizer = folder_tokenizer(folder, vocab_size)
     return _fitting(with_files(tokenizer, says), str(path), vocab_size)
 
 

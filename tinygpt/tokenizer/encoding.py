@@ -23,7 +23,8 @@ NAMES = ("gpt2", "bytes")
 _OWN = "tinygpt_tokenizer.json"
 _PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 _HUGGING_FACE = "tokenizer.json"
-FILES = (_OWN, *(" and ".join(pair) for pair in _PAIRS), _HUGGING_FACE)
+# nanoGPT's `meta.pkl` is read by `checkpoints`, where the reader of pickles is.
+FILES = (_OWN, *(" and ".join(pair) for pair in _PAIRS), _HUGGING_FACE, "meta.pkl")
 _USUAL = {50257: "gpt2", 50304: "gpt2", 257: "bytes"}  # nanoGPT rounds up to a multiple of 64
 _EACH = r"(?s:.)"  # a split pattern: every character by itself
 
@@ -166,12 +167,20 @@ def char_tokenizer(characters: Iterable[str]) -> Tokenizer:
     Raises:
         InputError: when there is no character, or one is not valid Unicode.
     """
+    return alphabet_tokenizer(sorted({character for piece in characters for character in piece}))
+
+
+def alphabet_tokenizer(characters: Sequence[str]) -> Tokenizer:
+    """A tokenizer whose ids are the places of characters in a list of distinct ones.
+
+    Raises:
+        InputError: as from `char_tokenizer`.
+    """
     from tiktoken import Encoding
 
-    distinct = sorted({character for piece in characters for character in piece})
-    if not distinct:
+    if not characters:
         raise InputError("there are 0 characters to make a tokenizer of: give a text with some")
-    ranks = {utf8(character): number for number, character in enumerate(distinct)}
+    ranks = {utf8(character): number for number, character in enumerate(characters)}
     encoding = Encoding("char", pat_str=_EACH, mergeable_ranks=ranks, special_tokens={})
     return Tokenizer(encoding)
 
@@ -309,11 +318,11 @@ def _from_own(path: Path) -> Tokenizer:
         case {"kind": "gpt2" | "bytes" as kind}:
             return named_tokenizer(kind)
         case {"kind": "char", "characters": str(text)} if (
-            text and list(text) == sorted(set(text)) and not SURROGATE.search(text)
+            text and len(text) == len(set(text)) and not SURROGATE.search(text)
         ):
-            return char_tokenizer(text)
+            return alphabet_tokenizer(text)
         case content:
             raise InputError(
                 f"{str(path)!r} holds {show(content)}: it must be of kind gpt2, bytes or char, "
-                "char with distinct sorted characters; save the tokenizer again"
+                "char with distinct characters; save the tokenizer again"
             )
