@@ -57,24 +57,29 @@ def read_bytes(path: str | Path, most_bytes: int) -> bytes:
     return data.removeprefix(codecs.BOM_UTF8)  # Windows' editors put it before a text
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of its pairs: what `json` is to call for each.
+
+    Raises:
+        ValueError: when a key appears twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {show(twice)} appears twice")
+    return found
+
+
 def parse_json(text: bytes) -> dict[str, Any]:
     """A JSON object in which no key appears twice, so that no two readers disagree about it.
 
     Raises:
         ValueError: when the bytes are anything else.
     """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-            raise ValueError(f"the key {show(twice)} appears twice")
-        return found
-
     if not text.lstrip().startswith(b"{"):
         raise ValueError("it must hold a JSON object, starting with {")
     try:
-        return json.loads(text.decode(), object_pairs_hook=unique)
+        return json.loads(text.decode(), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"its JSON is damaged: {error}") from error
 

@@ -182,3 +182,31 @@ def test_the_end_of_a_run_is_a_text_on_stdout_and_samples_are_shown_as_text(text
     assert len(out) == 31  # characters, and a line feed
     assert "a sample of 30 tokens:\n" + out in words
     assert f"done: tinygpt generate --model {tmp_path / 'run'}" in words
+
+
+def test_texts_are_told_from_tokens_and_from_nothing(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("in/a.txt", "in/b.txt"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("2 times 3 is 6. " * 99, encoding="utf-8")
+    tiny = ["--layers", "1", "--heads", "1", "--dim", "8", "--context", "8", "--batch-size", "2"]
+    tiny += ["--steps", "2", "--eval-every", "1", "--eval-batches", "1", "--sample-tokens", "1"]
+    for out, argv in (
+        ("folder", ["in", "--tokenizer", "bytes"]),
+        ("files", ["in/b.txt", "in/a.txt", "--val", "0.5"]),
+        ("pattern", ["in/*.txt", "--tokenizer", data.folder]),
+    ):
+        assert command(*argv, "-o", out, *tiny) == 0
+        assert command(*argv, "-o", out, "--resume") == 0
+    assert Dataset.open("files/data").header.val == 0.5
+    assert command("in/b.txt", "in/a.txt", "-o", "files", "--resume") == 0  # as it was read then
+    assert same_tokenizer(Dataset.open("pattern/data").tokenizer(), data.tokenizer())
+    assert words_of_error("in/a.tx", "-o", "x").startswith("there is no file or folder 'in/a.tx'")
+    assert "is a run's folder: its tokens are in files/data" in words_of_error("files", "-o", "x")
+    assert "header.json" in words_of_error(Path("in/a.txt").rename("train.bin").parent, "-o", "x")
+    assert words_of_error(data.folder, "-o", "x", "--field", "a").startswith(
+        "--field is for a text"
+    )
+    assert words_of_error(data.folder, "-o", "x", "--tokenizer", "char").startswith(
+        "--tokenizer is"
+    )

@@ -25,6 +25,7 @@ from tinygpt import GPT, GPTConfig
 from tinygpt.checkpoints import download
 from tinygpt.checkpoints.save_gguf import save_gguf
 from tinygpt.commands.prepare import add_flags, run
+from tinygpt.data import convert, records
 from tinygpt.data import corpus as text_module
 from tinygpt.data import prepare as module
 from tinygpt.data.corpus import recut
@@ -54,7 +55,7 @@ PIECES = (
 def _small_pieces(monkeypatch):
     """So that a text of some kB is cut in many places, and in the middle of characters."""
     monkeypatch.setattr(text_module, "PIECE_BYTES", 97)
-    monkeypatch.setattr(module, "PIECE_BYTES", 200)
+    monkeypatch.setattr(convert, "PIECE_BYTES", 200)
 
 
 @pytest.fixture(params=KINDS)
@@ -100,11 +101,12 @@ def documents(data: Dataset, ids: np.ndarray) -> list[str]:
     return [tokenizer.decode(part[:-1].tolist()) for part in parts[:-1]]
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_streamed_tokens_are_those_of_the_whole(kind, seed, tmp_path):
+@pytest.mark.parametrize(("seed", "keep_crlf"), [(0, True), (1, True), (2, False)])
+def test_streamed_tokens_are_those_of_the_whole(kind, seed, keep_crlf, tmp_path):
     text = some_text(seed)
     source = write(tmp_path / "text.txt", text)
-    header = prepare(source, tmp_path / "out", kind, val=0.25)
+    header = prepare(source, tmp_path / "out", kind, val=0.25, keep_crlf=keep_crlf)
+    text = text if keep_crlf else text.replace("\r\n", "\n")
     data = Dataset.open(tmp_path / "out")
     assert data.header == header
     for name, split in header.splits.items():
@@ -112,7 +114,7 @@ def test_streamed_tokens_are_those_of_the_whole(kind, seed, tmp_path):
         assert split.sha256 == hashlib.sha256(content).hexdigest()
     raw = text.encode()
     cut = int(len(raw) * 0.75)
-    while cut < len(raw) and raw[cut] & 0xC0 == 0x80:
+    while cut < len(raw) and (raw[cut] & 0xC0 == 0x80 or raw[cut - 1 : cut + 1] == b"\r\n"):
         cut += 1
     for part, ids, split in (
         (raw[:cut].decode(), data.train, header.splits["train"]),
@@ -121,7 +123,7 @@ def test_streamed_tokens_are_those_of_the_whole(kind, seed, tmp_path):
         assert ids.tolist() == encode(data.tokenizer(), part)
         assert split.tokens == len(ids)
         assert (split.characters, split.bytes) == (len(part), len(part.encode()))
-    assert header.source == hashlib.sha256(raw).hexdigest()
+    assert header.source == hashlib.sha256(source.read_bytes()).hexdigest()
     assert header.vocab_size == data.tokenizer().n_vocab
     assert sorted(os.listdir(tmp_path)) == ["out", "text.txt"]
 
@@ -307,11 +309,12 @@ def test_a_tokenizer_of_ones_own_makes_the_ids(form, tmp_path):
     if form == "gguf":
         model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=32, block_size=8, vocab_size=own.n_vocab))
         save_gguf(model, given, own)
-    source, out = write(tmp_path / "text.txt", some_text(1)), tmp_path / "out"
+    text, out = some_text(1).replace("\r", ""), tmp_path / "out"
+    source = write(tmp_path / "text.txt", text)
     header = prepare(source, out, given, val=0)
     data = Dataset.open(out)
     assert same_tokenizer(data.tokenizer(), own)
-    assert data.train.tolist() == encode(own, some_text(1))
+    assert data.train.tolist() == encode(own, text)
     assert prepare(source, out, own, val=0) == header  # whatever it is called
     fails(tmp_path, "was prepared with tokenizer .*, not 'bytes'", source, "bytes", val=0)
 
@@ -329,9 +332,9 @@ def test_a_text_beyond_the_alphabet_of_a_given_tokenizer(tmp_path):
 
 def test_bad_text(tmp_path):
     text, lines = tmp_path / "text.txt", tmp_path / "x.jsonl"
-    fails(tmp_path, "no file '.*text.txt', or none in it", text)
+    fails(tmp_path, "there is no file or folder '.*text.txt'", text)
     (tmp_path / "folder").mkdir()
-    fails(tmp_path, "no file '.*folder', or none in it", tmp_path / "folder")
+    fails(tmp_path, "no file is in folder '.*folder'", tmp_path / "folder")
     fails(tmp_path, "is empty: give some text", write(text, ""))
     fails(tmp_path, "no text is left for train", write(text, "a"), val=0.5)
     fails(tmp_path, "no text is left for val", write(text, "aé"), val=0.1)
@@ -340,7 +343,7 @@ def test_bad_text(tmp_path):
         broken = write(text, "é".encode() * 150 + b"\xff" + b"text" * 100)
         fails(tmp_path, r"not UTF-8 text: byte 0xff at position 300; convert it", broken, kind)
         fails(tmp_path, r"not UTF-8 text: byte 0xc3 at position 4", write(text, b"text\xc3"), kind)
-    fails(tmp_path, "x.jsonl is JSONL: name the key .* with --field", write(lines, [{"text": "a"}]))
+    fails(tmp_path, "x.jsonl is JSON lines: name the key .* --field", write(lines, [{"text": "a"}]))
     for content, match in (
         (b'{"text": "a"}\nplain', "x.jsonl, line 2: it must hold a JSON object"),
         (b'{"text": "a"}\n\n{"body": "b"}', "line 3: --field 'text' must name text, but it holds"),
@@ -355,7 +358,7 @@ def test_bad_text(tmp_path):
 
 
 def test_a_line_too_long_for_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_module, "_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(records, "RECORD_BYTES", 1 << 20)
     source = write(tmp_path / "x.jsonl", [{"text": "a" * (1 << 20)}])
     fails(tmp_path, "line 1: it has 1 MiB or more", source, field="text")
 

@@ -182,6 +182,33 @@ def test_data_of_another_tokenizer_is_refused_whatever_its_size(saved, tmp_path)
     assert command(saved[0], data, "--tokenizer", tmp_path / "own") == 0
 
 
+def test_a_text_is_measured_in_the_models_own_tokens(saved, data, tmp_path, capsys):
+    """As a whole, whatever its line ends, and as the same text prepared is."""
+    text = tmp_path / "text.txt"
+    text.write_bytes(b"\xef\xbb\xbf" + TEXT.replace(" ", "\r\n").encode())
+    assert command(saved[0], text, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    whole = prepared(tmp_path / "data", TEXT.replace(" ", "\n") + " ", load_tokenizer("bytes"))
+    ids = np.array([*TEXT.replace(" ", "\n").encode()], np.uint16)
+    expected = evaluate_data(saved[1], replace(Dataset.open(whole), val=ids))["loss"]
+    assert found["loss"] == pytest.approx(expected, rel=1e-5)
+    assert found["tokens"] == len(ids) - 1
+    size, bits = len(ids), found["loss"] / math.log(2)
+    assert found["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+    assert size == len(TEXT.encode())
+    (tmp_path / "short.txt").write_text("a", encoding="utf-8")
+    for argv, words in (
+        ([text, "--split", "val"], "--split is for prepared tokens"),
+        ([data.folder, "--field", "a"], "--field is for a text, but .* holds prepared tokens"),
+        ([data.folder, "--keep-crlf"], "--keep-crlf is for a text"),
+        ([tmp_path / "short.txt"], "train has 1 tokens: at least 2 are needed"),
+        ([tmp_path / "helaswag"], "there is no file or folder '.*helaswag'"),
+    ):
+        with pytest.raises(InputError, match=words) as caught:
+            command(saved[0], *argv)
+        assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("odd", ["\u2028", "\u2029", "\x85"])
 def test_json_lines_end_at_line_feeds_alone(odd, saved, tmp_path):
     file = tmp_path / "lambada.jsonl"
@@ -200,8 +227,8 @@ def test_bad_input_is_one_line(saved, data, tmp_path):
     stride = (saved[0], data.folder, "--stride")
     assert error(*stride, "17") == "--stride is 17: it must be from 1 to the window, 16"
     assert error(*stride, "0") == "--stride is 0: it must be a whole number, 1 or more"
-    assert "FILE goes with" in error(saved[0], "hellaswag")
-    assert "FILE goes with" in error(saved[0], data.folder, "x")
+    assert "evaluate MODEL hellaswag FILE" in error(saved[0], "hellaswag")
+    assert "give it alone" in error(saved[0], data.folder, "x")
     file = tmp_path / "file.jsonl"
     for task, content, words in (
         ("hellaswag", '{"ctx": "a"}', "file.jsonl:1: it needs ctx, endings and label"),

@@ -432,7 +432,7 @@ def test_bad_input_is_one_line(data, whole, tmp_path):
 
     out = tmp_path / "out"
     assert "unknown recipe 'x'" in error(data.folder, "-o", out, "--recipe", "x")
-    assert "header.json" in error(tmp_path, "-o", out)
+    assert "no file is in folder" in error(tmp_path, "-o", out)
     (tmp_path / "file").write_text("", encoding="utf-8")
     blocked = tmp_path / "file" / "run"
     assert "cannot write" in error(data.folder, "-o", blocked)

@@ -1,56 +1,66 @@
-"""How well a model predicts: its loss on prepared tokens, or a published test."""
+"""How well a model predicts: its loss on a text or prepared tokens, or a published test."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from tinygpt.checkpoints.open_checkpoint import open_checkpoint
 from tinygpt.commands.flags import add_flag, add_shared
+from tinygpt.commands.texts import TEXTS, add_text_flags, prepared_or_none, text_settings
 from tinygpt.data.dataset import SPLITS, Dataset
+from tinygpt.data.prepare import prepare
 from tinygpt.errors import InputError
 from tinygpt.evaluation.losses import Scorer, evaluate_data
 from tinygpt.evaluation.tasks import hellaswag, lambada
 from tinygpt.options import Kind
+from tinygpt.tokenizer.tokenizer import Tokenizer
 
-_TASKS = ("hellaswag", "lambada")
+_TASKS = {"hellaswag": hellaswag, "lambada": lambada}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The arguments of `tinygpt evaluate`."""
     add = parser.add_argument
     add("model", metavar="MODEL", help="a folder, or a name to fetch, such as gpt2")
-    add("data", metavar="DATA", help=f"a folder of prepared tokens, or {' or '.join(_TASKS)}")
-    add("file", nargs="?", metavar="FILE", help="of hellaswag or lambada: its JSON lines")
+    words = (
+        f"a folder of prepared tokens; {' or '.join(_TASKS)} and the file of its JSON lines; or "
+    )
+    add("data", nargs="+", metavar="DATA", help=words + TEXTS)
     kind = Kind(str, choices=SPLITS)
-    add_flag(parser, "--split", kind=kind, default="val", help="of DATA (default: val)")
+    add_flag(parser, "--split", kind=kind, help="of prepared tokens (default: val)")
     words = "move the window by N tokens (default: all of it)"
     add_flag(parser, "--stride", kind=int, help=words, low=1)
     add_shared(parser, "--tokenizer")
+    add_text_flags(parser, leave_out=["val"])
     add_shared(parser, "--json")
     add_shared(parser, "--plain")
 
 
 def run(args: argparse.Namespace) -> int:
     """`tinygpt evaluate`: print the numbers, one a line."""
-    if (args.data in _TASKS) != (args.file is not None):
-        raise InputError(f"FILE goes with {' and '.join(_TASKS)}, and with them alone")
+    task = _TASKS.get(args.data[0])
+    if task and len(args.data) != 2:
+        name = args.data[0]
+        raise InputError(f"{name} is measured on a file: tinygpt evaluate MODEL {name} FILE")
     found = open_checkpoint(args.model)
-    data = None if args.file else Dataset.open(args.data)  # before the model's seconds
-    window = found.config.block_size
-    if data and args.stride is not None and args.stride > window:
-        raise InputError(f"--stride is {args.stride}: it must be from 1 to the window, {window}")
     tokenizer = found.tokenizer(args.tokenizer)
-    if data:
-        data.check(found.config.vocab_size, tokenizer)
-    model = found.load()
-    if data:
-        result = evaluate_data(model, data, args.split, args.stride, tokenizer=tokenizer)
-    else:
-        task = hellaswag if args.data == "hellaswag" else lambada
-        result = task(Scorer(model), tokenizer, Path(args.file))
+    with ExitStack() as stack:
+        if task:
+            result = task(Scorer(found.load()), tokenizer, Path(args.data[1]))
+        else:
+            window = found.config.block_size
+            if args.stride is not None and args.stride > window:
+                raise InputError(
+                    f"--stride is {args.stride}: it must be from 1 to the window, {window}"
+                )
+            data, split = _data(args, tokenizer, stack)
+            data.check(found.config.vocab_size, tokenizer)  # before the model's seconds
+            result = evaluate_data(found.load(), data, split, args.stride)
     if args.json:
         print(json.dumps(result))
     else:
@@ -58,3 +68,14 @@ def run(args: argparse.Namespace) -> int:
             shown = f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
             print(f"{name.replace('_', ' '):>20}  {shown}", file=sys.stdout)
     return 0
+
+
+def _data(args: argparse.Namespace, tokenizer: Tokenizer, stack: ExitStack) -> tuple[Dataset, str]:
+    """What to measure on: prepared tokens, or all of a text in the model's."""
+    if folder := prepared_or_none(args):
+        return Dataset.open(folder), args.split or "val"
+    if args.split:
+        raise InputError("--split is for prepared tokens: a text is measured as a whole")
+    folder = Path(stack.enter_context(TemporaryDirectory(ignore_cleanup_errors=True)), "data")
+    prepare(args.data, folder, tokenizer, val=0, **text_settings(args))
+    return Dataset.open(folder), "train"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from glob import has_magic
 from pathlib import Path
 
 from tinygpt.commands.flags import add_flag, add_shared
+from tinygpt.commands.texts import KINDS, TEXTS, add_text_flags, text_settings
 from tinygpt.data.dataset import SPLITS
 from tinygpt.data.prepare import prepare
 from tinygpt.errors import say
@@ -13,25 +15,21 @@ from tinygpt.errors import say
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add what `tinygpt prepare` takes."""
-    words = "UTF-8 text, or shakespeare to fetch char-rnn's file"
-    parser.add_argument("source", metavar="FILE|FOLDER", help=words)
-    kinds = "char, bytes, gpt2, bpe:N to learn N ids from the text, or a folder or model that has "
-    kinds += "one (default: char)"
-    add_shared(parser, "--tokenizer", default="char", help=kinds)
-    words = "the share for validation (default: 0.1)"
-    add_flag(parser, "--val", kind=float, default=0.1, help=words, low=0, below=1)
-    words = "the source is JSONL, with the text under this key"
-    add_flag(parser, "--field", metavar="KEY", help=words)
+    parser.add_argument("source", nargs="+", metavar="TEXT", help=TEXTS)
+    add_shared(parser, "--tokenizer", default="char", help=f"{KINDS} (default: char)")
+    add_text_flags(parser)
     words = "the folder to make (default: named after the source)"
     add_flag(parser, "-o", "--out", metavar="DIR", help=words)
 
 
 def run(args: argparse.Namespace) -> int:
     """`tinygpt prepare`: make the folder and say what is in it."""
+    source = Path(args.source[0])
+    while has_magic(str(source)) and not source.exists():
+        source = source.parent
     kind = Path(args.tokenizer).name.replace(":", "")
-    name = f"{Path(args.source).resolve().stem}-{kind}"
-    out = Path(args.out or name)
-    header = prepare(args.source, out, args.tokenizer, args.val, args.field)
+    out = Path(args.out or f"{source.resolve().stem}-{kind}")
+    header = prepare(args.source, out, args.tokenizer, **text_settings(args))
     counts = " and ".join(f"{header.splits[split].tokens:,} {split}" for split in SPLITS)
     say(f"{out}: {counts} tokens of {header.vocab_size:,} ids")
     return 0

@@ -13,13 +13,12 @@ from tinygpt.checkpoints.load_tokenizer import load_tokenizer
 from tinygpt.checkpoints.open_checkpoint import Checkpoint, open_checkpoint
 from tinygpt.checkpoints.run_folder import checkpoint_in
 from tinygpt.commands.flags import add_flag, add_options, add_shared, given, spelled
+from tinygpt.commands.texts import KINDS, TEXTS, add_text_flags, prepared
 from tinygpt.data.dataset import Dataset
-from tinygpt.data.prepare import prepare
 from tinygpt.errors import InputError, say, visible
 from tinygpt.model import GPT
 from tinygpt.options import defaults
 from tinygpt.runtime import device
-from tinygpt.tokenizer.tokenizer import Tokenizer
 from tinygpt.training.lock import locked
 from tinygpt.training.run import Run
 from tinygpt.training.settings import (
@@ -99,10 +98,9 @@ def start(
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The arguments of `tinygpt train`."""
-    words = "a text, `shakespeare`, or a folder of prepared tokens"
-    parser.add_argument("data", metavar="DATA", help=words)
-    words = "of a text: char, bytes, gpt2 or bpe:N (default: char)"
-    add_shared(parser, "--tokenizer", help=words)
+    words = f"a folder of prepared tokens, or {TEXTS}"
+    parser.add_argument("data", nargs="+", metavar="DATA", help=words)
+    add_shared(parser, "--tokenizer", help=f"of a text: {KINDS} (default: char)")
     add_shared(parser, "--plain")
     words = "the run's folder, made if need be"
     add_flag(parser, "-o", "--out", metavar="RUN", required=True, help=words)
@@ -114,6 +112,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_flag(parser, "--resume", kind=bool, help=words)
     words = "make as many steps as fit into this time"
     add_flag(parser, "--minutes", kind=float, metavar="M", help=words, above=0)
+    add_text_flags(parser.add_argument_group("how a text is read"))
     words = (
         "by their fields' names, n_layer for --n-layer, these and those below are also the keys "
     )
@@ -151,7 +150,7 @@ def _new(args: argparse.Namespace, folder: Path) -> Run:
     forget()  # what a try has left that was killed before its first checkpoint
     had_tokens = tokens.exists()
     try:
-        source = _prepared(args, tokens, base and base.tokenizer())
+        source = prepared(args, tokens, base and base.tokenizer())
         if source == tokens and not had_tokens:
             mark.touch()
         return begin(folder, Dataset.open(source), config, base, args.minutes)
@@ -173,7 +172,7 @@ def _resumed(args: argparse.Namespace, folder: Path) -> Run:
     last = checkpoint_in(folder, "last")
     if last is None:
         raise InputError(f"{folder} has no checkpoint to go on from: leave --resume out")
-    data = Dataset.open(_prepared(args, folder / "data", load_tokenizer(last)))
+    data = Dataset.open(prepared(args, folder / "data", load_tokenizer(last)))
     return Run.resume(folder, data, args.steps, args.minutes)
 
 
@@ -201,20 +200,3 @@ def _need_new(folder: Path) -> None:
         raise InputError(
             f"{folder} already holds a run: pass --resume to go on with it, or another folder"
         )
-
-
-def _prepared(args: argparse.Namespace, tokens: Path, tokenizer: Tokenizer | None) -> Path:
-    """The folder of tokens: DATA, or one made of a text.
-
-    Args:
-        tokens: where to make it.
-        tokenizer: for a text where no other is asked for; None is that of its characters.
-    """
-    source = Path(args.data)
-    if source.is_dir() or (not source.exists() and args.data != "shakespeare"):
-        if args.tokenizer:
-            raise InputError(f"--tokenizer is for a text, but {source} is not a file")
-        return source
-    text = args.data if args.data == "shakespeare" else source
-    prepare(text, tokens, args.tokenizer or tokenizer or "char")
-    return tokens

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ def ids_dtype(vocab_size: int) -> np.dtype:
 
 @dataclass(frozen=True)
 class Split:
-    """One token file: its tokens, the text they stand for (end tokens aside) and its SHA-256."""
+    """One token file: its tokens, the text they stand for, special tokens aside, its SHA-256."""
 
     tokens: int
     characters: int
@@ -45,8 +45,12 @@ class Header:
     vocab_size: int
     source: str  # SHA-256 of what was read
     val: float  # the fraction asked for
-    field: str | None  # of JSONL
+    field: str | None  # of JSON and CSV
     splits: dict[str, Split]
+    # The defaults are what was done before there were these.
+    special_tokens: bool = False  # whether their spellings in the text were read as them
+    keep_crlf: bool = True  # whether \r\n was left as it is
+    special_tokens_found: int = 0  # how many spellings stood in the text
 
     @property
     def dtype(self) -> np.dtype:
@@ -76,11 +80,15 @@ class Header:
                 "field": str() | None as field,
                 "dtype": dtype,
                 "splits": {"train": dict(train), "val": dict(held_out)},
+                **rest,
             }:
                 splits = {"train": _split(train, path), "val": _split(held_out, path)}
                 header = cls(tokenizer, vocab_size, source, val, field, splits)
-                if (form, dtype) == (_FORMAT, header.dtype.name) and vocab_size > 0:
-                    return header
+                later = ("special_tokens", "keep_crlf", "special_tokens_found")
+                found = {name: rest[name] for name in later if name in rest}
+                fits = all(type(found[x]) is type(getattr(header, x)) for x in found)
+                if fits and (form, dtype) == (_FORMAT, header.dtype.name) and vocab_size > 0:
+                    return replace(header, **found)
         raise CheckpointError(
             f"{path}: it is not a header of format {_FORMAT!r}: prepare the text again"
         )
@@ -96,6 +104,21 @@ def _split(content: dict[str, Any], path: Path) -> Split:
         } if min(tokens, characters, size) >= 0:
             return Split(tokens, characters, size, digest)
     raise CheckpointError(f"{path}: {show(content)} does not describe a split: prepare again")
+
+
+def tokens_folder(source: str | Path) -> Path | None:
+    """The folder of prepared tokens that a path stands for, None where it stands for text.
+
+    Raises:
+        InputError: for a run's folder, which has its tokens in a folder inside.
+    """
+    folder = Path(source)
+    names = (_FILE, *(f"{split}.bin" for split in SPLITS))
+    if any((folder / name).is_file() for name in names):
+        return folder
+    if (folder / "data" / _FILE).is_file():
+        raise InputError(f"{folder} is a run's folder: its tokens are in {folder / 'data'}")
+    return None
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -18,20 +17,20 @@ import numpy as np
 from tinygpt.checkpoints.download import fetch
 from tinygpt.checkpoints.hub import cache_folder
 from tinygpt.checkpoints.load_tokenizer import load_tokenizer
-from tinygpt.data.corpus import PIECE_BYTES, Piece, Source
-from tinygpt.data.dataset import SPLITS, Dataset, Header, Split, ids_dtype
-from tinygpt.errors import InputError, check_float, reason, show, unknown
+from tinygpt.data.convert import Converter, codes, grouped, on_all_cores
+from tinygpt.data.corpus import Source, TextSettings
+from tinygpt.data.dataset import SPLITS, Dataset, Header, Split, tokens_folder
+from tinygpt.data.find_files import SHAKESPEARE
+from tinygpt.errors import InputError, reason, say, show, unknown
 from tinygpt.storage import atomic_folder
 from tinygpt.tokenizer.encoding import (
     NAMES,
     char_tokenizer,
-    encode,
-    end_token,
     same_tokenizer,
     save_tokenizer,
 )
 from tinygpt.tokenizer.learn_bpe import bpe_tokenizer, train_bpe
-from tinygpt.tokenizer.tokenizer import Tokenizer
+from tinygpt.tokenizer.tokenizer import END, Tokenizer
 
 _SHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
@@ -39,57 +38,114 @@ _SHAKESPEARE = (
 )
 _KINDS = ("char", "bytes", "gpt2", "bpe:N")
 _LEARN_BYTES = 64 << 20  # of this much text, spread evenly, a BPE is learnt
-_SPACES = re.compile(r"\s{7}")  # in every 1250th character, where 9999 white ones are in a row
 
 
 def prepare(
-    source: str | Path,
+    source: str | Path | Sequence[str | Path],
     out: str | Path,
     tokenizer: str | Path | Tokenizer,
     val: float = 0.1,
     field: str | None = None,
+    special_tokens: bool | None = None,
+    keep_crlf: bool = False,
+    leave_out: Path | None = None,
 ) -> Header:
     """Turn text into a folder of token files that `Dataset.open` reads.
 
     The last part of the text is for validation: of plain text, from the first character that
-    starts at or past the byte (1 - val) * size; of JSONL, the lines that start there. In a folder,
-    and in JSONL, each document ends with `<|endoftext|>` (for char, which has none, a line feed).
+    starts at or past the byte (1 - val) * size, and outside of a special token; of records, those
+    that start there. Of several files, and of records, each is a document and ends with
+    `<|endoftext|>` (for char, which has none, a line feed). A byte order mark is dropped.
 
     Args:
-        source: a UTF-8 file; a folder of them, in the order of their paths, hidden ones left out;
-            or the str "shakespeare", char-rnn's file, fetched once. It may be larger than memory.
+        source: a UTF-8 file; a folder of them, in the order of their paths, hidden ones left out; a
+            pattern such as `texts/*.txt`; several of these; or the str "shakespeare", char-rnn's
+            file, fetched once. It may be larger than memory.
         out: the folder to make. One that holds this very text prepared in this way is left as it
             is; any other that is not empty is refused.
         tokenizer: char, bytes, gpt2, or bpe:N to learn N ids from the training text (64 MiB of it);
             a text too short for N merges of what occurs twice gives fewer. Else a folder or a
             model's file that brings one (see `load_tokenizer`), or a tokenizer itself.
         val: the fraction for validation, 0 <= val < 1.
-        field: the source is JSONL, with the text under this key.
+        field: the source is JSON lines, a JSON array or CSV, with the text under this key; under
+            several, with commas between them, which are joined by line feeds.
+        special_tokens: whether the spelling of a special token in the text means that token; None
+            means it in documents, which it may separate, and not in a single text.
+        keep_crlf: leave \\r\\n as it is; it is read as \\n otherwise.
+        leave_out: a folder that is not looked into; None is `out`.
     Returns:
         the header of the folder.
     Raises:
         InputError: for an argument or text that cannot work, or when `out` cannot be written; then
             nothing is left behind.
     """
-    check_float("val", val, low=0, below=1)
+    reading = TextSettings(val, field, special_tokens, keep_crlf)
     name, given = _given(tokenizer)
-    if source == "shakespeare":
-        source = cache_folder() / "data" / "shakespeare.txt"
-        if not source.is_file():
-            fetch(_SHAKESPEARE[0], source, _SHAKESPEARE[1])
-    out = Path(out)
-    text = Source.find(Path(source), field, val, leave_out=out)
-    settings = {"source": text.sha256(), "tokenizer": name, "val": val, "field": field}
-    if existing := _existing(out, settings, given):
+    sources, out = _sources(source), Path(out)
+    text = Source.find(sources, reading, leave_out or out)
+    names, as_tokens = _special_tokens(name, given, text)
+    settings = {"source": text.sha256, "tokenizer": name, "val": val, "field": field}
+    settings |= {"special_tokens": as_tokens, "keep_crlf": keep_crlf}
+    if existing := _existing(out, settings, given, text.has_crlf):
         return existing
     with atomic_folder(out, "; pass another -o") as folder:
-        encoding = given or _learnt(name, text)
+        encoding = given or _learnt(name, text, names, as_tokens)
         save_tokenizer(encoding, folder)
-        splits = _write(folder, encoding, text)
-        header = Header(vocab_size=encoding.n_vocab, splits=splits, **settings)
+        splits, found = _write(folder, Converter(encoding, names, as_tokens), text)
+        header = Header(
+            vocab_size=encoding.n_vocab,
+            splits=splits,
+            special_tokens_found=found.total(),
+            **settings,
+        )
         header.write(folder)
         text.check_unchanged()
+    if found:
+        _say_found(found, as_tokens, encoding)
     return header
+
+
+def _say_found(found: Counter[str], as_tokens: bool, tokenizer: Tokenizer) -> None:
+    """Say how many special tokens stood in a text, and what was made of them."""
+    names = ", ".join(show(name)[1:-1] for name, _ in found.most_common(3))
+    how = (
+        "read as tokens" if as_tokens else "read as plain text: --special-tokens makes tokens of it"
+    )
+    if tokenizer.name == "char":
+        how = "read as plain text, since single characters are all that char has"
+    say(f"{names} stands in the text {found.total():,} times, {how}")
+
+
+def _sources(source: str | Path | Sequence[str | Path]) -> list[str | Path]:
+    """What to read, after it is fetched where it is a name."""
+    sources = [source] if isinstance(source, str | Path) else [*source]
+    if sources == [SHAKESPEARE]:
+        if os.path.exists(SHAKESPEARE):
+            say(f"{SHAKESPEARE} is the name of a text to fetch; ./{SHAKESPEARE} is what is here")
+        path = cache_folder() / "data" / "shakespeare.txt"
+        if not path.is_file():
+            fetch(_SHAKESPEARE[0], path, _SHAKESPEARE[1])
+        return [path]
+    for each in sources:
+        if tokens_folder(each):
+            raise InputError(f"{each} holds prepared tokens: give it alone, to train or evaluate")
+    return sources
+
+
+def _special_tokens(kind: str, tokenizer: Tokenizer | None, text: Source) -> tuple[list[str], bool]:
+    """The spellings that a text is searched for, and whether they are read as tokens."""
+    asked = text.settings.special_tokens
+    names = [END] if kind != "char" else []
+    if tokenizer:
+        names = [token.content for token in tokenizer.added if token.special]
+    if names:
+        return names, text.documents if asked is None else asked
+    if asked:
+        raise InputError(
+            f"tokenizer {show(kind)} has no special tokens: pass --tokenizer with bytes, gpt2 or "
+            "bpe:N, or leave --special-tokens out"
+        )
+    return [END], False
 
 
 def _given(tokenizer: str | Path | Tokenizer) -> tuple[str, Tokenizer | None]:
@@ -106,7 +162,9 @@ def _given(tokenizer: str | Path | Tokenizer) -> tuple[str, Tokenizer | None]:
     return str(Path(tokenizer).absolute()), load_tokenizer(Path(tokenizer))
 
 
-def _existing(out: Path, settings: dict[str, Any], given: Tokenizer | None) -> Header | None:
+def _existing(
+    out: Path, settings: dict[str, Any], given: Tokenizer | None, has_crlf: bool
+) -> Header | None:
     """The header of a folder that was made with these settings; None where there is nothing."""
     try:
         if not os.path.lexists(out) or (out.is_dir() and not os.listdir(out)):
@@ -121,117 +179,48 @@ def _existing(out: Path, settings: dict[str, Any], given: Tokenizer | None) -> H
         # A tokenizer that is given may be the same under another name.
         if name == "tokenizer" and given and same_tokenizer(data.tokenizer(), given):
             continue
+        if name == "keep_crlf" and not has_crlf:
+            continue
         if had != value or (name == "tokenizer" and given):
             fact = "other text" if name == "source" else f"{name} {show(had)}, not {show(value)}"
             raise InputError(f"{out} was prepared with {fact}: pass another -o, or remove it first")
     return data.header
 
 
-def _learnt(kind: str, text: Source) -> Tokenizer:
+def _learnt(kind: str, text: Source, names: list[str], as_tokens: bool) -> Tokenizer:
     """The tokenizer that a text teaches: its characters, or for `bpe:N` its most frequent pairs."""
     if kind == "char":
         seen = np.zeros(0x110000, bool)
-        for _, piece, _ in text.pieces("alphabet", end="\n"):
-            seen[_codes(piece)] = True
+        for _, piece, _ in text.pieces("alphabet", names, end="\n"):
+            seen[codes(piece)] = True
         return char_tokenizer(map(chr, np.flatnonzero(seen)))
-    learnt = (piece for is_val, piece, _ in text.pieces("words") if not is_val)
+    learnt = (piece for is_val, piece, _ in text.pieces("words", names) if not is_val)
     every = max(1, -(-text.cut // _LEARN_BYTES))
-    return bpe_tokenizer(train_bpe(islice(learnt, 0, None, every), int(kind.partition(":")[2])))
+    chosen = islice(learnt, 0, None, every)
+    if as_tokens:
+        chosen = (part for piece in chosen for part in piece.split(END))
+    return bpe_tokenizer(train_bpe(chosen, int(kind.partition(":")[2])))
 
 
-def _codes(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode("utf-32-le"), "<u4")
-
-
-def _write(folder: Path, tokenizer: Tokenizer, text: Source) -> dict[str, Split]:
-    """Write both token files."""
+def _write(
+    folder: Path, converter: Converter, text: Source
+) -> tuple[dict[str, Split], Counter[str]]:
+    """Write both token files; their splits, and how often special tokens were spelt."""
     counts = {split: np.zeros(3, np.int64) for split in SPLITS}
     digests = {split: hashlib.sha256() for split in SPLITS}
-    end = "\n" if end_token(tokenizer) is None else ""
-    parts = _grouped(text.pieces("tokens", end))
+    parts = grouped(text.pieces("tokens", converter.whole, converter.end_text))
+    found: Counter[str] = Counter()
     with ExitStack() as stack:
         files = {s: stack.enter_context(open(folder / f"{s}.bin", "wb")) for s in SPLITS}
-        for is_val, ids, counted in _on_all_cores(_converter(tokenizer), parts):
+        for is_val, ids, counted, spelt in on_all_cores(converter, parts):
             split = SPLITS[is_val]
             files[split].write(ids)
             digests[split].update(ids)
             counts[split] += counted
+            found.update(spelt)
         for split, file in files.items():
-            if not file.tell() and not (split == "val" and text.cut == text.total):
+            if not file.tell() and not (split == "val" and text.cut == text.size):
                 raise InputError(f"no text is left for {split}: give more text or another --val")
             file.flush()
             os.fsync(file.fileno())
-    return {s: Split(*map(int, counts[s]), digests[s].hexdigest()) for s in SPLITS}
-
-
-def _grouped(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Pieces of the same part together, until they are worth a thread's while."""
-    group, size = [], 0
-    for piece in pieces:
-        if group and (piece[0] != group[0][0] or size >= PIECE_BYTES):
-            yield group
-            group, size = [], 0
-        group.append(piece)
-        size += len(piece[1])
-    if group:
-        yield group
-
-
-def _converter(
-    tokenizer: Tokenizer,
-) -> Callable[[list[Piece]], tuple[bool, np.ndarray, tuple[int, int, int]]]:
-    """What turns a group into (whether for validation, ids, (tokens, characters, bytes))."""
-    dtype, end = ids_dtype(tokenizer.n_vocab), end_token(tokenizer)
-    last = np.array([] if end is None else [end], dtype)
-    ranks = tokenizer.ranks
-    id_of = np.zeros(0x110000 if tokenizer.name == "char" else 0, dtype)
-    known = np.zeros(len(id_of), bool)
-    lacking = any(bytes([byte]) not in ranks for byte in range(256))  # at one, tiktoken panics
-    if len(id_of):
-        for character, number in ranks.items():
-            id_of[ord(character.decode())] = number
-            known[ord(character.decode())] = True
-
-    def ids_in(text: str) -> np.ndarray:
-        if tokenizer.name == "char":
-            codes = _codes(text)
-            if not known[codes].all():
-                encode(tokenizer, text)  # which says what the tokenizer lacks
-            return id_of[codes]
-        if tokenizer.name == "bytes":
-            return np.frombuffer(text.encode(), np.uint8)
-        normal = any(not token.special for token in tokenizer.added)
-        if lacking or normal or _SPACES.search(text[::1250]):
-            return np.array(encode(tokenizer, text), dtype)
-        # Unlike encode, this holds Python's lock hardly ever, so that threads do run at once.
-        return tokenizer.encoding.encode_to_numpy(text, disallowed_special=())
-
-    def convert(group: list[Piece]) -> tuple[bool, np.ndarray, tuple[int, int, int]]:
-        arrays = [np.empty(0, dtype)]
-        for _, text, ends in group:
-            if text:
-                arrays.append(ids_in(text))
-            if ends:
-                arrays.append(last)
-        ids = np.concatenate(arrays, dtype=dtype, casting="unsafe")
-        characters = sum(len(text) for _, text, _ in group)
-        size = sum(len(text.encode()) for _, text, _ in group)
-        return group[0][0], ids, (len(ids), characters, size)
-
-    return convert
-
-
-def _on_all_cores(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """The function of each item, in order; only a few items are in memory at a time."""
-    usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-    cores, waiting = len(usable(0)), deque()
-    pool = ThreadPoolExecutor(cores)
-    try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > cores + 1:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    return {s: Split(*map(int, counts[s]), digests[s].hexdigest()) for s in SPLITS}, found

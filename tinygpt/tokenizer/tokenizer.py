@@ -121,13 +121,13 @@ class Tokenizer:
             InputError: for a character the vocabulary lacks, or one that is not valid Unicode.
         """
         ids: list[int] = []
-        for part, token in self._parts(text, special):
+        for part, token in self.parts(text, special):
             if token is not None:
                 ids.append(token.id)
                 continue
             if whole and self.prefix_space and not part.startswith(" "):
                 part = f" {part}"
-            ids += self._merge(part)
+            ids += self.merge(part)
         return [*self.before, *ids, *self.after] if whole else ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -144,7 +144,7 @@ class Tokenizer:
         except (KeyError, OverflowError):
             return b"\xff"  # a decoder makes it U+FFFD
 
-    def _parts(self, text: str, special: bool) -> Iterator[tuple[str, AddedToken | None]]:
+    def parts(self, text: str, special: bool) -> Iterator[tuple[str, AddedToken | None]]:
         """A text in parts, each ordinary text or an added token's."""
         first, second = self._patterns[special]
         for part, token in _cut(text, *first):
@@ -165,7 +165,7 @@ class Tokenizer:
             for tokens in sets
         )
 
-    def _merge(self, text: str) -> list[int]:
+    def merge(self, text: str) -> list[int]:
         """The ids of ordinary text."""
         ranks, ids = self.ranks, list[int]()
         for character in set(text):

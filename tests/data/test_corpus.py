@@ -1,0 +1,263 @@
+"""Texts as people have them: special tokens, marks and line ends of Windows, records, folders."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from test_prepare import documents, fails, write
+
+from tinygpt.data import convert, corpus
+from tinygpt.data.corpus import recut
+from tinygpt.data.dataset import Dataset, Header
+from tinygpt.data.prepare import prepare
+from tinygpt.tokenizer.encoding import decode, encode, end_token
+from tinygpt.tokenizer.learn_bpe import bpe_tokenizer, train_bpe
+
+END = "<|endoftext|>"
+TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n" * 9
+
+
+@pytest.fixture(autouse=True, params=[7, 97, 4 << 20])
+def _pieces(request, monkeypatch):
+    """Of few bytes, such that borders fall everywhere, and of all."""
+    monkeypatch.setattr(corpus, "PIECE_BYTES", request.param)
+    monkeypatch.setattr(convert, "PIECE_BYTES", request.param)
+
+
+def ids_of(source, out: Path, tokenizer="bytes", **more) -> tuple[Dataset, list[int], list[int]]:
+    prepare(source, out, tokenizer, **more)
+    data = Dataset.open(out)
+    return data, data.train.tolist(), data.val.tolist()
+
+
+def own(name: str):
+    """Tokenizers as people have them, offline."""
+    if name == "bpe":
+        return bpe_tokenizer(train_bpe([TEXT], 280))
+    return name
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe", "bpe:270"])
+@pytest.mark.parametrize("as_tokens", [True, False])
+def test_special_tokens_in_a_text_are_counted_and_read_as_asked(name, as_tokens, tmp_path, capsys):
+    draw = random.Random(0)
+    text = "".join(
+        draw.choice(["to be ", "or not\n", END, "<|endof", "text|>", "é"]) for _ in range(500)
+    )
+    count = text.count(END)
+    source = write(tmp_path / "text.txt", text)
+    data, train, val = ids_of(source, tmp_path / "out", own(name), special_tokens=as_tokens)
+    said = capsys.readouterr().err
+    assert f"{END} stands in the text {count:,} times, read as " in said
+    assert ("--special-tokens" in said) != as_tokens
+    assert (data.header.special_tokens, data.header.special_tokens_found) == (as_tokens, count)
+    tokenizer = data.tokenizer()
+    end = end_token(tokenizer)
+    assert (train + val).count(end) == (count if as_tokens else 0)
+    assert decode(tokenizer, train + val) == text
+    assert encode(tokenizer, decode(tokenizer, train), special=as_tokens) == train
+    assert encode(tokenizer, decode(tokenizer, val), special=as_tokens) == val
+    letters = len(text) - len(END) * count * as_tokens  # a loss per byte is one of text
+    assert sum(split.characters for split in data.header.splits.values()) == letters
+
+
+def test_a_special_token_is_not_divided_between_training_and_validation(tmp_path):
+    text = "some text" + END + "more of it, and still more"
+    source = write(tmp_path / "text.txt", text)
+    for place in range(1, len(text)):
+        out, val = tmp_path / str(place), 1 - (place + 0.5) / len(text)
+        _, train, held_out = ids_of(source, out, special_tokens=True, val=val)
+        assert (train + held_out).count(256) == 1
+        assert len(train) == (place if place <= 9 else max(place - len(END), 9) + 1)
+
+
+def test_one_text_has_its_special_tokens_as_text_and_documents_have_them_as_tokens(tmp_path):
+    alone = write(tmp_path / "text.txt", f"a{END}b " * 30)
+    assert 256 not in ids_of(alone, tmp_path / "1")[1]
+    for number, source in enumerate((tmp_path / "in", [alone, alone.with_name("b.txt")])):
+        write(tmp_path / "in" / "text.txt", f"a{END}b " * 30)
+        write(tmp_path / "b.txt", "other text")
+        assert ids_of(source, tmp_path / f"2{number}")[1].count(256) > 20
+    lines = write(tmp_path / "x.jsonl", [{"text": f"a{END}b{END}"}] * 20)
+    data, train, _ = ids_of(lines, tmp_path / "3", field="text")
+    assert train[:4] == [97, 256, 98, 256]  # the end that is there already is not put twice
+    assert data.header.special_tokens
+    assert 256 not in ids_of(lines, tmp_path / "4", field="text", special_tokens=False)[1][:20]
+
+
+def test_a_tokenizer_without_special_tokens_says_so(tmp_path, capsys):
+    source = write(tmp_path / "text.txt", f"a{END}b " * 30)
+    header = prepare(source, tmp_path / "out", "char")
+    assert header.special_tokens_found == 30
+    assert "30 times, read as plain text, since single characters" in capsys.readouterr().err
+    fails(tmp_path, "'char' has no special tokens: pass --tokenizer", source, "char",
+          out=tmp_path / "new", special_tokens=True)  # fmt: skip
+
+
+def test_special_tokens_with_spaces_and_line_feeds_are_never_cut():
+    names = ["<a b>", "\n\n", "b> c"]
+    draw = random.Random(1)
+    for _ in range(300):
+        text = "".join(draw.choices(["<a b>", "<a", " b>", "\n\n", "\n", "x", " ", "c"], k=30))
+        cuts = sorted(draw.choices(range(len(text)), k=9))
+        given = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        pieces = list(recut(given, names))
+        assert "".join(pieces) == text
+        at = 0
+        for piece in pieces[:-1]:
+            at += len(piece)
+            assert not any(
+                text.startswith(name, start)
+                for name in names
+                for start in range(max(0, at - len(name) + 1), at)
+            )
+
+
+def test_a_learnt_vocabulary_has_no_pieces_of_special_tokens(tmp_path):
+    source = write(tmp_path / "text.txt", f"the cat{END}" * 200)
+    data, *_ = ids_of(source, tmp_path / "out", "bpe:300", special_tokens=True)
+    assert not any(b"|" in token and len(token) > 1 for token in data.tokenizer().ranks)
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "char", "bpe:270"])
+def test_a_text_of_windows_is_the_same_text(tokenizer, tmp_path):
+    plain = write(tmp_path / "plain.txt", TEXT)
+    _, *expected = ids_of(plain, tmp_path / "plain", tokenizer)
+    mark = b"\xef\xbb\xbf"
+    for number, (content, more) in enumerate((
+        (mark + TEXT.encode(), {}),
+        (TEXT.replace("\n", "\r\n").encode(), {}),
+        (mark + TEXT.replace("\n", "\r\n").encode(), {}),
+        (mark + TEXT.encode(), {"keep_crlf": True}),
+    )):  # fmt: skip
+        source = write(tmp_path / f"{number}.txt", content)
+        _, *found = ids_of(source, tmp_path / str(number), tokenizer, **more)
+        assert found == expected
+    kept = write(tmp_path / "kept.txt", TEXT.replace("\n", "\r\n"))
+    data, train, val = ids_of(kept, tmp_path / "kept", tokenizer, keep_crlf=True)
+    assert decode(data.tokenizer(), train + val) == TEXT.replace("\n", "\r\n")
+
+
+def test_a_carriage_return_alone_is_text_and_marks_begin_every_file(tmp_path):
+    _, train, _ = ids_of(write(tmp_path / "a.txt", "a\rb\r\r\nc\r"), tmp_path / "a", val=0)
+    assert bytes(train) == b"a\rb\r\nc\r"
+    for name in "ab":
+        write(tmp_path / "in" / name, b"\xef\xbb\xbf" + name.encode() + b"\r\n")
+    data, *_ = ids_of(tmp_path / "in", tmp_path / "b", val=0)
+    assert documents(data, data.train) == ["a\n", "b\n"]
+
+
+def test_a_folder_prepared_without_windows_line_ends_serves_either_way(tmp_path):
+    source = write(tmp_path / "text.txt", TEXT)
+    header = prepare(source, tmp_path / "out", "bytes")
+    assert prepare(source, tmp_path / "out", "bytes", keep_crlf=True) == header
+    write(source, TEXT.replace("\n", "\r\n"))
+    prepare(source, tmp_path / "crlf", "bytes")
+    fails(tmp_path, "with keep_crlf False, not True", source, keep_crlf=True, out=tmp_path / "crlf")
+
+
+def test_a_header_from_before_these_were_settings_is_read(tmp_path):
+    header = prepare(write(tmp_path / "text.txt", TEXT), tmp_path / "out", "bytes")
+    path = tmp_path / "out" / "header.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("special_tokens", "keep_crlf", "special_tokens_found"):
+        del content[name]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    assert Header.read(tmp_path / "out").splits == header.splits
+    assert prepare(tmp_path / "text.txt", tmp_path / "out", "bytes").splits == header.splits
+
+
+RECORDS = [{"a": 'one, "two"', "b": "x\ny", "c": ""}, {"a": "é\u2028 three", "b": "", "c": "z"}] * 9
+
+
+def as_file(form: str, folder: Path) -> Path:
+    if form == "lines":
+        return write(
+            folder / "x.jsonl", "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in RECORDS)
+        )
+    if form in ("array", "pretty"):
+        text = json.dumps(RECORDS, ensure_ascii=False, indent=4 if form == "pretty" else None)
+        return write(folder / "x.json", text)
+    rows = [RECORDS[0].keys(), *(record.values() for record in RECORDS)]
+    sign = {"csv": ",", "excel": ";", "tab": "\t"}[form]
+    quoted = [[f'"{cell}"' for cell in (str(x).replace('"', '""') for x in row)] for row in rows]
+    text = "\r\n".join(map(sign.join, quoted)) + "\r\n"
+    return write(folder / ("x.tsv" if form == "tab" else "x.csv"), b"\xef\xbb\xbf" + text.encode())
+
+
+@pytest.mark.parametrize("form", ["lines", "array", "pretty", "csv", "excel", "tab"])
+def test_records_of_every_form_give_their_texts(form, tmp_path):
+    source = as_file(form, tmp_path)
+    data, *_ = ids_of(source, tmp_path / "a", field="a", val=0.3)
+    assert documents(data, data.train) + documents(data, data.val) == [x["a"] for x in RECORDS]
+    assert len(data.val)
+    data, *_ = ids_of(source, tmp_path / "b", field="b", val=0)
+    assert documents(data, data.train) == ["x\ny"] * 9  # those without any are left out
+    data, *_ = ids_of(source, tmp_path / "abc", field="a,b,c", val=0)
+    assert documents(data, data.train)[:2] == ['one, "two"\nx\ny', "é\u2028 three\nz"]
+    kind = {"lines": "JSON lines", "array": "JSON", "pretty": "JSON"}.get(form, "CSV")
+    fails(tmp_path, rf"is {kind}: name the (key|column) that holds the text with --field", source)
+    fails(tmp_path, "--field 'd' must name text", source, field="d")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("x.json", '[{"t": "a"}, {"t": "b"]', "entry 2: its JSON is damaged"),
+        ("x.json", '[{"t": "a"} {"t": "b"}]', "entry 2: its JSON is damaged: no ',' stands before"),
+        ("x.json", '[{"t": "a"}, "b"]', "entry 2: 'b' is not an object"),
+        ("x.json", '[{"t": "a", "t": "b"}]', "entry 1: .*the key 't' appears twice"),
+        ("x.json", "[" * 9999, "entry 1: .*"),
+        ("x.json", "[]", "no text is left for train"),
+        ("x.json", '{"t":\n "a"}', "line 1: its JSON is damaged"),
+        ("x.json", '[{"t": "\\ud800"}]', "entry 1: surrogates not allowed"),
+        ("x.csv", "t,t\na,b\n", "line 1: .*have a name twice|line 2: .*have a name twice"),
+        ("x.csv", "t,u\na\n", "must name text|no text is left"),
+        ("x.csv", "t\n\xff", "line 2: invalid start byte"),
+    ],
+)
+def test_damaged_records_are_one_line(name, content, words, tmp_path):
+    source = write(tmp_path / name, content.encode("latin-1"))
+    fails(tmp_path, words, source, field="t" if "u" not in content[:3] else "u")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("hello".encode("utf-16"), "text in UTF-16: save it in UTF-8"),
+        ("hello".encode("utf-16-be"), "zero bytes, so it is no UTF-8 text"),
+        (b"\x1f\x8b\x08", "compressed: unpack it first"),
+        (b"PK\x03\x04", "a zip file"),
+        (b"PAR1abc", "Parquet"),
+        (b"%PDF-1.4", "a PDF"),
+        (b"\xef\xbb\xbf", "is empty"),
+    ],
+)
+def test_what_is_no_text_is_called_by_its_name(content, words, tmp_path):
+    fails(tmp_path, words, write(tmp_path / "text.txt", content))
+    write(tmp_path / "in" / "good.txt", "some text")
+    if content[3:]:
+        fails(tmp_path, words, write(tmp_path / "in" / "bad.txt", content).parent)
+
+
+def test_files_folders_and_patterns_are_read_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("in/b.txt", "in/a.txt", "in/deep/c.txt", "in/x.md", "in/.d.txt", "e[1].txt"):
+        write(tmp_path / name, name)
+    for number, (source, names) in enumerate((
+        ("in/*.txt", ["in/a.txt", "in/b.txt"]),
+        ("in/**/*.txt", ["in/a.txt", "in/b.txt", "in/deep/c.txt"]),
+        (["in/x.md", "in/a.txt", "in/x.md"], ["in/x.md", "in/a.txt"]),
+        (["in/deep", "in/b.txt"], ["in/deep/c.txt", "in/b.txt"]),
+        (["e[1].txt", "in/x.md"], ["e[1].txt", "in/x.md"]),
+    )):  # fmt: skip
+        data, *_ = ids_of(source, tmp_path / f"out{number}", val=0)
+        assert documents(data, data.train) == names
+    fails(tmp_path, "no file has a name like 'in/\\*.jpg'", "in/*.jpg")
+    fails(tmp_path, "no file or folder 'in/a.tx': did you mean 'in/a.txt'", "in/a.tx")
+    fails(tmp_path, "no folder 'inn'", "inn/a.txt")
+    fails(tmp_path, "no file or folder 'shakspeare': did you mean 'shakespeare'", "shakspeare")
+    fails(tmp_path, "out0 holds prepared tokens", ["in/x.md", "out0"])
