@@ -33,6 +33,9 @@ SHARDED = {
 }
 
 
+ADAPTER = {"adapter_config.json": b"{}", "vocab.json": b"{}", "adapter_model.bin": b"weights"}
+
+
 class Server:
     """A Hub of our own: `files` by repository and name, and what is to go wrong, by file name."""
 
@@ -129,13 +132,14 @@ def fails(name: str, match: str, kind: type[InputError] = InputError) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_fetched_once_and_then_without_a_server(server: Server, tmp_path: Path) -> None:
-    server.files["org/tiny"] = SINGLE
+@pytest.mark.parametrize("files", [SINGLE, ADAPTER], ids=["a model", "an adapter"])
+def test_fetched_once_and_then_without_a_server(server: Server, tmp_path: Path, files) -> None:
+    server.files["org/tiny"] = files
     folder = hub.resolve("org/tiny")
     assert folder == tmp_path / "cache" / "models" / "org--tiny"
-    assert contents(folder) == SINGLE
+    assert contents(folder) == files
     assert server.asked()[0] == CONFIG
-    assert server.asked()[-1] == "model.safetensors"
+    assert server.asked()[-1] == [*files][-1]
     count = len(server.seen)
     assert hub.resolve("org/tiny") == folder
     assert len(server.seen) == count
@@ -360,7 +364,7 @@ def snapshot(tmp_path: Path, name: str, files: dict[str, bytes]) -> Path:
     return folder / "snapshots" / "0123abcd"
 
 
-@pytest.mark.parametrize("files", [SINGLE, SHARDED])
+@pytest.mark.parametrize("files", [SINGLE, SHARDED, ADAPTER])
 @pytest.mark.parametrize("kept_as", ["gpt2", "openai-community--gpt2"])
 def test_a_hugging_face_cache_is_used(
     files: dict[str, bytes], kept_as: str, server: Server, tmp_path: Path
@@ -369,6 +373,12 @@ def test_a_hugging_face_cache_is_used(
     assert hub.resolve("gpt2") == kept
     assert server.seen == []
     assert not (tmp_path / "cache").exists()
+
+
+def test_an_adapter_without_its_weights_is_not_kept(server: Server, tmp_path: Path) -> None:
+    server.files["org/lora"] = {"adapter_config.json": b"{}"}
+    fails("org/lora", r"org/lora has no adapter_model.safetensors or adapter_model.bin")
+    assert models(tmp_path) == []
 
 
 def test_where_the_hugging_face_cache_may_be(
@@ -385,12 +395,18 @@ def test_where_the_hugging_face_cache_may_be(
         monkeypatch.delenv(variable)
 
 
-@pytest.mark.parametrize("lacking", [CONFIG, INDEX, *SHARDS])
+INCOMPLETE = [
+    *((SHARDED, name) for name in (CONFIG, INDEX, *SHARDS)),
+    *((ADAPTER, name) for name in ("adapter_config.json", "adapter_model.bin")),
+]
+
+
+@pytest.mark.parametrize(("files", "lacking"), INCOMPLETE, ids=[name for _, name in INCOMPLETE])
 def test_an_incomplete_hugging_face_cache_is_not_used(
-    lacking: str, server: Server, tmp_path: Path
+    files: dict[str, bytes], lacking: str, server: Server, tmp_path: Path
 ) -> None:
-    (snapshot(tmp_path, "org--big", SHARDED) / lacking).unlink()
-    server.files["org/big"] = SHARDED
+    (snapshot(tmp_path, "org--big", files) / lacking).unlink()
+    server.files["org/big"] = files
     assert hub.resolve("org/big") == tmp_path / "cache" / "models" / "org--big"
 
 

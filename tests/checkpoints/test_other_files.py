@@ -120,6 +120,10 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (trainer(f), put(f, training_args__bin=b"PK\3\4", optimizer__pt=b"PK\3\4")),
         "give one, such as .*checkpoint-1000",
     ),
+    "adapters one level down": (
+        lambda f: put(f / "checkpoint-7", adapter_config__json=b"{}"),
+        "give one, such as .*checkpoint-7",
+    ),
     "a model one level down": (
         lambda f: put(f / "inner", model__safetensors=b"x"), "give one, such as .*inner"
     ),

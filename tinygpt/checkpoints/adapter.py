@@ -19,13 +19,14 @@ import numpy as np
 
 from tinygpt.checkpoints import hub
 from tinygpt.checkpoints.detect_form import Tensors, read_headers
+from tinygpt.checkpoints.model_files import ADAPTER_CONFIG as CONFIG
+from tinygpt.checkpoints.model_files import ADAPTER_FILES as FILES
 from tinygpt.checkpoints.stored_tensor import read_tensor
 from tinygpt.checkpoints.tensor_names import HUGGING_FACE, Dialect, ExpectedTensor
 from tinygpt.config import GPTConfig
 from tinygpt.errors import CheckpointError, InputError, check_float, check_int, show
 from tinygpt.storage import read_json
 
-CONFIG, FILES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 _MERGE = "merge it with peft: model.merge_and_unload().save_pretrained(OUT)"
 # What changes the arithmetic in ways that are not computed here.
 _UNSUPPORTED = (

@@ -8,7 +8,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from tinygpt.checkpoints.model_files import FILES, shards
+from tinygpt.checkpoints.model_files import ADAPTER_CONFIG, ADAPTER_FILES, FILES, shards
 from tinygpt.checkpoints.run_folder import followed
 from tinygpt.errors import CheckpointError, InputError, reason, say
 from tinygpt.storage import temporary_beside
@@ -41,7 +41,8 @@ def resolve(name_or_path: str | Path) -> Path:
             a name on the Hugging Face Hub such as "gpt2" or "org/name". Such a one is looked for
             in `cache_folder()`, then in the Hugging Face cache.
     Returns:
-        the path; from a cache or the Hub a folder with config.json and all of the weights.
+        the path; from a cache or the Hub a folder with config.json and all of the weights, or
+        with an adapter.
     Raises:
         InputError: when there is no such path or model, or it cannot be fetched or stored.
         CheckpointError: when the model's list of files cannot be trusted.
@@ -67,7 +68,7 @@ def resolve(name_or_path: str | Path) -> Path:
         raise InputError(f"{given!r} is neither a path nor a model's name: {advice}")
     repo = _repo(given)
     target = _fetched(repo)
-    if os.path.isfile(target / "config.json"):
+    if _is_fetched(target):
         return target
     found = _in_hugging_face_cache(repo)
     if found is None:
@@ -106,13 +107,20 @@ def _in_hugging_face_cache(repo: str) -> Path | None:
                 / "snapshots"
                 / (folder / "refs" / "main").read_text(encoding="utf-8").strip()
             )
-            if (snapshot / "config.json").is_file() and _is_whole(snapshot):
+            if _is_fetched(snapshot) and _is_whole(snapshot):
                 return snapshot
     return None
 
 
+def _is_fetched(folder: Path) -> bool:
+    """Whether a folder has what says which model it holds, or which adapter."""
+    return any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
+
+
 def _is_whole(folder: Path) -> bool:
-    """Whether all of a model's weights are there."""
+    """Whether all of a model's weights are there, or an adapter's."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        return any((folder / name).is_file() for name in ADAPTER_FILES)
     for name, index in FILES:
         if (folder / name).is_file():
             return True
@@ -136,7 +144,7 @@ def _download(repo: str, target: Path) -> None:
         try:
             os.rename(temporary, target)
         except OSError:
-            if not (target / "config.json").is_file():  # if it is, another process was faster
+            if not _is_fetched(target):  # if it is, another process was faster
                 raise
     except OSError as error:
         fact = f"cannot keep {repo} in {target.parent}: {reason(error)}"
@@ -150,10 +158,17 @@ def _fetch_all(endpoint: str, repo: str, folder: Path) -> None:
     # Imported here, because HTTP and TLS take longer to import than a small model to load.
     from tinygpt.checkpoints.download import fetch_from_hub
 
+    is_adapter = False
     if not fetch_from_hub(endpoint, repo, "config.json", folder):
-        raise InputError(f"no model {repo!r} with a config.json at {endpoint}: check the name")
+        is_adapter = fetch_from_hub(endpoint, repo, ADAPTER_CONFIG, folder)
+        if not is_adapter:
+            raise InputError(f"no model {repo!r} with a config.json at {endpoint}: check the name")
     for name in _TEXT_FILES:
         fetch_from_hub(endpoint, repo, name, folder)
+    if is_adapter:
+        if not any(fetch_from_hub(endpoint, repo, name, folder) for name in ADAPTER_FILES):
+            raise InputError(f"{repo} has no {' or '.join(ADAPTER_FILES)}")
+        return
     for whole, index in FILES:
         if fetch_from_hub(endpoint, repo, whole, folder):
             return

@@ -12,6 +12,9 @@ from tinygpt.storage import read_json
 WEIGHTS = "model.safetensors"
 # The usual names, the preferred first: of a whole file, and of the index of one in shards.
 FILES = tuple((name, f"{name}.index.json") for name in (WEIGHTS, "pytorch_model.bin"))
+# Of an adapter: what it says of itself, and the file with its tensors.
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
@@ -35,7 +38,7 @@ def weight_files(path: Path) -> list[Path]:
         files = [x for x in sorted(path.iterdir()) if x.suffix in _SUFFIXES and x.is_file()]
         others = [x for x in files if other_files.is_weights(x)]
         names = tuple(name for pair in FILES for name in pair)
-        fact = other_files.of_folder(path, names) if not others else ""
+        fact = other_files.of_folder(path, names, ADAPTER_CONFIG) if not others else ""
     except OSError as error:
         raise CheckpointError(f"{path}: {reason(error)}") from error
     if len(others) == 1:

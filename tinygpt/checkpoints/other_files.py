@@ -86,11 +86,12 @@ def is_weights(path: Path) -> bool:
     return not _by_name(path.name)
 
 
-def of_folder(folder: Path, usual: tuple[str, ...]) -> str:
+def of_folder(folder: Path, usual: tuple[str, ...], adapter: str) -> str:
     """What a folder without weights is, and what to do.
 
     Args:
         usual: the names of files that a folder with weights has.
+        adapter: the name of the file that a folder with an adapter has.
     Raises:
         OSError: when it cannot be read.
     """
@@ -101,7 +102,8 @@ def of_folder(folder: Path, usual: tuple[str, ...]) -> str:
         what = None if folders[name] else _by_name(name)
         if what in (_TENSORFLOW, _H5, _FLAX, _ONNX):
             return f"it has no weights of torch, but {show(name)}, {what}"
-    inside = [n for n in names if folders[n] and any((folder / n / x).is_file() for x in usual)]
+    inner, models = [n for n in names if folders[n]], (*usual, adapter)
+    inside = [n for n in inner if any((folder / n / name).is_file() for name in models)]
     if inside:
         last = max(inside, key=lambda name: [int(n) for n in re.findall(r"\d{1,9}", name)])
         return f"it has models in folders of their own: give one, such as {folder / last}"
