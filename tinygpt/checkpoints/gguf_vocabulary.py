@@ -138,9 +138,9 @@ def metadata_of_tokenizer(tokenizer: Tokenizer | None, vocab_size: int) -> dict[
     if odd := {part for merge in merges for part in merge}.difference(names.values()):
         fact = f"has tokens of bytes such as {show(min(odd))} that are none themselves"
         raise InputError(f"tokenizer {tokenizer.name!r} {fact}, which GGUF's gpt2 cannot say")
-    kinds = dict.fromkeys(names, _NORMAL) | dict.fromkeys(others.values(), _CONTROL)
-    kinds |= {each.id: _CONTROL if each.special else _USER for each in tokenizer.added}
     names |= {number: token for token, number in others.items()}
+    kinds = dict.fromkeys(names, _NORMAL)  # which no merge makes, unless it is an added one
+    kinds |= {each.id: _CONTROL if each.special else _USER for each in tokenizer.added}
     for number in sorted(number for number in names if number >= vocab_size):
         say(f"GGUF has as many tokens as the model: {show(names[number])} ({number}) is left out")
     found = {

@@ -217,6 +217,8 @@ def config_of(tokenizer: Tokenizer) -> dict[str, Any]:
     config.pop("add_prefix_space", None)
     if tokenizer.prefix_space:
         config["add_prefix_space"] = True
+    if config.get("tokenizer_class") not in _GPT2:  # GPT-2's own takes these for given
+        config = {"bos_token": None, "eos_token": None, "unk_token": None, **config}
     config["tokenizer_class"] = "GPT2Tokenizer"
     config[_DECODER] = {}
     for token in sorted(tokenizer.added, key=lambda token: token.id):
