@@ -20,6 +20,7 @@ from urllib.request import Request
 import pytest
 
 from tinygpt.checkpoints import download, hub
+from tinygpt.checkpoints.load_tokenizer import load_tokenizer
 from tinygpt.errors import CheckpointError, InputError
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
@@ -145,6 +146,48 @@ def test_fetched_once_and_then_without_a_server(server: Server, tmp_path: Path, 
     assert len(server.seen) == count
     server.stop()
     assert hub.resolve("org/tiny") == folder
+
+
+def test_all_files_that_say_what_ids_mean_are_fetched(server: Server) -> None:
+    names = (
+        "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "added_tokens.json",
+        "special_tokens_map.json", "generation_config.json", "chat_template.jinja",
+    )  # fmt: skip
+    server.files["org/chat"] = SINGLE | dict.fromkeys(names, b"{}") | {"README.md": b"no"}
+    assert {*contents(hub.resolve("org/chat"))} == {*SINGLE, *names}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-xl", "org/tiny", "shakespeare"])
+def test_where_a_folder_has_a_models_name_it_is_said_which_was_taken(
+    name: str, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    server.files["org/tiny"] = SINGLE
+    hub.resolve("org/tiny")
+    Path(name).mkdir(parents=True)
+    found = hub.resolve(name)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    if name == hub.BUILT_IN:
+        assert found == Path(hub.__file__).parents[1] / name
+        assert said == "tinygpt: shakespeare is the model in the package; ./shakespeare is not it\n"
+    else:
+        assert found == Path(name)
+        assert said == f"tinygpt: {name} is the folder here, not the model that is called so\n"
+    for quiet in (Path(name), f"./{name}"):
+        assert hub.resolve(quiet) == Path(name)
+    Path("my-run").mkdir()
+    assert hub.resolve("my-run") == Path("my-run")  # which nobody takes for another's
+    assert capsys.readouterr().err == ""
+
+
+def test_where_a_folder_has_a_tokenizers_name_it_is_said_which_was_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bytes").mkdir()
+    assert load_tokenizer("bytes").name == "bytes"
+    said = capsys.readouterr().err
+    assert said == "tinygpt: bytes is the tokenizer of that name; ./bytes is not it\n"
 
 
 def test_a_model_in_shards(server: Server) -> None:

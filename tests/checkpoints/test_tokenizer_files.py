@@ -14,6 +14,7 @@ import pytest
 from tinygpt import GPT, load_tokenizer
 from tinygpt.checkpoints.save_gguf import save_gguf
 from tinygpt.tokenizer.encoding import save_tokenizer
+from tinygpt.training import run_files
 from tinygpt.writer import Writer
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -273,6 +274,18 @@ def test_what_was_read_is_written_back_in_gguf(folder, tmp_path):
         assert load_tokenizer(tmp_path / "hf").encode(text) == ours.encode(text)
 
 
+def test_training_writes_back_what_was_read(folder, tmp_path):
+    ours = load_tokenizer(folder)
+    model = GPT.from_pretrained(folder)
+    path = run_files.save(tmp_path, model, ours, {}, {"step": 1})
+    again, theirs = load_tokenizer(path), theirs_of(path)
+    assert (again.ends, again.eos, again.bos) == (ours.ends, ours.eos, ours.bos)
+    ends = transformers.AutoModelForCausalLM.from_pretrained(path).generation_config.eos_token_id
+    assert ends == transformers.GenerationConfig.from_pretrained(folder).eos_token_id
+    for text in random_texts(6, 20):
+        assert again.encode(text) == theirs(text).input_ids == ours.encode(text)
+
+
 # Where a text ends.
 
 ENDS = {  # what config.json and generation_config.json say of it; None is no such file
@@ -342,7 +355,10 @@ def test_without_a_word_of_the_models_files_the_tokenizers_end_is_the_end(base, 
 @pytest.mark.parametrize("value", ["7", [7, "8"], 7.0, True, {"a": 1}], ids=repr)
 def test_an_end_that_is_no_id_is_one_line(name, value, base, tmp_path):
     shutil.copytree(base, tmp_path, dirs_exist_ok=True)
-    write(tmp_path / name, json.loads((tmp_path / name).read_text()) | {"eos_token_id": value})
+    write(
+        tmp_path / name,
+        json.loads((tmp_path / name).read_text(encoding="utf-8")) | {"eos_token_id": value},
+    )
     with pytest.raises(ValueError, match=r"eos_token_id is .*: it must be an id") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)

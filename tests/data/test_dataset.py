@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -206,6 +207,8 @@ def test_a_model_of_another_vocabulary_is_refused(made):
     data.check(size + 40)  # a padded one
     with pytest.raises(InputError, match=f"a vocabulary of {size}, but the model has {size - 1}"):
         data.check(size - 1)
+    pad = replace(data.header, vocab_size=size + 1)  # a token that never occurs
+    replace(data, header=pad).check(size)
     other = char_tokenizer("ABCDEFGHIJKLM")
     with pytest.raises(InputError, match="the model's tokenizer 'char' gives other ids"):
         data.check(size, other)

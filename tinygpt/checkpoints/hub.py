@@ -52,11 +52,11 @@ def resolve(name_or_path: str | Path) -> Path:
     # A name goes before a folder of that name, wherever the program is run; a Path is no name.
     if name_or_path == BUILT_IN:
         if os.path.isdir(path):
-            say(f"{given} is the model in the package; the folder here is ./{given}")
+            say(f"{given} is the model in the package; ./{given} is not it")
         return Path(__file__).parents[1] / BUILT_IN
     if os.path.isdir(path) or os.path.isfile(path):
         if isinstance(name_or_path, str) and _is_also_a_name(given):
-            say(f"{given} is the folder here; rename it to have the model of that name")
+            say(f"{given} is the folder here, not the model that is called so")
         return followed(Path(path))
     advice = "give a model's folder or file, or a name such as gpt2"
     if os.path.exists(path):

@@ -49,10 +49,10 @@ def load_tokenizer(name_or_path: str | Path, vocab_size: int | None = None) -> T
     name = str(name_or_path)
     if isinstance(name_or_path, str) and name in NAMES:
         if os.path.isdir(name):
-            say(f"tokenizer {name} is the one of that name; ./{name} would be the folder")
+            say(f"{name} is the tokenizer of that name; ./{name} is not it")
         return _fitting(named_tokenizer(name), name, vocab_size)
     path = followed(Path(name))
-    if path.is_dir():
+    if name and path.is_dir():
         file = None if folder_has_tokenizer(path) else _only_file(path)
     elif path.is_file() and path.suffix == ".pkl":
         return _fitting(nanogpt_characters(path), name, vocab_size)

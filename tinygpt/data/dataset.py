@@ -177,11 +177,11 @@ class Dataset:
             vocab_size: how many ids the model knows; it may know more than the data has.
             tokenizer: the model's own, where it has one.
         Raises:
-            InputError: when an id may be outside the model, or the tokenizers differ.
+            InputError: when an id is outside the model, or the tokenizers differ.
         """
         here = f"{self.folder} has tokens of {show(self.header.tokenizer)}"
         advice = "prepare the text with the model's tokenizer (--tokenizer takes its folder)"
-        if self.header.vocab_size > vocab_size:
+        if self.header.vocab_size > vocab_size and self._highest_id() >= vocab_size:
             raise InputError(
                 f"{here}, a vocabulary of {self.header.vocab_size}, but the model has "
                 f"{vocab_size}: {advice}, or train a new model"
@@ -191,6 +191,10 @@ class Dataset:
                 f"{here}, but the model's tokenizer {tokenizer.name!r} gives other ids: "
                 f"{advice}, or train a new model"
             )
+
+    def _highest_id(self) -> int:
+        """The highest id that occurs: a pad token, beyond what a model knows, mostly does not."""
+        return max(int(ids.max(initial=0)) for ids in (self.train, self.val))
 
 
 class Batches:
