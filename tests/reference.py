@@ -50,6 +50,7 @@ class Reference:
     def __init__(self, config, weights):
         self.config = config
         self.w = {name: np.asarray(value, np.float64) for name, value in weights.items()}
+        self.hidden, self.weights = [], []  # of the last row: (T, C), and of each block (H, T, T)
 
     def linear(self, x, name):
         y = x @ self.w[f"{name}.weight"].T
@@ -66,7 +67,7 @@ class Reference:
         c, name = self.config, f"blocks.{layer}.attn"
         q, k, v = (self.linear(x, f"{name}.{p}_proj") for p in "qkv")
         size = c.n_embd // c.n_head
-        y = np.zeros_like(x)
+        y, weights = np.zeros_like(x), np.zeros((c.n_head, len(x), len(x)))
         for head in range(c.n_head):
             part = slice(head * size, (head + 1) * size)
             for t in range(len(x)):
@@ -75,7 +76,9 @@ class Reference:
                     scores = scores / math.sqrt(size)
                 if c.scale_attn_by_inverse_layer_idx:
                     scores = scores / (layer + 1)
-                y[t, part] = softmax(scores) @ v[: t + 1, part]
+                weights[head, t, : t + 1] = softmax(scores)
+                y[t, part] = weights[head, t, : t + 1] @ v[: t + 1, part]
+        self.weights.append(weights)
         return self.linear(y, f"{name}.out_proj")
 
     def feed_forward(self, x, layer):
@@ -103,8 +106,10 @@ class Reference:
         learned = c.position == "learned"
         places = self.w["wpe.weight"] if learned else sinusoids(len(tokens), c.n_embd)
         x = self.w["wte.weight"][tokens] + places[: len(tokens)]
+        self.hidden, self.weights = [x], []
         for layer in range(c.n_layer):
             x = self.block(x, layer)
+            self.hidden.append(x)
         if c.norm == "pre":
             x = self.norm(x, "ln_f")
         head = "wte.weight" if c.tie_word_embeddings else "lm_head.weight"

@@ -21,6 +21,16 @@ def test_links_lead_to_files(page):
         assert "://" in target or (page.parent / target).exists(), target
 
 
+def test_the_python_code_works_as_written(capsys):
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    names: dict = {}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(code, "python.md", "exec"), names)
+    out = capsys.readouterr().out
+    assert out.startswith("GPT('shakespeare', 2,755,200 parameters")
+    assert "(1, 13, 257)" in out
+
+
 def test_the_tour_names_what_is_there():
     text = re.sub(r"\s+", " ", (ROOT / "docs" / "tour.md").read_text(encoding="utf-8"))
     named = re.findall(r"\]\(([^)]+)\)((?:, `[\w.]+`)+)", text)

@@ -9,7 +9,7 @@ from conftest import SMALL, randomize, reference_of
 from tinygrad import Tensor, Variable
 from tinygrad.nn.state import get_state_dict
 
-from tinygpt import GPT, GPTConfig
+from tinygpt import GPT, GPTConfig, Record
 from tinygpt.errors import InputError
 
 TOKENS = np.random.default_rng(1).integers(0, SMALL.vocab_size, (2, 9))
@@ -121,6 +121,29 @@ def test_what_is_no_row_of_ids_is_refused_in_one_line(model, given, words):
 def test_targets_of_another_shape_are_refused(model):
     with pytest.raises(InputError, match="each token has one target"):
         model.losses([1, 2, 3], [1, 2])
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_a_record_holds_what_the_forward_pass_computes(norm):
+    model, record = randomize(GPT(replace(SMALL, norm=norm))), Record()
+    logits = model(TOKENS, record=record).numpy()
+    np.testing.assert_allclose(logits, model(TOKENS).numpy(), atol=1e-4, rtol=1e-4)
+    weights = [each.numpy() for each in record.attention_weights]
+    hidden = [each.numpy() for each in record.hidden_states]
+    assert [each.shape for each in weights] == [(2, 2, 9, 9)] * SMALL.n_layer
+    assert [each.shape for each in hidden] == [(2, 9, 16)] * (SMALL.n_layer + 1)
+    for each in weights:
+        np.testing.assert_allclose(each.sum(-1), 1, atol=1e-5)
+        assert (np.triu(each, 1) == 0).all()
+    reference = reference_of(model)
+    for row, tokens in enumerate(TOKENS):
+        reference.row(tokens)
+        for found, expected in ((hidden, reference.hidden), (weights, reference.weights)):
+            for one, other in zip(found, expected, strict=True):
+                np.testing.assert_allclose(one[row], other, atol=1e-4, rtol=1e-4)
+    last = record.hidden_states[-1]
+    again = model.logits(model.ln_f(last) if norm == "pre" else last).numpy()
+    np.testing.assert_allclose(again, logits, atol=1e-4, rtol=1e-4)
 
 
 def test_padding_is_ignored(model):

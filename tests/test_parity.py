@@ -14,7 +14,7 @@ import pytest
 from conftest import SMALL, randomize
 from tinygrad import Tensor
 
-from tinygpt import GPT, Generator
+from tinygpt import GPT, Generator, Record
 from tinygpt.checkpoints.config_json import read_config
 from tinygpt.tokenizer.encoding import save_tokenizer
 from tinygpt.tokenizer.vocabulary import from_merges, spell
@@ -113,6 +113,21 @@ def test_each_option_changes_their_logits():
     for i, one in enumerate(seen):
         for other in seen[:i]:
             assert np.abs(one - other).max() > 5e-4
+
+
+def test_what_is_recorded_equals_what_they_put_out(tmp_path):
+    theirs_of().save_pretrained(tmp_path)
+    ours, record = GPT.from_pretrained(tmp_path), Record()
+    ours(TOKENS, record=record)
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, attn_implementation="eager")
+    with torch.no_grad():
+        wanted = {"output_attentions": True, "output_hidden_states": True}
+        found = theirs.eval()(torch.from_numpy(TOKENS), **wanted)
+    for one, other in zip(record.attention_weights, found.attentions, strict=True):
+        np.testing.assert_allclose(one.numpy(), other.numpy(), atol=1e-4, rtol=1e-4)
+    hidden = [*record.hidden_states[:-1], ours.ln_f(record.hidden_states[-1])]  # theirs end so
+    for one, other in zip(hidden, found.hidden_states, strict=True):
+        np.testing.assert_allclose(one.numpy(), other.numpy(), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

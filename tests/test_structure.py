@@ -23,7 +23,7 @@ ROWS = [
     ("evaluation",),
     ("data",),
     ("writer",),
-    ("generate",),
+    ("generator",),
     ("session",),
     ("checkpoints",),
     ("model",),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 from conftest import randomize, save_with_bytes
 from program import CONFIG
+from tinygrad.nn.state import get_state_dict
 
-from tinygpt import GPT, Generator, GPTConfig, InputError
+from tinygpt import GPT, Generator, GPTConfig, InputError, generate
+from tinygpt.tokenizer.encoding import char_tokenizer
 from tinygpt.writer import Writer
 
 
@@ -63,3 +65,57 @@ def test_what_cannot_be_had_is_refused(tmp_path):
         Writer.open(str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match="did you mean 'int8'"):
         Writer.open(str(tmp_path), dtype="int9")
+
+
+def test_one_call_continues_a_text_and_streams_it(writer, model, tmp_path):
+    save_with_bytes(model, tmp_path)
+    loaded = GPT.from_pretrained(tmp_path)
+    settings = {"seed": 3, "temperature": 0.9, "top_k": 40}
+    ids = list(Generator(model).generate(list(b"Hi"), 9, 3, [256], temperature=0.9, top_k=40))
+    text = generate(loaded, "Hi", 9, **settings)
+    assert text == writer.tokenizer.decode(ids)
+    pieces = generate(loaded, "Hi", 9, stream=True, **settings)
+    assert next(pieces)
+    assert len(list(pieces)) > 1
+    assert "".join(generate(loaded, "Hi", 9, stream=True, **settings)) == text
+    stop = text[-1]
+    assert generate(loaded, "Hi", 9, stop=stop, **settings) == text[: text.index(stop)]
+    assert generate(loaded, "", 0) == ""
+
+
+def test_a_model_brings_its_tokenizer_and_keeps_it(model, tmp_path):
+    new = GPT(CONFIG)
+    with pytest.raises(InputError, match="a new model has no tokenizer"):
+        generate(new, "Hi")
+    new.tokenizer = char_tokenizer("Hi there")
+    new.save_pretrained(tmp_path)
+    loaded = GPT.from_pretrained(tmp_path)
+    assert loaded.tokenizer.encode("Hi") == new.tokenizer.encode("Hi") != list(b"Hi")
+    assert get_state_dict(loaded).keys() == get_state_dict(model).keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model": "gpt2"}, "model is 'gpt2': give one that GPT.from_pretrained has loaded"),
+        ({"prompt": [1, 2]}, r"the prompt is \[1, 2\]: give text"),
+        ({"max_tokens": 3}, "unknown sampling setting 'max_tokens'"),
+        ({"max_new_tokens": -1}, "max_new_tokens is -1"),
+        ({"stop": ""}, "stop text '' is empty"),
+    ],
+)
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_bad_argument_of_the_one_call_is_refused_at_once(writer, change, words, stream):
+    writer.model.tokenizer = writer.tokenizer
+    with pytest.raises(InputError, match=words):
+        generate(**{"model": writer.model, "prompt": "Hi", "stream": stream, **change})
+
+
+def test_models_generators_and_configurations_tell_what_they_are(writer, model):
+    config = "GPTConfig(n_layer=1, n_head=1, n_embd=16, block_size=16, vocab_size=257)"
+    assert repr(CONFIG) == config
+    assert repr(model) == f"GPT({CONFIG.parameter_count:,} parameters, float32, {config})"
+    assert repr(writer.model).startswith(f"GPT({writer.model.name!r}, ")
+    assert repr(Generator(model)) == f"Generator({model!r}, chunk_size=16)"
+    other = GPTConfig(norm="post", bias=False)
+    assert eval(repr(other)) == other

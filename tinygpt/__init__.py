@@ -14,17 +14,21 @@ if TYPE_CHECKING:
     from tinygpt.checkpoints.load_tokenizer import load_tokenizer
     from tinygpt.config import GPTConfig
     from tinygpt.errors import InputError
-    from tinygpt.generate import Generator
+    from tinygpt.generator import Generator
+    from tinygpt.layers import Record
     from tinygpt.model import GPT
+    from tinygpt.writer import generate
 
 __version__ = "0.1.0"
-__all__ = ["GPT", "GPTConfig", "Generator", "InputError", "load_tokenizer"]
+__all__ = ["GPT", "GPTConfig", "Generator", "InputError", "Record", "generate", "load_tokenizer"]
 # Where each of these names is.
 _MODULES = {
     "GPT": "model",
     "GPTConfig": "config",
-    "Generator": "generate",
+    "Generator": "generator",
     "InputError": "errors",
+    "Record": "layers",
+    "generate": "writer",
     "load_tokenizer": "checkpoints.load_tokenizer",
 }
 

@@ -88,6 +88,16 @@ class GPTConfig(Checked):
                 f"{spelled('n_embd')} is {width}: sinusoidal positions need an even width"
             )
 
+    def __repr__(self) -> str:
+        """What it takes to make it again: its sizes, and what is not GPT-2's."""
+        sizes = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+        told = [
+            f"{each.name}={getattr(self, each.name)!r}"
+            for each in fields(self)
+            if each.name in sizes or getattr(self, each.name) != each.default
+        ]
+        return f"GPTConfig({', '.join(told)})"
+
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 from tinygrad import Tensor
 
@@ -18,6 +19,21 @@ from tinygpt.ops.sizes import Position, Whole
 
 # Input and residual, each (B, T, C) -> their sum behind the sublayer, (B, T, C).
 Sublayer = Callable[[Tensor, Tensor | None], Tensor]
+
+
+@dataclass
+class Record:
+    """What a forward pass computes on its way, for whoever wants to look inside.
+
+    Give an empty one to the model. Its lists then hold tensors that are not computed yet:
+    `Tensor.realize(*record.hidden_states, *record.attention_weights)` computes all at once.
+    """
+
+    # The embeddings, then what each block gives, each (B, T, C). The last layer norm is not in it:
+    # the logits come of `model.logits(model.ln_f(x))`, or of x itself in a post-norm model.
+    hidden_states: list[Tensor] = field(default_factory=list)
+    # Of each block (B, H, T, S): how much of each token S every token T takes, adding up to 1.
+    attention_weights: list[Tensor] = field(default_factory=list)
 
 
 class Linear:
@@ -126,6 +142,7 @@ class MultiHeadAttention:
         padding: Tensor | None = None,
         row: Whole | None = None,
         key: Tensor | None = None,
+        record: Record | None = None,
     ) -> Tensor:
         """(B, T, C) -> (B, T, C), to which the residual of that shape is added.
 
@@ -137,7 +154,8 @@ class MultiHeadAttention:
             residual = None if residual is None else _column(residual, row)
         q = self.q_proj(x)
         dropout = self.weights_dropout.at(key)
-        y = ops.attention(q, k, v, self.heads, cache, start_pos, padding, row, dropout)
+        seen = None if record is None else record.attention_weights
+        y = ops.attention(q, k, v, self.heads, cache, start_pos, padding, row, dropout, seen)
         return project(self.out_proj, y, residual, self.output_dropout, key)
 
 
@@ -188,10 +206,11 @@ class TransformerBlock:
         padding: Tensor | None = None,
         row: Whole | None = None,
         key: Tensor | None = None,
+        record: Record | None = None,
     ) -> Tensor:
         """(B, T, C) -> (B, T, C), or with `row` (B, 1, C); the arguments are those of
         GPT.hidden_states, the cache this block's part."""
-        attention = (cache, start_pos, padding, row, key)
+        attention = (cache, start_pos, padding, row, key, record)
         x = self._sublayer(x, self.ln_1, lambda h, residual: self.attn(h, residual, *attention))
         return self._sublayer(x, self.ln_2, lambda h, residual: self.mlp(h, residual, key))
 

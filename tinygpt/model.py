@@ -7,6 +7,8 @@ What is generated, trained or loaded stands beside the model and calls it. Shape
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ from tinygpt import ops
 from tinygpt.config import GPTConfig
 from tinygpt.errors import InputError
 from tinygpt.ids import check_range, read_ids
-from tinygpt.layers import Dropout, Embedding, LayerNorm, Linear, TransformerBlock
+from tinygpt.layers import Dropout, Embedding, LayerNorm, Linear, Record, TransformerBlock
 from tinygpt.ops.sizes import Position, Whole, plus, shape
 from tinygpt.runtime import device
 from tinygpt.runtime.buffers import tensor, write
@@ -31,6 +33,14 @@ if TYPE_CHECKING:
 # One (keys, values) pair a block, each (B, H, cache length, D): see `GPT.empty_cache`.
 Cache = list[tuple[Tensor, Tensor]]
 
+# What the matrices may be held in; bfloat16 is the upper half of a float32: see `ops.widen`.
+DTYPES = {
+    "float32": dtypes.float32,
+    "float16": dtypes.float16,
+    "bfloat16": dtypes.uint16,
+    "int8": dtypes.int8,
+}
+
 # What a user is told of logits among which nothing can be chosen.
 NOT_NUMBERS = (
     "the model's logits are not finite numbers: its weights have diverged or are damaged; take an "
@@ -42,7 +52,15 @@ class GPT:
     """A stack of transformer blocks over token embeddings and positional encodings.
 
     Its only state is its weights: `tinygrad.nn.state.get_state_dict(model)` names them all.
+
+    Attributes:
+        name: what it was loaded by; None of a new one.
     """
+
+    # What is no weight stands beside `vars(model)`, which is what a captured step depends on.
+    __slots__ = ("__dict__", "__weakref__", "_tokenizer", "name")
+    name: str | None
+    _tokenizer: Tokenizer | Callable[[], Tokenizer] | None  # or what reads it when it is asked for
 
     def __init__(self, config: GPTConfig, seed: int | None = 0) -> None:
         """
@@ -54,6 +72,7 @@ class GPT:
         device.select()  # before the first tensor is made
         if seed is not None:  # check first: even the empty blocks of 1,000 layers cost time
             require_memory(4 * config.parameter_count, "a model of this shape")
+        self.name = self._tokenizer = None
         self.config = config
         self.wte = Embedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
@@ -79,7 +98,35 @@ class GPT:
         """Write the model in Hugging Face form, and its tokenizer: see `save_pretrained`."""
         from tinygpt.checkpoints.save_huggingface import save_pretrained
 
+        if tokenizer is None and self._tokenizer is not None:
+            with suppress(InputError):  # one that cannot be read is no reason to keep the model
+                tokenizer = self.tokenizer
         save_pretrained(self, folder, tokenizer)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What turns text into ids of this model and back; it may be set.
+
+        Raises:
+            InputError: when the model was not loaded, or brings none that can be used.
+        """
+        if self._tokenizer is None:
+            raise InputError(
+                "a new model has no tokenizer: set one, as in "
+                'model.tokenizer = load_tokenizer("bytes", model.config.vocab_size)'
+            )
+        if callable(self._tokenizer):
+            self._tokenizer = self._tokenizer()
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Tokenizer | Callable[[], Tokenizer]) -> None:
+        self._tokenizer = tokenizer
+
+    def __repr__(self) -> str:
+        name = "" if self.name is None else f"{self.name!r}, "
+        held = next(name for name, dtype in DTYPES.items() if dtype == self.wte.weight.dtype)
+        return f"GPT({name}{self.config.parameter_count:,} parameters, {held}, {self.config!r})"
 
     def init_weights(self, seed: int) -> None:
         """GPT-2's initialisation, drawn on the host so that every backend gets the same weights.
@@ -127,12 +174,13 @@ class GPT:
         cache: Cache | None = None,
         start_pos: Position = 0,
         padding: Tensor | None = None,
+        record: Record | None = None,
     ) -> Tensor:
         """Logits for the token after each position: (B, T) -> float32 (B, T, V).
 
         The arguments are those of `hidden_states`.
         """
-        return self.logits(self.hidden_states(tokens, cache, start_pos, padding))
+        return self.logits(self.hidden_states(tokens, cache, start_pos, padding, record=record))
 
     def hidden_states(
         self,
@@ -142,6 +190,7 @@ class GPT:
         padding: Tensor | None = None,
         row: Whole | None = None,
         key: Tensor | None = None,
+        record: Record | None = None,
     ) -> Tensor:
         """All of the forward pass but the output projection.
 
@@ -158,6 +207,7 @@ class GPT:
                 others. None: for all.
             key: uint32 (3,), for training: what dropout draws from, which is seed, step, and the
                 number of the batch's first row. None: nothing is dropped.
+            record: an empty one, to be filled with what is computed on the way.
         Returns:
             float32 (B, T, C), or (B, 1, C) with `row`.
         Raises:
@@ -174,7 +224,12 @@ class GPT:
         x = self.dropout(x.contiguous(), key)  # (B, T, C)
         for i, block in enumerate(self.blocks):
             last_row = row if i == len(self.blocks) - 1 else None
-            x = block(x, None if cache is None else cache[i], start_pos, padding, last_row, key)
+            if record is not None:
+                record.hidden_states.append(x)
+            part = None if cache is None else cache[i]
+            x = block(x, part, start_pos, padding, last_row, key, record)
+        if record is not None:
+            record.hidden_states.append(x)
         return self.ln_f(x) if self.config.norm == "pre" else x
 
     def ids(self, given: Any) -> Tensor:

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, overload
 
 from tinygpt.checkpoints import hub
 from tinygpt.checkpoints.load_tokenizer import load_tokenizer
 from tinygpt.checkpoints.open_checkpoint import open_checkpoint
 from tinygpt.checkpoints.quantization import check_dtype, convert
 from tinygpt.config import GPTConfig
-from tinygpt.errors import InputError, say
-from tinygpt.generate import Generator
+from tinygpt.errors import InputError, say, show
+from tinygpt.generator import Generator
 from tinygpt.model import GPT
 from tinygpt.runtime import device
 from tinygpt.tokenizer.encoding import TextStream
@@ -27,13 +27,11 @@ _BUILT_IN_START = "\n"  # what the built-in model starts from where there is no 
 class Writer:
     """A model, its tokenizer, and the KV caches and captured graphs of their generation."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, start: str = "") -> None:
-        """
-        Args:
-            start: the text that stands for an empty prompt; "" is the token alone that a text
-                begins with, in GPT-2 the end token, which stands before each text in training.
-        """
-        self.model, self.tokenizer, self.start = model, tokenizer, start
+    def __init__(self, model: GPT, tokenizer: Tokenizer) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        # The text that stands for an empty prompt; "" is the token alone that a text begins with,
+        # in GPT-2 the end token, which stands before each text in training.
+        self.start = _BUILT_IN_START if model.name == hub.BUILT_IN else ""
         self.generator = Generator(model)
 
     @classmethod
@@ -59,8 +57,7 @@ class Writer:
                 raise
             say(f"{error}: the text below is ids")
             words = found.numbers()
-        start = _BUILT_IN_START if name == hub.BUILT_IN else ""
-        return cls(found.load(dtype), words, start)
+        return cls(found.load(dtype), words)
 
     @classmethod
     def new(
@@ -116,6 +113,86 @@ class Writer:
     def text_stream(self, stop: Sequence[str] = ()) -> TextStream:
         """What makes text of the ids of one sample, up to just before the first stop text."""
         return TextStream(self.tokenizer, stop)
+
+
+@overload
+def generate(
+    model: GPT,
+    prompt: str,
+    max_new_tokens: int = ...,
+    *,
+    stream: Literal[False] = ...,
+    seed: int | None = ...,
+    stop: str | Sequence[str] = ...,
+    temperature: float = ...,
+    **sampling: Any,
+) -> str: ...
+
+
+@overload
+def generate(
+    model: GPT,
+    prompt: str,
+    max_new_tokens: int = ...,
+    *,
+    stream: Literal[True],
+    seed: int | None = ...,
+    stop: str | Sequence[str] = ...,
+    temperature: float = ...,
+    **sampling: Any,
+) -> Iterator[str]: ...
+
+
+def generate(
+    model: GPT,
+    prompt: str,
+    max_new_tokens: int = 128,
+    *,
+    stream: bool = False,
+    seed: int | None = None,
+    stop: str | Sequence[str] = (),
+    temperature: float = 0.8,
+    **sampling: Any,
+) -> str | Iterator[str]:
+    """The text with which a model continues a prompt.
+
+    Args:
+        model: from `GPT.from_pretrained`, or another whose tokenizer has been set.
+        prompt: a text; "" starts from nothing.
+        max_new_tokens: how many tokens to write at most; an end token ends the text before.
+        stream: give the text piece by piece as it comes.
+        seed: gives the same text again on the same backend; None is another each time.
+        stop: texts that end it, just before the first of them.
+        temperature: how daring; 0 always takes the likeliest token.
+        sampling: the other fields of `sampling.Sampling`, such as top_k and top_p.
+    Returns:
+        the text without the prompt, or with `stream` an iterator of its pieces.
+    Raises:
+        InputError: for an argument that cannot work, before anything is computed.
+    """
+    if not isinstance(model, GPT):
+        raise InputError(f"model is {show(model)}: give one that GPT.from_pretrained has loaded")
+    if not isinstance(prompt, str):
+        raise InputError(
+            f"the prompt is {show(prompt)}: give text; Generator(model).generate continues ids"
+        )
+    writer = Writer(model, model.tokenizer)
+    ids, text = writer.encode(prompt), writer.text_stream(stop)
+    steps = writer.generator.generate(
+        ids, max_new_tokens, seed, writer.tokenizer.ends, temperature=temperature, **sampling
+    )
+    pieces = _pieces(steps, text)
+    return pieces if stream else "".join(pieces)
+
+
+def _pieces(steps: Iterator[int], text: TextStream) -> Iterator[str]:
+    for token in steps:
+        if piece := text.add(token):
+            yield piece
+        if text.stopped:
+            return
+    if piece := text.end():
+        yield piece
 
 
 def _check(dtype: str | None) -> None:

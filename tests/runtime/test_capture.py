@@ -17,7 +17,7 @@ from tinygrad.helpers import Context
 from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo
 
 from tinygpt import GPT, Generator, GPTConfig, ops
-from tinygpt.generate import _idle
+from tinygpt.generator import _idle
 from tinygpt.runtime import buffers, compiling, disk_cache, graph, step_store
 from tinygpt.runtime.capture import capture
 

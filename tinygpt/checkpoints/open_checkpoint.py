@@ -5,6 +5,7 @@ Whatever form it is in, what comes out is the same: a configuration, a tokenizer
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ class Checkpoint:
     expected: dict[str, ExpectedTensor]  # by the name in the file
     tensors: Tensors  # where each of those lies
     metadata: Mapping[str, Any]  # of a GGUF file; empty for other forms
+    name: str  # what it was opened by
     adapter: Adapter | None = None  # what is added to the weights
 
     def tokenizer(self, instead: str | Path | None = None) -> Tokenizer:
@@ -68,8 +70,10 @@ class Checkpoint:
         return with_files(ids_tokenizer(self.config.vocab_size), says)
 
     def load(self, dtype: str | None = None) -> GPT:
-        """The model itself: see `load_weights`."""
-        return load_weights(self, dtype)
+        """The model itself, which brings its tokenizer: see `load_weights`."""
+        model = load_weights(self, dtype)
+        model.name, model.tokenizer = self.name, self.tokenizer
+        return model
 
 
 def open_checkpoint(name_or_path: str | Path) -> Checkpoint:
@@ -86,16 +90,16 @@ def open_checkpoint(name_or_path: str | Path) -> Checkpoint:
         InputError: when it cannot be found or fetched.
         CheckpointError: when it is damaged, incomplete, dangerous, or not a GPT-2.
     """
-    path = hub.resolve(name_or_path)
+    name, path = os.fspath(name_or_path), hub.resolve(name_or_path)
     adapter = read_adapter(path)
     if adapter is None:
-        return _open(path)
+        return _open(name, path)
     base = adapter.base()
     say(f"{adapter.folder} is an adapter: merged into {base}")
-    return _open(base, adapter)
+    return _open(name, base, adapter)
 
 
-def _open(path: Path, adapter: Adapter | None = None) -> Checkpoint:
+def _open(name: str, path: Path, adapter: Adapter | None = None) -> Checkpoint:
     """Read the headers of a model's files, with an adapter over it or without."""
     files = weight_files(path)
     headers = read_headers(files)
@@ -119,7 +123,7 @@ def _open(path: Path, adapter: Adapter | None = None) -> Checkpoint:
     if taken > 2 * there:
         raise CheckpointError(f"{path}: its tensors are {taken} bytes in files of {there}")
     metadata = headers.extra if headers.format == "gguf" else {}
-    return Checkpoint(path, config, expected, tensors, metadata, adapter)
+    return Checkpoint(path, config, expected, tensors, metadata, name, adapter)
 
 
 def load_pretrained(name_or_path: str | Path, dtype: str | None = None) -> GPT:

@@ -8,22 +8,14 @@ it is used.
 from __future__ import annotations
 
 import numpy as np
-from tinygrad import dtypes
 
 from tinygpt.checkpoints.stored_tensor import to_bfloat16
 from tinygpt.errors import InputError, unknown
 from tinygpt.layers import Embedding, Linear
-from tinygpt.model import GPT
+from tinygpt.model import DTYPES, GPT
 from tinygpt.ops import widen
 from tinygpt.runtime import device
 from tinygpt.runtime.buffers import tensor
-
-DTYPES = {
-    "float32": dtypes.float32,
-    "float16": dtypes.float16,
-    "bfloat16": dtypes.uint16,  # a float32's upper half: see `fast.widen`
-    "int8": dtypes.int8,
-}
 
 
 def check_dtype(dtype: str) -> None:

@@ -23,7 +23,7 @@ from tinygpt.checkpoints import hub
 from tinygpt.commands.flags import add_flag
 from tinygpt.config import GPTConfig
 from tinygpt.errors import InputError, reason, show
-from tinygpt.generate import Generator
+from tinygpt.generator import Generator
 from tinygpt.model import GPT
 from tinygpt.runtime import clang, device, graph, memory
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from tinygpt.checkpoints.save_gguf import save_gguf
-from tinygpt.generate import Generator
+from tinygpt.generator import Generator
 from tinygpt.model import GPT
 from tinygpt.runtime import device
 

@@ -118,6 +118,7 @@ def attention(
     padding: Tensor | None = None,
     row: Whole | None = None,
     dropout: Dropout | None = None,
+    weights: list[Tensor] | None = None,
 ) -> Tensor:
     """Causal attention of several heads, which lie beside each other in the channels.
 
@@ -132,16 +133,18 @@ def attention(
         padding: int32 (B,): how many positions at the start of each row are none.
         row: the one column of k whose query q is, M being 1.
         dropout: of the weights; only without a cache.
+        weights: a list that the attention weights, float32 (B, H, M, S), are added to. The plain
+            form has them; the C forms never make the whole of them.
     Returns:
         float32 (B, M, C).
     Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.
     """
-    if fast.usable(q, k, v):
+    if weights is None and fast.usable(q, k, v):
         if cache is not None:
             return fast.attention_cached(q, k, v, heads, cache, start_pos, padding, row)
         if row is None:
             return fast.attention(q, k, v, heads, padding, dropout)
-    return plain.attention(q, k, v, heads, cache, start_pos, padding, row, dropout)
+    return plain.attention(q, k, v, heads, cache, start_pos, padding, row, dropout, weights)
 
 
 def dropout(x: Tensor, dropout: Dropout, residual: Tensor | None = None) -> Tensor:

@@ -113,6 +113,7 @@ def attention(
     padding: Tensor | None,
     row: Whole | None,
     dropout: Dropout | None,
+    seen: list[Tensor] | None = None,
 ) -> Tensor:
     T = shape(k)[1]
     mask = _causal_mask(shape(q)[1], T, cache, start_pos, padding, row)
@@ -120,6 +121,8 @@ def attention(
     if cache is not None:
         k, v = (_remember(new, old, start_pos) for new, old in zip((k, v), cache, strict=True))
     weights = attention_weights(q, k, heads.scale, mask)
+    if seen is not None:
+        seen.append(weights)
     if dropout is not None:
         weights = drop(weights, dropout)
     y = matmul(weights, v, False, False).transpose(1, 2).flatten(2)  # (B, H, M, D) -> (B, M, C)

@@ -21,7 +21,7 @@ from tinygpt.checkpoints.run_folder import checkpoint_in
 from tinygpt.data.dataset import Batches, Dataset
 from tinygpt.errors import CheckpointError, InputError, reason, say, visible
 from tinygpt.evaluation.losses import Scorer, mean_loss, spread
-from tinygpt.generate import Generator
+from tinygpt.generator import Generator
 from tinygpt.model import GPT
 from tinygpt.storage import write_text
 from tinygpt.tokenizer.encoding import decode, end_token

@@ -43,6 +43,9 @@ class Generator:
         self.model = model
         self.chunk_size = min(chunk_size, model.config.block_size)
 
+    def __repr__(self) -> str:
+        return f"Generator({self.model!r}, chunk_size={self.chunk_size})"
+
     def generate(
         self,
         prompt: Sequence[int],
