@@ -123,6 +123,14 @@ def test_weights_without_a_configuration_say_which_one_to_write(tmp_path):
     np.testing.assert_allclose(our_logits(GPT.from_pretrained(folder)), expected, atol=1e-4)
 
 
+def test_the_configuration_that_mingpt_leaves_beside_its_weights_is_told(tmp_path):
+    path, _ = writers.mingpt(tmp_path, config=False)
+    theirs = {"system": {"seed": 1}, "model": {"model_type": "gpt-mini", "n_layer": None}}
+    (tmp_path / "config.json").write_text(json.dumps(theirs), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"it has no n_head: write one with \{\"n_layer\": 2"):
+        GPT.from_pretrained(path)
+
+
 def test_weights_of_another_model_without_a_configuration_are_told(tmp_path):
     layout = {"encoder.weight\n": ("F32", (2,))}
     write_safetensors(tmp_path / "x.safetensors", layout, lambda _: np.ones(2, "f4"))

@@ -135,6 +135,9 @@ def _by_config_json(path: Path, tensors: Tensors) -> tuple[Dialect, GPTConfig, T
     tensors = _without_masks(tensors, dialect)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file{_which_config(tensors, is_linear)}")
+    # minGPT leaves a file of that name, too, which is of another kind.
+    if is_linear and not {"n_head", "num_attention_heads"} & read_json(path).keys():
+        raise CheckpointError(f"{path}: it has no n_head{_which_config(tensors, is_linear)}")
     config = config_json.read_config(path)
     if is_linear:
         tensors = drop_tied_copy(tensors, dialect)
