@@ -60,7 +60,7 @@ def test_numbers_within_their_limits_pass():
     check_int("n", -(10**400))
     check_float("x", 0, low=0, below=1)
     check_float("x", 1, above=0, most=1)
-    check_float("x", 10**400)
+    check_float("x", 10**300)
     check_float("x", -1e300)
 
 

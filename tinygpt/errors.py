@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 import sys
 from collections.abc import Callable, Iterable
@@ -78,7 +77,9 @@ def check_float(
 def _check_number(name: str, value: object, kind: str, types: Any, **limits: float | None) -> None:
     given = {limit: bound for limit, bound in limits.items() if bound is not None}
     # True is an int to Python. An int may be too long for a float, but not for a comparison.
-    fits = isinstance(value, types) and not isinstance(value, bool) and -math.inf < value < math.inf
+    largest = sys.float_info.max
+    fits = isinstance(value, types) and not isinstance(value, bool)
+    fits = fits and (types is int or -largest <= value <= largest)
     if not fits or not all(_LIMITS[limit][1](value, bound) for limit, bound in given.items()):
         words = [_LIMITS[limit][0].format(_figure(bound)) for limit, bound in given.items()]
         allowed = f"{kind}, {' and '.join(words)}" if words else kind

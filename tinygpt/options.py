@@ -128,6 +128,9 @@ class Checked:
 
     def __post_init__(self) -> None:
         self.check(vars(self))
+        for name, kind in kinds(type(self)).items():  # a file may have 0 for 0.0
+            if kind.type is float and isinstance(value := getattr(self, name), int):
+                object.__setattr__(self, name, float(value))
 
     @classmethod
     def check(cls, values: Mapping[str, Any], spelled: Callable[[str], str] = str) -> None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, Literal, overload
 
 from tinygpt.checkpoints import hub
-from tinygpt.checkpoints.load_tokenizer import load_tokenizer
+from tinygpt.checkpoints.load_tokenizer import GENERATION, load_tokenizer
 from tinygpt.checkpoints.open_checkpoint import open_checkpoint
 from tinygpt.checkpoints.quantization import check_dtype, convert
 from tinygpt.config import GPTConfig
@@ -33,6 +33,15 @@ class Writer:
         # in GPT-2 the end token, which stands before each text in training.
         self.start = _BUILT_IN_START if model.name == hub.BUILT_IN else ""
         self.generator = Generator(model)
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """How the model's files have it sampled, as fields of `Sampling`; else greedily."""
+        says = self.tokenizer.kept.get(GENERATION, {})
+        if says.get("do_sample") is not True:
+            return {"temperature": 0.0}
+        found = {name: says.get(name) for name in ("temperature", "top_k", "top_p")}
+        return {"temperature": 1.0} | {k: value for k, value in found.items() if value is not None}
 
     @classmethod
     def open(

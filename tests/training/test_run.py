@@ -25,7 +25,8 @@ from tinygpt.tokenizer.encoding import char_tokenizer, encode, save_tokenizer
 from tinygpt.training import run_files
 from tinygpt.training.progress import Progress
 from tinygpt.training.run import _cut_log
-from tinygpt.training.settings import RECIPES, TrainConfig
+from tinygpt.training.settings import RECIPES, TrainConfig, usual_tokenizer
+from tinygpt.writer import Writer
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -416,6 +417,10 @@ def test_settings_come_from_recipe_then_flags(data, tmp_path):
         ({"optimizer": "sgd"}, "unknown optimizer 'sgd': allowed are adamw, muon"),
         ({"n_head": 3}, "n_embd 128 is not divisible by n_head 3"),
         ({"dropout": 1}, "dropout is 1: it must be"),
+        ({"steps": float("inf")}, "steps is inf: it must be a whole number"),
+        ({"steps": 10**400}, r"steps is 1000.*: it must be a whole number, 0 or more and below"),
+        ({"learning_rate": 10**400}, "learning_rate is 1000.*: it must be a finite number"),
+        ({"learning_rate": -(10**400)}, "learning_rate is -1000.*: it must be a finite number"),
     ],
 )
 def test_settings_that_cannot_work_are_one_line(settings, words):
@@ -522,3 +527,53 @@ def test_a_log_with_odd_line_ends_in_a_sample_is_kept_whole(odd, tmp_path):
     _cut_log(log, 1)
     kept = log.read_text(encoding="utf-8")
     assert [json.loads(line)["sample"] for line in kept.split("\n")[:-1]] == [f"a{odd}b"] * 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "steps = 1e400",
+        f"steps = {'9' * 5000}",
+        f"learning_rate = 1{'0' * 400}",
+        f"steps = {'[' * 5000}",
+        f"a{'.a' * 5000} = 1",
+        "steps = 2024-01-01",
+        "steps = nan",
+        "\x00",
+    ],
+)
+def test_settings_in_a_file_that_no_number_can_hold_are_one_line(text, data, tmp_path):
+    """Infinite, of thousands of digits, deeper than Python's stack, of another type."""
+    file = tmp_path / "settings.toml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError) as caught:
+        command(data.folder, "-o", tmp_path / "run", "--config", file)
+    assert len(str(caught.value)) < 600
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_whole_number_stands_for_a_float(data, tmp_path):
+    config = TrainConfig.of({"learning_rate": 1, "dropout": 0, "grad_clip": 1})
+    assert type(config.learning_rate) is type(config.dropout) is float
+    assert config == TrainConfig.of({"learning_rate": 1.0, "dropout": 0.0, "grad_clip": 1.0})
+    model = GPT(GPTConfig(1, 1, 8, 8, 9, layer_norm_epsilon=0, initializer_range=1))
+    assert type(model.config.layer_norm_epsilon) is float
+    assert np.isfinite(model(Tensor([[1, 2]])).numpy()).all()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "size", "expected"),
+    [(None, 10**6, "bpe:1024"), (None, 10**4, "char"), ("shakespeare-cpu", 10**6, "char")],
+)
+def test_a_text_is_read_with_what_suits_its_length_or_the_recipe(recipe, size, expected):
+    assert usual_tokenizer(recipe, size) == expected
+
+
+@pytest.mark.parametrize("temperature", [0.8, 0.0])
+def test_a_run_is_sampled_from_as_its_samples_were(temperature, data, tmp_path):
+    settings = TINY | {"steps": 2, "sample_temperature": temperature}
+    assert train.start(tmp_path / "run", data, settings).go() is None
+    assert train.Run.resume(tmp_path / "run", data, steps=3).go() is None
+    for path in (tmp_path / "run", tmp_path / "run" / "last"):
+        assert Writer.open(str(path)).sampling == {"temperature": temperature}

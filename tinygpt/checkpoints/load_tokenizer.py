@@ -28,7 +28,7 @@ from tinygpt.tokenizer.encoding import (
 )
 from tinygpt.tokenizer.tokenizer import Tokenizer
 
-_CONFIG, _GENERATION = "config.json", "generation_config.json"
+_CONFIG, GENERATION = "config.json", "generation_config.json"
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -114,7 +114,7 @@ def model_says(path: Path, metadata: Mapping[str, Any]) -> dict[str, dict[str, A
     if metadata:
         return ids_of_metadata(metadata, path)
     folder, found = path if path.is_dir() else path.parent, {}
-    for name in (_CONFIG, _GENERATION):
+    for name in (_CONFIG, GENERATION):
         if not (folder / name).is_file():
             continue
         content = read_json(folder / name)

@@ -62,7 +62,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     words = "gives the same text again (default: another each time)"
     add_flag(group, "--seed", kind=int, help=words, low=0, below=2**63)
     group = parser.add_argument_group("sampling")
-    temperatures = f"{_BUILT_IN_TEMPERATURE}; with --model 0; untrained 1"
+    temperatures = f"{_BUILT_IN_TEMPERATURE}; with --model as it says, else 0; untrained 1"
     add_options(group, Sampling, defaults={"temperature": temperatures})
 
 
@@ -94,12 +94,13 @@ def parse(args: argparse.Namespace) -> Request:
     """
     if "" in args.stop:
         raise InputError("--stop is empty: give at least one character")
-    model, tokens, temperature = args.model, 128, 0.0 if args.model else 1.0
+    model, tokens, sampling = args.model, 128, {} if args.model else {"temperature": 1.0}
     new = _first_of_a_new_model(args)
     if model and new not in (None, "--tokenizer"):
         raise InputError(f"{new} describes a new model, but --model brings its own shape")
     if not model and not new:
-        model, tokens, temperature = hub.BUILT_IN, _BUILT_IN_TOKENS, _BUILT_IN_TEMPERATURE
+        model, tokens = hub.BUILT_IN, _BUILT_IN_TOKENS
+        sampling = {"temperature": _BUILT_IN_TEMPERATURE}
     ids = read_ids(args.ids, args.prompt)
     preset = args.preset or _DEFAULT_PRESET
     shape = given(args, SHAPE)
@@ -119,7 +120,7 @@ def parse(args: argparse.Namespace) -> Request:
         max_new_tokens=tokens if args.max_new_tokens is None else args.max_new_tokens,
         stop=args.stop,
         seeds=[seed + number for number in range(args.num_samples)],
-        sampling={"temperature": temperature, **given(args, defaults(Sampling))},
+        sampling={**sampling, **given(args, defaults(Sampling))},
         json=bool(args.json),
     )
 
@@ -147,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
         if request.ids:
             request = replace(request, prompt=writer.tokenizer.decode(ids))
         seeds, count = request.seeds, request.max_new_tokens
-        steps = writer.stream(ids, count, seeds, **request.sampling)
+        steps = writer.stream(ids, count, seeds, **{**writer.sampling, **request.sampling})
         introduce(request, writer, ids)
         output = _Output(request, writer, ids, interrupts)
         output.follow(steps)

@@ -45,12 +45,12 @@ def prepared_or_none(args: argparse.Namespace, *, refused: Collection[str] = ())
     return folder
 
 
-def prepared(args: argparse.Namespace, tokens: Path, tokenizer: Tokenizer | None = None) -> Path:
+def prepared(args: argparse.Namespace, tokens: Path, tokenizer: Tokenizer | str) -> Path:
     """The folder of tokens that `train` reads: DATA, or one made of its texts.
 
     Args:
         tokens: where to make it, in the folder of the run.
-        tokenizer: where no other is asked for; None is that of the text's characters.
+        tokenizer: where no other is asked for.
     """
     if folder := prepared_or_none(args, refused=["tokenizer"]):
         return folder
@@ -58,6 +58,6 @@ def prepared(args: argparse.Namespace, tokens: Path, tokenizer: Tokenizer | None
     if args.resume and (tokens / "header.json").is_file():  # as they were read at first
         header = Header.read(tokens)
         settings = {name: getattr(header, name) for name in defaults(TextSettings)} | settings
-    kind = args.tokenizer or tokenizer or "char"
+    kind = args.tokenizer or tokenizer
     prepare(args.data, tokens, kind, **settings, leave_out=tokens.parent)
     return tokens

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tinygpt.checkpoints.load_tokenizer import load_tokenizer
+from tinygpt.checkpoints.load_tokenizer import GENERATION, load_tokenizer, with_files
 from tinygpt.checkpoints.open_checkpoint import Checkpoint, open_checkpoint
 from tinygpt.checkpoints.run_folder import checkpoint_in
 from tinygpt.commands.flags import add_flag, add_options, add_shared, given, spelled
@@ -19,6 +21,7 @@ from tinygpt.errors import InputError, say, visible
 from tinygpt.model import GPT
 from tinygpt.options import defaults
 from tinygpt.runtime import device
+from tinygpt.tokenizer.tokenizer import Tokenizer
 from tinygpt.training.lock import locked
 from tinygpt.training.run import Run
 from tinygpt.training.settings import (
@@ -28,6 +31,7 @@ from tinygpt.training.settings import (
     fine_tuning,
     read_settings,
     settings_of,
+    usual_tokenizer,
 )
 from tinygpt.training.step import sharing_weights
 
@@ -75,13 +79,28 @@ def begin(
     """
     if base is None:
         gpt = GPT(config.gpt_config(data.header.vocab_size), config.seed)
-        return Run(folder, data, data.tokenizer(), gpt, config, minutes)
+        tokenizer = _sampled(data.tokenizer(), config.sample_temperature)
+        return Run(folder, data, tokenizer, gpt, config, minutes)
     tokenizer = base.tokenizer()
     data.check(base.config.vocab_size, tokenizer)
     gpt = base.load("float32")  # gradients need it, whatever the file holds
     dropouts = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), float(config.dropout))
     gpt = sharing_weights(gpt, replace(gpt.config, **dropouts))
+    tokenizer = _sampled(tokenizer, config.sample_temperature)
     return Run(folder, data, tokenizer, gpt, config, minutes)
+
+
+def _sampled(tokenizer: Tokenizer, temperature: float) -> Tokenizer:
+    """The tokenizer of checkpoints that are sampled from where nothing else is asked for.
+
+    What a small model thinks likeliest goes round in circles. A model that brings its own way of
+    sampling keeps it.
+    """
+    ends = tokenizer.ends
+    says = {"bos_token_id": tokenizer.start, "eos_token_id": ends[0] if len(ends) == 1 else [*ends]}
+    says |= {"do_sample": temperature > 0, "temperature": temperature or None}
+    says = {name: value for name, value in says.items() if value not in (None, [])}
+    return with_files(tokenizer, {GENERATION: says | tokenizer.kept.get(GENERATION, {})})
 
 
 def start(
@@ -100,17 +119,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """The arguments of `tinygpt train`."""
     words = f"a folder of prepared tokens, or {TEXTS}"
     parser.add_argument("data", nargs="+", metavar="DATA", help=words)
-    add_shared(parser, "--tokenizer", help=f"of a text: {KINDS} (default: char)")
+    words = (
+        f"of a text: {KINDS} (default: --model's or the recipe's; else bpe:1024, and char for a "
+    )
+    add_shared(parser, "--tokenizer", help=words + "short text)")
     add_shared(parser, "--plain")
     words = "the run's folder, made if need be"
     add_flag(parser, "-o", "--out", metavar="RUN", required=True, help=words)
     add_flag(parser, "--recipe", metavar="R", help=f"where to start: {', '.join(RECIPES)}")
     add_flag(parser, "--config", metavar="FILE", help="settings in TOML, instead of the recipe's")
-    words = "fine-tune this model instead of a new one"
+    words = "fine-tune this model instead of a new one, by default at a tenth of the rate or less"
     add_flag(parser, "--model", metavar="NAME|PATH", help=words)
-    words = "go on from RUN's last checkpoint, exactly"
+    words = "go on from RUN's last checkpoint, exactly; with --steps or --minutes for longer"
     add_flag(parser, "--resume", kind=bool, help=words)
-    words = "make as many steps as fit into this time"
+    words = "make as many steps as fit into this time, with --resume from now on"
     add_flag(parser, "--minutes", kind=float, metavar="M", help=words, above=0)
     add_text_flags(parser.add_argument_group("how a text is read"))
     words = (
@@ -150,7 +172,8 @@ def _new(args: argparse.Namespace, folder: Path) -> Run:
     forget()  # what a try has left that was killed before its first checkpoint
     had_tokens = tokens.exists()
     try:
-        source = prepared(args, tokens, base and base.tokenizer())
+        words = base.tokenizer() if base else usual_tokenizer(args.recipe, _text_bytes(args.data))
+        source = prepared(args, tokens, words)
         if source == tokens and not had_tokens:
             mark.touch()
         return begin(folder, Dataset.open(source), config, base, args.minutes)
@@ -200,3 +223,8 @@ def _need_new(folder: Path) -> None:
         raise InputError(
             f"{folder} already holds a run: pass --resume to go on with it, or another folder"
         )
+
+
+def _text_bytes(data: list[str]) -> float:
+    """How long the texts are; what is no file is taken to be long."""
+    return sum(os.path.getsize(each) if os.path.isfile(each) else math.inf for each in data)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from tinygpt.config import SHAPE as MODEL_SHAPE
 from tinygpt.config import Activation, GPTConfig, Norm, Position
-from tinygpt.errors import CheckpointError, unknown
+from tinygpt.errors import CheckpointError, reason, unknown
 from tinygpt.options import Checked, check_names, defaults, option, option_of
 from tinygpt.storage import read_text
 
@@ -23,7 +23,7 @@ def _shape(name: str, default: Any, help: str | None = None) -> Any:
 
 
 def _count(default: int, help: str, low: int = 0) -> Any:
-    return option(default, help, limits={"low": low})
+    return option(default, help, limits={"low": low, "below": 2**31})
 
 
 def _amount(default: float, help: str, **limits: float) -> Any:
@@ -35,8 +35,8 @@ class TrainConfig(Checked):
     """All settings of a training run. Frozen; a value that cannot work raises InputError.
 
     Each field is a flag of `tinygpt train` (`--batch-size` for batch_size) and a key of its TOML
-    file; those of a new model's shape are declared in GPTConfig. The defaults are nanoGPT's for a
-    small model of characters on a CPU.
+    file; those of a new model's shape are declared in GPTConfig. The defaults are for a text of a
+    megabyte or so on a laptop: nanoGPT's small model, at twice the rate and for twice as long.
     """
 
     n_layer: int = _shape("n_layer", 4)
@@ -56,12 +56,15 @@ class TrainConfig(Checked):
     )
     batch_size: int = _count(12, "samples that are computed at once", low=1)
     accumulate: int = _count(1, "batches whose gradients make one step", low=1)
-    steps: int = _count(2000, "updates of the weights in all")
+    steps: int = _count(
+        4000,
+        "updates of the weights in all, over which the rate falls; --resume can raise it",
+    )
     optimizer: Literal["adamw", "muon"] = option(
         "adamw", "adamw, or muon for the matrices in the blocks"
     )
-    learning_rate: float = _amount(1e-3, "the highest, for AdamW")
-    min_learning_rate: float = _amount(1e-4, "the last")
+    learning_rate: float = _amount(2e-3, "the highest, for AdamW")
+    min_learning_rate: float = _amount(2e-4, "the last")
     muon_learning_rate: float = _amount(0.02, "the highest, for Muon")
     warmup_steps: int = _count(100, "steps in which the learning rate rises")
     schedule: Literal["cosine", "linear", "constant"] = option(
@@ -80,7 +83,7 @@ class TrainConfig(Checked):
     lora_rank: int = _count(0, "train only low-rank additions to the matrices; 0 trains all")
     lora_alpha: float = _amount(16.0, "those are scaled by this / rank")
     eval_every: int = _count(250, "steps between evaluations, at each of which is saved", low=1)
-    eval_batches: int = _count(200, "most batches of an evaluation, spread over the split", low=1)
+    eval_batches: int = _count(50, "most batches of an evaluation, spread over the split", low=1)
     sample_tokens: int = _count(100, "length of the sample at each evaluation; 0 makes none")
     sample_temperature: float = _amount(0.8, "how daring that sample is; 0 takes the likeliest")
     keep: int = _count(2, "newest checkpoints to keep, besides the best", low=1)
@@ -124,8 +127,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     """
     try:
         return tomllib.loads(read_text(path))
-    except tomllib.TOMLDecodeError as error:
-        raise CheckpointError(f"{path}: it is not TOML: {error}") from error
+    except (ValueError, RecursionError) as error:  # also a number of too many digits
+        raise CheckpointError(f"{path}: it is not TOML: {reason(error)}") from error
 
 
 def fine_tuning(block_size: int, lora: bool) -> dict[str, Any]:
@@ -152,8 +155,16 @@ def fine_tuning(block_size: int, lora: bool) -> dict[str, Any]:
 # config/train_gpt2.py, whose eight GPUs' batches are accumulated here on one.
 RECIPES: dict[str, dict[str, Any]] = {
     # At nanoGPT's own rate, half of this, the loss on the last tenth comes to 1.91, not to 1.80.
-    "shakespeare-cpu": {"learning_rate": 2e-3, "min_learning_rate": 2e-4},
+    "shakespeare-cpu": {
+        "steps": 2000,
+        "learning_rate": 2e-3,
+        "min_learning_rate": 2e-4,
+        "eval_batches": 200,
+    },
     "shakespeare-gpu": {
+        "learning_rate": 1e-3,
+        "min_learning_rate": 1e-4,
+        "eval_batches": 200,
         "n_layer": 6,
         "n_head": 6,
         "n_embd": 384,
@@ -176,8 +187,22 @@ RECIPES: dict[str, dict[str, Any]] = {
         "beta2": 0.95,
         "compute": "bfloat16",
         "eval_every": 1000,
+        "eval_batches": 200,
     },
 }
+# What the recipes' texts are read with.
+_TOKENIZERS = {"shakespeare-cpu": "char", "shakespeare-gpu": "char", "gpt2-124m": "gpt2"}
+_SHORT_TEXT_BYTES = 200_000
+
+
+def usual_tokenizer(recipe: str | None, text_bytes: float) -> str:
+    """The tokenizer of a text for which none is named: a recipe's, or one that suits its length.
+
+    A thousand frequent pieces of words make words much sooner than characters do, but of a short
+    text they leave too few tokens to learn from.
+    """
+    short = text_bytes < _SHORT_TEXT_BYTES
+    return _TOKENIZERS.get(recipe or "", "char" if short else "bpe:1024")
 
 
 def settings_of(recipe: str | None) -> dict[str, Any]:
