@@ -74,7 +74,7 @@ def check_float(
     _check_number(name, value, kind, int | float, low=low, above=above, below=below, most=most)
 
 
-def _check_number(name: str, value: object, kind: str, types: Any, **limits: float | None) -> None:
+def _check_number(name: str, value: Any, kind: str, types: Any, **limits: float | None) -> None:
     given = {limit: bound for limit, bound in limits.items() if bound is not None}
     # True is an int to Python. An int may be too long for a float, but not for a comparison.
     largest = sys.float_info.max
