@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 import pytest
+
+from tinygpt import __version__
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -39,3 +42,17 @@ def test_the_tour_names_what_is_there():
         source = (ROOT / "docs" / target).read_text(encoding="utf-8")
         for name in re.findall(r"[\w.]+", names):
             assert re.search(rf"(class|def) {name.split('.')[-1]}\b", source), f"{target}: {name}"
+
+
+def test_what_is_cited_is_this_version():
+    text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.search(r"^version: (.+)$", text, re.MULTILINE)[1] == __version__
+    assert re.search(r"^license: MIT$", text, re.MULTILINE)
+
+
+def test_the_public_ci_calls_scripts_that_are_there():
+    text = (ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8")
+    calls = re.findall(r"- run: (\S+)", text)
+    assert sorted(calls) == [".ci/portable", ".ci/run"]
+    for call in (*calls, ".ci/package"):
+        assert os.access(ROOT / call, os.X_OK), call

@@ -139,7 +139,8 @@ def test_what_git_keeps_at_the_top():
     """What contributors make beside it (an environment, notes, builds) is theirs."""
     kept = {
         "tinygpt", "tests", "benchmarks", "docs", "run.py", "pyproject.toml", "README.md",
-        "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", ".gitignore", ".ci",
+        "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", ".gitignore", ".ci", ".github",
+        "CITATION.cff",
     }  # fmt: skip
     run = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, encoding="utf-8")
     if run.returncode == 0:  # not in an archive of the sources

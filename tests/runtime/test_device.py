@@ -56,6 +56,9 @@ assert llvm is sys.modules["tinygrad.runtime.autogen.llvm"]
 print(*(type(module).__name__ for module in (llvm, pci)))
 assert pci.PCI_VENDOR_ID == 0  # they come when they are asked for
 print(type(pci).__name__)
+assert "tinygrad.runtime.ops_rdma" not in sys.modules  # drivers of network cards
+from tinygrad.runtime import ops_rdma
+assert issubclass(ops_rdma.RDMACopyQueue, object) and ops_rdma.RDMADevice
 """
     assert python(script, DEV="CPU:X86") == "_LazyModule _LazyModule\nmodule\n"
 

@@ -16,7 +16,12 @@ FOLDER = Path(__file__).parents[2] / "tinygpt" / "runtime"
 # What is reached through a name that is imported, and not imported itself.
 REACHED = {
     "tinygrad.device": ["Buffer.ensure_allocated", "Buffer.copyin", "BufferSpec.nolru"],
+    "tinygrad.helpers": ["db_connection", "_db_connection"],
     "tinygrad.renderer.cstyle": ["ClangJITRenderer"],
+    "tinygrad.runtime.graph.hcq": ["RDMACopyQueue"],
+    "tinygrad.runtime.ops_cpu": ["CPUAllocator._alloc"],
+    "tinygrad.runtime.ops_rdma": ["RDMACopyQueue"],
+    "tinygrad.runtime.support.compiler_cpu": ["subprocess.check_output"],
     "tinygrad.renderer.llvmir": ["CPULLVMRenderer"],
     "tinygrad.renderer.isa.x86": ["X86Renderer"],
     "tinygrad.tensor": ["Tensor.gradient", "Tensor.replace", "Tensor.threefry"],

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
@@ -100,9 +101,7 @@ def advice() -> str:
 @functools.cache
 def use() -> None:
     """Have tinygrad start the clang that `command` finds, whatever CC says."""
-    from tinygrad.runtime.support import compiler_cpu
-
-    inside: Any = compiler_cpu
+    inside: Any = import_module("tinygrad.runtime.support.compiler_cpu")
     inside.subprocess = SimpleNamespace(check_output=_check_output)
 
 
