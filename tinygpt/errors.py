@@ -20,7 +20,7 @@ _CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(cod
 
 def visible(text: str) -> str:
     """What a model wrote, without what would move a terminal's cursor or set its title."""
-    return text.translate(_CONTROL)
+    return text.replace("\r\n", "\n").translate(_CONTROL)
 
 
 class InputError(ValueError):

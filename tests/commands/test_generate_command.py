@@ -17,6 +17,7 @@ from conftest import randomize, save_with_bytes
 from program import CONFIG, ROOT, SHORT, finish, is_refused, start
 
 from tinygpt import GPT, Generator, GPTConfig, load_tokenizer
+from tinygpt.commands.generate import _Sample
 from tinygpt.runtime import device
 from tinygpt.tokenizer.encoding import decode
 
@@ -88,7 +89,15 @@ def test_special_tokens_are_text_if_asked_for(cli):
     assert nothing["timings"]["first_token_s"] is None
 
 
-@pytest.mark.parametrize(("given", "prompt"), [("Hé\n", "Hé"), ("a\n\n", "a\n"), ("a b", "a b")])
+@pytest.mark.parametrize(
+    ("given", "prompt"),
+    [
+        ("Hé\n", "Hé"),
+        ("a\n\n", "a\n"),
+        ("a b", "a b"),
+        ("\ufeffHé\r\nb\r\n", "Hé\nb"),  # as Windows has it
+    ],
+)
 def test_stdin_is_the_prompt_less_one_newline(cli, monkeypatch, given, prompt):
     argv = [*SHORT, "--max-new-tokens", 0]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given.encode())))
@@ -112,6 +121,14 @@ def test_a_prompt_past_the_window_works_and_says_what_is_read(cli):
     _, out, err = cli("0123456789" * 4, *SHORT, "--max-new-tokens", 2)
     assert re.fullmatch(r"(0123456789){4}.+\n", out, re.DOTALL)
     assert "the prompt has 40 tokens, the model's window 16: only its last 8 are read" in err
+
+
+def test_a_line_that_ends_as_on_windows_ends_at_a_terminal(cli, monkeypatch):
+    """However its two characters come, and a carriage return by itself does not go back."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    pieces = ["a\r\nb", "\r", "\n", "c\r", "d", "\r"]
+    monkeypatch.setattr(_Sample, "add", lambda *_: pieces.pop(0) if pieces else "")
+    assert cli("x", *SHORT)[1].endswith("a\nb\nc\ufffdd\n")
 
 
 def test_control_characters_do_not_reach_a_terminal(cli, monkeypatch):

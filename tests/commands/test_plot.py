@@ -8,6 +8,7 @@ import pytest
 
 from tinygpt import InputError
 from tinygpt.commands import plot
+from tinygpt.tokenizer.encoding import char_tokenizer, save_tokenizer
 
 
 def draw(*argv) -> int:
@@ -44,6 +45,17 @@ def test_runs_are_drawn(tmp_path):
     assert image.count("<path") > 10
     with pytest.raises(InputError, match=r"cannot write .*out\.strange"):
         draw(tmp_path / "a", "-o", tmp_path / "out.strange")
+
+
+def test_losses_of_other_tokens_are_said_not_to_compare(tmp_path, capsys):
+    for name, letters in (("a", "xyz"), ("b", "xyz"), ("c", "xyzw")):
+        save_tokenizer(char_tokenizer(letters), tmp_path / name)
+    runs = [str(tmp_path / name) for name in ("a", "b", "nothing saved yet", "c")]
+    plot.compare_tokenizers(runs[:3])
+    assert not capsys.readouterr().err
+    plot.compare_tokenizers(runs)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{runs[0]} and {runs[3]} have other tokens, so their losses do not compare" in line
 
 
 def test_what_cannot_be_drawn_is_one_line(tmp_path, monkeypatch):

@@ -34,6 +34,7 @@ from tinygpt.data.prepare import prepare
 from tinygpt.errors import InputError
 from tinygpt.tokenizer.encoding import (
     char_tokenizer,
+    decode,
     encode,
     end_token,
     same_tokenizer,
@@ -321,13 +322,24 @@ def test_a_tokenizer_of_ones_own_makes_the_ids(form, tmp_path):
 
 def test_a_text_beyond_the_alphabet_of_a_given_tokenizer(tmp_path):
     own = char_tokenizer("abc ")
-    source = write(tmp_path / "text.txt", "a b c " * 50 + "d")
-    fails(tmp_path, r"character 'd' \(U\+0064\) is not in tokenizer 'char'", source, own)
+    source = write(tmp_path / "text.txt", "a b c d e " * 50)
+    words = r"^100 of 500 characters are not in the tokenizer, such as 'd' \(U\+0064\), 'e' .*: use"
+    fails(tmp_path, words, source, own)
     few = from_merges(
         {"a": 0, "b": 1, "ab": 2, "\u0120": 3}, ["a b"], "few"
     )  # tiktoken would panic
     source = write(tmp_path / "text.txt", "ab a " * 50 + "b\n")  # at which tiktoken would panic
     fails(tmp_path, r"character '\\n' \(U\+000A\) is not in tokenizer 'bpe'", source, few)
+
+
+def test_a_few_characters_beyond_a_given_alphabet_are_left_out_and_said(tmp_path, capsys):
+    """As when a model of characters goes on with another text."""
+    source = write(tmp_path / "text.txt", "a b c " * 100 + "é b\n" + "a b c " * 30)
+    header = prepare(source, tmp_path / "out", char_tokenizer("abc "))
+    ids = [*Dataset.open(tmp_path / "out").train, *Dataset.open(tmp_path / "out").val]
+    assert decode(char_tokenizer("abc "), ids) == "a b c " * 100 + " b" + "a b c " * 30
+    assert "2 of 784 characters are not in the tokenizer, such as" in capsys.readouterr().err
+    assert header.splits["train"].characters + header.splits["val"].bytes == 782
 
 
 def test_bad_text(tmp_path):

@@ -254,7 +254,8 @@ class _Output:
         self.times: list[float] = []  # seconds after the start, for each token
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")
-        self.shown = visible if sys.stdout.isatty() else str
+        self.terminal = sys.stdout.isatty()
+        self.held = ""  # a carriage return, until what follows tells whether it ends a line
 
     def follow(self, steps: Iterator[list[int | None]]) -> None:
         """Take all steps, showing the text at once where there is one sample to show."""
@@ -287,7 +288,12 @@ class _Output:
 
     def _show(self, text: str) -> None:
         if text:
-            sys.stdout.write(self.shown(text))
+            if self.terminal:
+                text, self.held = self.held + text, ""
+                if text.endswith("\r"):
+                    text, self.held = text[:-1], "\r"
+                text = visible(text)
+            sys.stdout.write(text)
             sys.stdout.flush()
 
     def finish(self) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tinygpt.checkpoints.load_tokenizer import load_tokenizer
 from tinygpt.commands.flags import add_flag
-from tinygpt.errors import CheckpointError, InputError, reason
+from tinygpt.errors import CheckpointError, InputError, reason, say
 from tinygpt.storage import read_text
+from tinygpt.tokenizer.encoding import same_tokenizer
+from tinygpt.tokenizer.tokenizer import Tokenizer
 
 
 def read_log(run: Path) -> dict[str, list[tuple[int, float]]]:
@@ -49,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise InputError("plot needs matplotlib: pip install 'tinygpt[plot]'") from error
     logs = {path: read_log(Path(path)) for path in args.runs}
+    compare_tokenizers(args.runs)
     figure = Figure(figsize=(8, 6), layout="constrained")
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     for number, (path, curves) in enumerate(logs.items()):
@@ -64,6 +69,20 @@ def run(args: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:  # a ValueError is for an ending that it does not know
         raise InputError(f"cannot write {args.out}: {reason(error)}") from error
     return 0
+
+
+def compare_tokenizers(runs: list[str]) -> None:
+    """Say where losses, which are those of a token, are of tokens that are not the same."""
+    known: list[tuple[str, Tokenizer]] = []
+    for run in runs:
+        with suppress(InputError):  # a run that has saved nothing yet has none
+            known.append((run, load_tokenizer(Path(run))))
+    for run, tokenizer in known[1:]:
+        if not same_tokenizer(known[0][1], tokenizer):
+            say(
+                f"{known[0][0]} and {run} have other tokens, so their losses do not compare: "
+                "`tinygpt evaluate` gives bits per byte, which do"
+            )
 
 
 def _draw(axes: Any, points: list[tuple[int, float]] | None, **style: Any) -> None:

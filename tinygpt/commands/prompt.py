@@ -19,7 +19,9 @@ def read_prompt(given: str | None) -> str:
             piped = stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
     if piped or given == "-":
         try:
-            text = sys.stdin.buffer.read().decode().removesuffix("\n")
+            # Windows puts a mark before a text, and \r at each line's end.
+            text = sys.stdin.buffer.read().decode("utf-8-sig").replace("\r\n", "\n")
+            text = text.removesuffix("\n")
         except UnicodeDecodeError as error:
             raise InputError(f"the prompt on stdin is not UTF-8: {error.reason}") from error
     if not text and given is not None:

@@ -83,35 +83,46 @@ class Converter:
 
     def __call__(
         self, group: list[Piece]
-    ) -> tuple[bool, np.ndarray, tuple[int, int, int], list[str]]:
-        """Whether for validation, ids, (tokens, characters, bytes), special tokens spelt."""
+    ) -> tuple[bool, np.ndarray, tuple[int, int, int], list[str], list[str]]:
+        """Whether for validation, ids, (tokens, characters, bytes), special tokens, what is lost.
+
+        Text that is read as special tokens, or lost, is not counted.
+        """
         arrays, characters, size, spelt = [np.empty(0, self.dtype)], 0, 0, list[str]()
+        lost = list[str]()
         for _, text, ends in group:
             spelt += self._special(text)
             aside = ""
             if self._meant(text):
                 for part, token in self.tokenizer.parts(text, self.as_tokens):
-                    ids = self._ordinary(part) if token is None else self._one(token.id)
+                    ids = self._ordinary(part, lost) if token is None else self._one(token.id)
                     arrays.append(ids)
                     aside += part if token and token.special else ""
             elif text:
-                arrays.append(self._ordinary(text))
+                arrays.append(self._ordinary(text, lost))
             characters += len(text) - len(aside)
             size += len(text.encode()) - len(aside.encode())
             if ends and self.end is not None and self.end not in arrays[-1][-1:]:
                 arrays.append(self._one(self.end))
         ids = np.concatenate(arrays, dtype=self.dtype, casting="unsafe")
-        return group[0][0], ids, (len(ids), characters, size), spelt
+        characters, size = characters - len(lost), size - len("".join(lost).encode())
+        return group[0][0], ids, (len(ids), characters, size), spelt, lost
 
     def _one(self, number: int) -> np.ndarray:
         return np.array([number], self.dtype)
 
-    def _ordinary(self, text: str) -> np.ndarray:
-        """The ids of a text in which no added token is meant."""
+    def _ordinary(self, text: str, lost: list[str]) -> np.ndarray:
+        """The ids of a text in which no added token is meant.
+
+        Args:
+            lost: gets the characters that a vocabulary of characters lacks.
+        """
         if self.tokenizer.name == "char":
             numbers = codes(text)
-            if not self._known[numbers].all():
-                self.tokenizer.merge(text)  # which says what the tokenizer lacks
+            known = self._known[numbers]
+            if not known.all():
+                lost.extend(map(chr, numbers[~known].tolist()))
+                numbers = numbers[known]
             return self._id_of[numbers]
         if self.tokenizer.name == "bytes":
             return np.frombuffer(text.encode(), np.uint8)

@@ -37,6 +37,7 @@ _SHAKESPEARE = (
     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
 )
 _KINDS = ("char", "bytes", "gpt2", "bpe:N")
+_MOST_LOST = 0.01  # of a text's characters may be missing in a vocabulary that it did not teach
 _LEARN_BYTES = 64 << 20  # of this much text, spread evenly, a BPE is learnt
 
 
@@ -202,6 +203,17 @@ def _learnt(kind: str, text: Source, names: list[str], as_tokens: bool) -> Token
     return bpe_tokenizer(train_bpe(chosen, int(kind.partition(":")[2])))
 
 
+def _check_lost(lost: Counter[str], characters: int) -> None:
+    """Say which characters a vocabulary lacks: a few are left out, of another alphabet none is."""
+    if lost:
+        names = ", ".join(f"{name!r} (U+{ord(name):04X})" for name, _ in lost.most_common(3))
+        many = f"{lost.total():,} of {characters + lost.total():,} characters are not in the "
+        many += f"tokenizer, such as {names}"
+        if lost.total() > _MOST_LOST * characters:
+            raise InputError(f"{many}: use another tokenizer, or a model that has them")
+        say(f"{many}: they are left out")
+
+
 def _write(
     folder: Path, converter: Converter, text: Source
 ) -> tuple[dict[str, Split], Counter[str]]:
@@ -209,15 +221,17 @@ def _write(
     counts = {split: np.zeros(3, np.int64) for split in SPLITS}
     digests = {split: hashlib.sha256() for split in SPLITS}
     parts = grouped(text.pieces("tokens", converter.whole, converter.end_text))
-    found: Counter[str] = Counter()
+    found, lost = Counter[str](), Counter[str]()
     with ExitStack() as stack:
         files = {s: stack.enter_context(open(folder / f"{s}.bin", "wb")) for s in SPLITS}
-        for is_val, ids, counted, spelt in on_all_cores(converter, parts):
+        for is_val, ids, counted, spelt, lacking in on_all_cores(converter, parts):
             split = SPLITS[is_val]
             files[split].write(ids)
             digests[split].update(ids)
             counts[split] += counted
             found.update(spelt)
+            lost.update(lacking)
+        _check_lost(lost, sum(int(count[1]) for count in counts.values()))
         for split, file in files.items():
             if not file.tell() and not (split == "val" and text.cut == text.size):
                 raise InputError(f"no text is left for {split}: give more text or another --val")
