@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import tiktoken
 
+from tinygpt.checkpoints.gguf_vocabulary import metadata_of_tokenizer, tokenizer_from_metadata
 from tinygpt.checkpoints.load_tokenizer import load_tokenizer
 from tinygpt.errors import InputError
 from tinygpt.tokenizer import encoding
@@ -265,6 +266,22 @@ def test_characters() -> None:
     assert decode(tokenizer, [6, 5, 1, 1]) == "😀éee"
     assert end_token(tokenizer) is None
     assert same(char_tokenizer(iter(["he\n", "lo", "é😀"])), tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["hf", "gguf"])
+def test_half_a_surrogate_in_what_is_passed_on_is_written_as_it_came(kind, small, tmp_path):
+    """JSON can spell it, and UTF-8 cannot."""
+    folder = tmp_path / "with"
+    save_tokenizer(small, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    write(folder, {"tokenizer_config.json": config | {"chat_template": "a\ud800"}})
+    if kind == "hf":
+        save_tokenizer(load_tokenizer(folder), tmp_path / "again")
+        again = load_tokenizer(tmp_path / "again")
+    else:
+        metadata = metadata_of_tokenizer(load_tokenizer(folder), small.n_vocab)
+        again = tokenizer_from_metadata(metadata, tmp_path)
+    assert again.kept["tokenizer_config.json"]["chat_template"] == "a\ud800"
 
 
 @pytest.mark.parametrize("kind", ["bytes", "char", "small"])
@@ -671,6 +688,14 @@ BAD_FILES = {
     "one: a template without a text": (
         one(post_processor={"type": "TemplateProcessing", "single": [], "special_tokens": {}}),
         "post_processor",
+    ),
+    "one: post-processors in each other": (
+        one(post_processor=json.loads('{"type": "Sequence", "processors": [' * 900 + "]}" * 900)),
+        "post_processor",
+    ),
+    "extra tokens that are no list": (
+        pair(vocabulary()) | {"tokenizer_config.json": {"extra_special_tokens": 5}},
+        "extra_special_tokens is 5",
     ),
     "one: flags no truths": (
         one(added_tokens=[{"id": 257, "content": END, "lstrip": 1}]),

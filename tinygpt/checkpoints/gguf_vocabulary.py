@@ -170,5 +170,5 @@ def metadata_of_tokenizer(tokenizer: Tokenizer | None, vocab_size: int) -> dict[
     }
     for key, name in _KEPT.items():
         if name in says:
-            found[key] = json.dumps(says[name], ensure_ascii=False)
+            found[key] = json.dumps(says[name])
     return found

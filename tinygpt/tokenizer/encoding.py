@@ -204,7 +204,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
         config = huggingface.config_of(tokenizer)
         files["vocab.json"] = json.dumps(vocab, ensure_ascii=False)
         files["merges.txt"] = "\n".join(("#version: 0.2", *map(" ".join, merges), ""))
-        files[huggingface.CONFIG] = json.dumps(config, ensure_ascii=False)
+        files[huggingface.CONFIG] = json.dumps(config)
         listed = huggingface.listed_in(config, name)
         if name in NAMES and same_tokenizer(tokenizer, named_tokenizer(name)):
             files[_OWN] = json.dumps({"kind": name})

@@ -233,6 +233,8 @@ def _named(config: Mapping[str, Any], source: str) -> dict[str, AddedToken]:
     values = [config.get(role) for role in roles]
     for name in _EXTRA:
         extra = config.get(name) or ()
+        if not isinstance(extra, list | tuple | dict):
+            raise CheckpointError(f"{source}: {name} is {show(extra)}: it must be a list")
         values += extra.values() if isinstance(extra, dict) else extra
     found: dict[str, AddedToken] = {}
     for value in values:
@@ -278,9 +280,12 @@ def _around(processor: Any, path: Path) -> tuple[tuple[int, ...], tuple[int, ...
         case {"type": "Sequence", "processors": list(parts)}:
             before, after = (), ()
             for part in parts:
+                if isinstance(part, dict) and part.get("type") == "Sequence":
+                    break  # of any depth
                 first, last = _around(part, path)
                 before, after = first + before, after + last
-            return before, after
+            else:
+                return before, after
         case {"type": "TemplateProcessing", "single": list(single), "special_tokens": dict(tokens)}:
             sides: list[tuple[int, ...]] = [()]
             for part in single:
