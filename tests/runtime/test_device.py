@@ -59,6 +59,9 @@ print(type(pci).__name__)
 assert "tinygrad.runtime.ops_rdma" not in sys.modules  # drivers of network cards
 from tinygrad.runtime import ops_rdma
 assert issubclass(ops_rdma.RDMACopyQueue, object) and ops_rdma.RDMADevice
+assert "tinygrad.renderer.nir" not in sys.modules  # Mesa's compiler
+from tinygrad.renderer import nir
+assert nir.LVPRenderer.__module__ == nir.__name__
 """
     assert python(script, DEV="CPU:X86") == "_LazyModule _LazyModule\nmodule\n"
 

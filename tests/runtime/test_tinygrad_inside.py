@@ -19,7 +19,7 @@ REACHED = {
     "tinygrad.helpers": ["db_connection", "_db_connection"],
     "tinygrad.renderer.cstyle": ["ClangJITRenderer"],
     "tinygrad.runtime.graph.hcq": ["RDMACopyQueue"],
-    "tinygrad.runtime.ops_cpu": ["CPUAllocator._alloc"],
+    "tinygrad.runtime.ops_cpu": ["CPUAllocator._alloc", "LVPRenderer"],
     "tinygrad.runtime.ops_rdma": ["RDMACopyQueue"],
     "tinygrad.runtime.support.compiler_cpu": ["subprocess.check_output"],
     "tinygrad.renderer.llvmir": ["CPULLVMRenderer"],

@@ -14,6 +14,8 @@ from importlib.util import LazyLoader, find_spec, module_from_spec
 from types import ModuleType
 from typing import Any
 
+from tinygrad.helpers import DEV
+
 _NETWORK = "tinygrad.runtime.ops_rdma"
 BINDINGS = ("llvm", "mesa", "mlx5", "pci", "vfio", "iokit", "corefoundation", "libusb")
 
@@ -31,13 +33,28 @@ def postpone() -> None:
                 module = sys.modules[full] = module_from_spec(spec)
                 spec.loader.exec_module(module)
                 setattr(autogen, name, module)
-    if _NETWORK not in sys.modules:
-        sys.modules[_NETWORK] = stand_in = ModuleType(_NETWORK)
-        stand_in.RDMACopyQueue = _network_queue  # type: ignore[attr-defined]
-        try:
-            import_module("tinygrad.runtime.graph.hcq")
-        finally:
-            del sys.modules[_NETWORK]  # who asks for it by name gets all of it
+    _without(_NETWORK, "RDMACopyQueue", _network_queue, "tinygrad.runtime.graph.hcq")
+    if "LVP" not in repr(DEV):
+        _without("tinygrad.renderer.nir", "LVPRenderer", LVPRenderer, "tinygrad.runtime.ops_cpu")
+
+
+def _without(left_out: str, name: str, stand_in: object, module: str) -> None:
+    """Import a module while something else stands for the one name that it takes from another."""
+    if left_out in sys.modules or module in sys.modules:
+        return
+    sys.modules[left_out] = empty = ModuleType(left_out)
+    setattr(empty, name, stand_in)
+    try:
+        import_module(module)
+    finally:
+        del sys.modules[left_out]  # who asks for it by name gets all of it
+
+
+class LVPRenderer:
+    """Mesa's compiler for the CPU, which only DEV=CPU:LVP, set before the start, chooses."""
+
+    def __init__(self, *_: Any) -> None:
+        raise RuntimeError("start with DEV=CPU:LVP to use Mesa's compiler")
 
 
 def _network_queue(*args: Any) -> Any:
