@@ -15,12 +15,16 @@ CONFIG = GPTConfig(n_layer=1, n_head=1, n_embd=16, block_size=16, vocab_size=257
 SHORT = [*SHAPE, "--max-new-tokens", "8", "--seed", "3"]
 
 
-def start(*argv, program=("run.py",), env=None, stdout=subprocess.PIPE) -> subprocess.Popen:
+def start(
+    *argv, program=("run.py",), env=None, stdin=None, stdout=subprocess.PIPE
+) -> subprocess.Popen:
     """The program in a process of its own; None in `env` takes a variable away."""
     env = {**os.environ, "PYTHONUNBUFFERED": None, **(env or {})}
     env = {name: value for name, value in env.items() if value is not None}
     command = [sys.executable, *program, *map(str, argv)]
-    return subprocess.Popen(command, env=env, stdout=stdout, stderr=subprocess.PIPE, cwd=ROOT)
+    return subprocess.Popen(
+        command, env=env, stdin=stdin, stdout=stdout, stderr=subprocess.PIPE, cwd=ROOT
+    )
 
 
 def finish(process: subprocess.Popen) -> tuple[int, bytes, str]:

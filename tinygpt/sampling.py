@@ -117,6 +117,7 @@ class Sampling(Checked):
         1.0,
         temperature,
         "below 1 less daring, above 1 more; 0 takes the likeliest",
+        short=("-t",),
         limits={"low": 0},
     )
     top_k: int | None = _step(None, top_k, "only the N likeliest tokens", limits={"low": 1})

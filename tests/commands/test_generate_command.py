@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from program import CONFIG, ROOT, SHORT, finish, is_refused, start
 
 from tinygpt import GPT, Generator, GPTConfig, load_tokenizer
 from tinygpt.commands.generate import _Sample
+from tinygpt.commands.prompt import stop_text
 from tinygpt.runtime import device
 from tinygpt.tokenizer.encoding import decode
 
@@ -77,6 +79,82 @@ def test_a_stop_text_ends_just_before_it(cli):
     (sample,) = json.loads(cli("Hi", *SHORT, "--stop", stop, "--json")[1])["samples"]
     assert sample["text"] == before[2:]
     assert sample["tokens"][-1] == ord(stop)
+
+
+def test_an_escape_in_a_stop_text_is_its_character(cli):
+    for given, text in (
+        (r"\n", "\n"), (r"a\tb\r", "a\tb\r"), (r"\\n", r"\n"), (r"\u00e9", "é"), ("\\d\\", "\\d\\"),
+        (r"\ud83d\ude00", "😀"), (r"\u12", r"\u12"), ("plain", "plain"),
+    ):  # fmt: skip
+        assert stop_text(given) == text
+    assert is_refused(cli("Hi", *SHORT, "--stop", r"\ud83d"), "half of a surrogate pair")
+    argv = ["ROMEO:\nI", "--seed", 2, "-n", 200, "--temperature", 0]
+    assert cli(*argv, "--stop", r"\n")[1].count("\n") == 2
+
+
+def test_a_prompt_file_is_the_prompt_without_its_mark_and_last_line_end(cli, tmp_path):
+    file = tmp_path / "prompt.txt"
+    argv = [*SHORT, "--max-new-tokens", 0, "--prompt-file", file]
+    for content, text in (
+        ("Hé\n", "Hé"), ("\ufeffHi", "Hi"), ("a\r\nb\r\n", "a\nb"), ("a\n\n", "a\n"),
+    ):  # fmt: skip
+        file.write_bytes(content.encode())
+        assert cli(*argv)[1] == f"{text}\n"
+    assert is_refused(cli("Hi", *argv), "--prompt-file and a prompt or --ids are two texts")
+    file.write_bytes(b"\xef\xbb\xbf\n")
+    assert is_refused(cli(*argv), "the prompt is empty")
+    file.write_bytes(b"\xff")
+    assert is_refused(cli(*argv), str(file))
+    assert is_refused(cli(*argv[:-1], tmp_path / "none"), "no such file")
+
+
+def test_short_flags_and_the_names_of_other_programs_mean_the_same(cli, saved):
+    long = ["--model", saved[0], "--max-new-tokens", 5, "--temperature", 0.9, "--seed", 3]
+    expected = cli("Hi", *long, "--top-k", 9)[1]
+    assert cli("Hi", "-m", saved[0], "-n", 5, "-t", 0.9, "-s", 3, "--top_k", 9)[1] == expected
+    other = ["--max_tokens", 5, "--temp", 0.9, "--seed=3", "--top_k=9"]
+    assert cli("Hi", "-m", saved[0], *other)[1] == expected
+
+
+def test_lines_from_a_pipe_are_continued_one_by_one(saved):
+    argv = ["-i", "-m", saved[0], "-n", 6, "-t", 0]
+    process = start(*argv, stdin=subprocess.PIPE)
+    out, err = process.communicate("Hi\n\n\ufeffYou\r\n".encode(), timeout=300)
+    assert process.returncode == 0, err
+    texts = []
+    for prompt in ("Hi", "You"):
+        ids = Generator(saved[1]).generate(list(prompt.encode()), 6, 0, [256], temperature=0)
+        texts.append(prompt + load_tokenizer("bytes").decode(ids) + "\n")
+    assert out.decode() == "".join(texts)
+
+
+def test_ctrl_c_stops_a_typed_text_and_not_the_program(endless):
+    script = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from tinygpt.commands.main import main; sys.exit(main())"
+    )
+    process = start("-i", *endless[1:], program=["-c", script], stdin=subprocess.PIPE)
+    for _ in range(2):
+        process.stdin.write(b"Hi\n")
+        process.stdin.flush()
+        while process.stdout.read(1) != b"H":
+            pass
+        process.stdout.read(8)  # some of its text
+        process.send_signal(signal.SIGINT)
+        while b"the first after" not in process.stderr.readline():
+            pass
+    process.stdin.close()
+    process.stdin = None
+    status, _, err = finish(process)
+    assert (status, err) == (0, "")
+
+
+def test_interactive_without_stdin_or_with_a_reader_that_leaves_ends_quietly(saved):
+    line = f"{shlex.quote(sys.executable)} run.py -i -m {saved[0]} -n 3"
+    for command in (f"{line} <&-", f"yes Hi | {line} | head -c 4", f"echo Hi | {line} >&-"):
+        run = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True)
+        assert run.returncode == 0, run.stderr
+        assert b"Traceback" not in run.stderr
 
 
 def test_special_tokens_are_text_if_asked_for(cli):
@@ -191,12 +269,16 @@ def test_a_folder_that_is_not_whole_is_refused(cli, saved, tmp_path, words):
 BAD = {
     "--modle gpt2": "did you mean --model?",
     "--temprature=0": "did you mean --temperature?",
+    "--temper 0": "did you mean --temperature?",
+    "--lrr 1": "unknown argument '--lrr' (`tinygpt --help`",
+    "--device cuda": "the environment variable DEV chooses the device",
+    "--top_p=much": "--top_p is 'much': it must be a number",
     "--layers two": "--layers is 'two': it must be a whole number, 1 or more and below 2**31",
     "--n-layer two": "--n-layer is 'two': it must be a whole number, 1 or more",
     "--top-p much": "--top-p is 'much': it must be a number, above 0 and at most 1",
     "doctor --backend": "did you mean --backends?",
     "--model ./nowhere": "no folder or file './nowhere'",
-    "--model run.py": "it is cut or no safetensors file",
+    "--model run.py": "it is a text: give a model's folder or file",
     "--model gpt2": "cannot fetch config.json from http://127.0.0.1:1: connection refused",
     "--model gpt2 --layers 2": "--layers describes a new model, but --model brings its own",
     "--model gpt2 --n-layer 2": "--n-layer describes a new model",

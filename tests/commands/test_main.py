@@ -48,6 +48,8 @@ def test_each_command_has_a_help(verb, capsys):
         ("chat", "to continue it as a prompt: `tinygpt generate chat`"),
         ("evalute gpt2 data", "did you mean 'evaluate'?"),
         ("chat --model gpt2", "to continue it as a prompt: `tinygpt generate chat`"),
+        ("--seed 3 evaluate x", "the command comes first: `tinygpt evaluate ...`"),
+        ("--json trian", "the command comes first: `tinygpt train ...`; to continue that word as"),
         ("several words", "to continue it as a prompt: `tinygpt generate 'several words'`"),
         ("Several words", "unknown argument 'words': put a prompt of several words in quotes"),
     ],

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from tinygpt.checkpoints.model_files import ADAPTER_CONFIG, ADAPTER_FILES, FILES, shards
 from tinygpt.checkpoints.run_folder import followed
-from tinygpt.errors import CheckpointError, InputError, reason, say
-from tinygpt.storage import temporary_beside
+from tinygpt.errors import CheckpointError, InputError, reason, say, show
+from tinygpt.storage import read_json, temporary_beside
 
 _NAME = r"([A-Za-z0-9_][\w.-]{0,95}/)?[A-Za-z0-9_][\w.-]{0,95}"
 _GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -76,6 +78,85 @@ def resolve(name_or_path: str | Path) -> Path:
     return found or target
 
 
+class LocalModel(NamedTuple):
+    """A model that is here under a name."""
+
+    name: str
+    size_bytes: int
+    where: str
+
+
+def local_models() -> Iterator[LocalModel]:
+    """What a name can stand for without a download: built in, fetched, and in Hugging Face's cache.
+
+    Of the last, only what is of GPT-2's kind: other programs keep other models there.
+    """
+    built_in = Path(__file__).parents[1] / BUILT_IN
+    yield LocalModel(BUILT_IN, _size_bytes(built_in), "built in")
+    own = cache_folder() / "models"
+    for folder in _folders(own):
+        if _is_fetched(folder):
+            name = _short(folder.name.replace("--", "/", 1))
+            yield LocalModel(name, _size_bytes(folder), show(str(folder))[1:-1])
+    for folder in _folders(_hugging_face_cache()):
+        name = folder.name.removeprefix("models--").replace("--", "/", 1)
+        if name == folder.name or not re.fullmatch(_NAME, name, re.ASCII):
+            continue
+        snapshot = _in_hugging_face_cache(name)
+        if snapshot and not _is_fetched(_fetched(_repo(name))):
+            with suppress(CheckpointError):
+                if read_json(snapshot / "config.json").get("model_type") in ("gpt2", "tinygpt"):
+                    where = "Hugging Face's cache"
+                    yield LocalModel(_short(name), _size_bytes(snapshot), where)
+
+
+def remove(name: str) -> Path:
+    """Remove a fetched model, whole or not at all; the folder where it was.
+
+    Raises:
+        InputError: when it is not one that this program has fetched, or it cannot be removed.
+    """
+    advice = "`tinygpt models` lists what is here"
+    if name == BUILT_IN:
+        raise InputError(f"{name} is a part of the program and cannot be removed: {advice}")
+    repo = _repo(name)
+    target = _fetched(repo)
+    plain = re.fullmatch(_NAME, name, re.ASCII) and "--" not in name and ".." not in name
+    if not plain or not target.is_dir():
+        if plain and _in_hugging_face_cache(repo):
+            raise InputError(
+                f"{name} is in Hugging Face's cache, which is not ours: `hf cache` can remove it"
+            )
+        raise InputError(f"no fetched model {show(name)}: {advice}")
+    temporary = temporary_beside(target)
+    try:
+        os.rename(target, temporary)  # at once: nobody finds half of a model
+        if temporary.is_symlink():
+            temporary.unlink()
+        else:
+            shutil.rmtree(temporary)
+    except OSError as error:
+        raise InputError(f"cannot remove {target}: {reason(error)}") from error
+    return target
+
+
+def _folders(parent: Path) -> list[Path]:
+    try:
+        return sorted(path for path in parent.iterdir() if path.is_dir() and path.name[0] != ".")
+    except OSError:  # there is no such cache
+        return []
+
+
+def _size_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _short(repo: str) -> str:
+    """The name that people use: `gpt2` for openai-community/gpt2."""
+    name = repo.removeprefix("openai-community/")
+    return name if name in _GPT2 else repo
+
+
 def _is_also_a_name(given: str) -> bool:
     """Whether a path is the name of a model that somebody may well mean: GPT-2's, or fetched."""
     if not re.fullmatch(_NAME, given, re.ASCII):
@@ -93,10 +174,14 @@ def _fetched(repo: str) -> Path:
     return cache_folder() / "models" / repo.replace("/", "--")
 
 
+def _hugging_face_cache() -> Path:
+    home = _folder("HF_HOME", _folder("XDG_CACHE_HOME", "~/.cache") / "huggingface")
+    return _folder("HF_HUB_CACHE", home / "hub")
+
+
 def _in_hugging_face_cache(repo: str) -> Path | None:
     """The model as another program has fetched it, if all of it is there."""
-    home = _folder("HF_HOME", _folder("XDG_CACHE_HOME", "~/.cache") / "huggingface")
-    cache = _folder("HF_HUB_CACHE", home / "hub")
+    cache = _hugging_face_cache()
     old_name = repo.removeprefix("openai-community/")  # before the Hub had organisations
     for name in (repo, old_name if old_name in _GPT2 else repo):
         folder = cache / f"models--{name.replace('/', '--')}"

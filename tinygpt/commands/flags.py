@@ -17,6 +17,27 @@ from tinygpt.checkpoints.quantization import DTYPES
 from tinygpt.errors import InputError
 from tinygpt.options import Kind, check_value, kinds
 
+# What other programs call a flag of ours; each is taken wherever the flag is, and not in the help.
+_ALIASES = {
+    "--temperature": ("--temp",),
+    "--learning-rate": ("--lr",),
+    "--max-new-tokens": ("--max-tokens", "--n-predict", "--num-tokens"),
+    "--num-samples": ("--n-samples", "--num-return-sequences"),
+    "--repetition-penalty": ("--repeat-penalty", "--rep-penalty"),
+    "--block-size": ("--ctx-size", "--context-length"),
+    "--steps": ("--max-iters", "--max-steps"),
+    "--accumulate": ("--grad-accum", "--gradient-accumulation-steps"),
+    "--out": ("--output", "--output-dir", "--out-dir"),
+}
+# Flags of other programs that are something else here.
+_DEV = "the environment variable DEV chooses the device, as in `DEV=CUDA tinygpt ...`"
+_ELSEWHERE = {
+    **dict.fromkeys(("--device", "--gpu", "--cuda", "--cpu", "--mps", "--metal"), _DEV),
+    "--threads": "the environment variable CPU_COUNT says how many threads to use",
+    "--prompt": "the prompt stands by itself, as in `tinygpt 'To be'`, or in a --prompt-file",
+    "--quiet": "what is not the text goes to stderr: add 2>/dev/null",
+}
+
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
@@ -27,11 +48,28 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments: "):
             given = message.split()[2].split("=")[0]
             message = f"unknown argument {given!r}"
-            if near := get_close_matches(given, self._option_string_actions, n=1):
-                message += f": did you mean {near[0]}?"
+            if given in _ELSEWHERE:
+                message += f": {_ELSEWHERE[given]}"
+            elif near := self._near(given):
+                message += f": did you mean {near}?"
             elif not given.startswith("-"):
                 message += ": put a prompt of several words in quotes"
         raise InputError(f"{message} (`{self.prog} --help` lists what there is)")
+
+    def _near(self, given: str) -> str | None:
+        """The flag that is meant by one that there is not, if it looks like one or begins one."""
+        known = {
+            spelling.lstrip("-"): spelling
+            for action in self._actions
+            for spelling in action.option_strings
+            if spelling.startswith("--")
+        }
+        name = given.lstrip("-").replace("_", "-")
+        if not given.startswith("-") or not name:
+            return None
+        near = get_close_matches(name, known, n=1, cutoff=0.75)
+        near += [each for each in known if len(name) > 2 and each.startswith(name)]
+        return known[near[0]] if near else None
 
 
 class _Flag(argparse.Action):
@@ -96,12 +134,16 @@ def add_flag(
         limits: those of a number: see `errors.check_int` and `errors.check_float`.
     """
     kind = kind if isinstance(kind, Kind) else Kind(kind)
+    shown = (*spellings, *off)
+    # Underscores are taken for dashes, as people type who know the names from Python.
+    hidden = {each: _ALIASES.get(each, ()) for each in shown}
+    hidden = {each: (*more, *map(_underscored, (each, *more))) for each, more in hidden.items()}
+    off = [each for spelling in off for each in (spelling, *hidden[spelling])]
     takes: dict[str, Any] = {"nargs": 0}
     if kind.type is not bool:
         takes = {"metavar": metavar or "|".join(kind.choices) or _METAVARS[kind.type]}
-    parser.add_argument(
-        *spellings,
-        *off,
+    action = parser.add_argument(
+        *shown,
         action=_Flag,
         kind=kind,
         limits=limits,
@@ -112,6 +154,14 @@ def add_flag(
         help=help.replace("%", "%%"),
         **takes,
     )
+    for each in hidden.values():
+        for spelling in each:
+            parser._option_string_actions.setdefault(spelling, action)
+
+
+def _underscored(spelling: str) -> str:
+    """`--top_p` for `--top-p`."""
+    return "--" + spelling[2:].replace("-", "_") if spelling.startswith("--") else spelling
 
 
 # The flags that several commands have in common.

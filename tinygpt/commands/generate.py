@@ -5,18 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Any
 
 from tinygpt.checkpoints import hub
 from tinygpt.commands.flags import add_flag, add_options, add_shared, given, spelled
-from tinygpt.commands.prompt import read_ids, read_prompt
+from tinygpt.commands.interrupts import Interrupts
+from tinygpt.commands.prompt import read_ids, read_prompt, stop_text, typed_prompts
 from tinygpt.config import PRESETS, SHAPE, GPTConfig
 from tinygpt.errors import InputError, say, visible
 from tinygpt.options import defaults
@@ -35,8 +34,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """The arguments of `tinygpt generate`, which are those of `tinygpt` alone."""
     words = "text to continue; - or a pipe reads stdin"
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help=words)
+    add_flag(parser, "--prompt-file", metavar="FILE", help="the text to continue is in a file")
+    words = "continue one line after the other, typed or from a pipe; Ctrl-D ends"
+    add_flag(parser, "-i", "--interactive", kind=bool, help=words)
     models = "a folder, file, or name to fetch, such as gpt2 (default: the built-in shakespeare)"
-    add_flag(parser, "--model", metavar="NAME|PATH", help=models)
+    add_flag(parser, "-m", "--model", metavar="NAME|PATH", help=models)
     words = "a new model of random weights; so does --tokenizer, or any flag of its shape"
     add_flag(parser, "--untrained", kind=bool, help=words)
     add_shared(parser, "--dtype")
@@ -54,13 +56,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     off = ("--no-special-tokens",)
     add_flag(group, "--special-tokens", kind=bool, default=True, off=off, help=words)
     words = f"how many at most (default: 128; of the built-in's bytes {_BUILT_IN_TOKENS})"
-    add_flag(group, "--max-new-tokens", kind=int, help=words, low=0)
-    words = "end just before this text; may be given more than once"
+    add_flag(group, "-n", "--max-new-tokens", kind=int, help=words, low=0)
+    words = (
+        "end just before this text (\\n is a newline; also \\t \\r \\uXXXX \\\\); may be repeated"
+    )
     add_flag(group, "--stop", help=words, default=[], many=True)
     words = "how many texts, each with the next seed (default: 1)"
     add_flag(group, "--num-samples", kind=int, help=words, default=1, low=1)
     words = "gives the same text again (default: another each time)"
-    add_flag(group, "--seed", kind=int, help=words, low=0, below=2**63)
+    add_flag(group, "-s", "--seed", kind=int, help=words, low=0, below=2**63)
     group = parser.add_argument_group("sampling")
     temperatures = f"{_BUILT_IN_TEMPERATURE}; with --model as it says, else 0; untrained 1"
     add_options(group, Sampling, defaults={"temperature": temperatures})
@@ -84,6 +88,7 @@ class Request:
     seeds: list[int]  # one for each sample
     sampling: dict[str, Any]
     json: bool
+    interactive: bool
 
 
 def parse(args: argparse.Namespace) -> Request:
@@ -101,14 +106,17 @@ def parse(args: argparse.Namespace) -> Request:
     if not model and not new:
         model, tokens = hub.BUILT_IN, _BUILT_IN_TOKENS
         sampling = {"temperature": _BUILT_IN_TEMPERATURE}
+    if args.prompt_file is not None and (args.prompt, args.ids) != (None, None):
+        raise InputError("--prompt-file and a prompt or --ids are two texts: give one of them")
     ids = read_ids(args.ids, args.prompt)
+    nothing = ids or (args.interactive and (args.prompt, args.prompt_file) == (None, None))
     preset = args.preset or _DEFAULT_PRESET
     shape = given(args, SHAPE)
     if preset in PRESETS:
         GPTConfig.check({**defaults(GPTConfig), **PRESETS[preset], **shape}, spelled(args))
     seed = int.from_bytes(os.urandom(4), "big") if args.seed is None else args.seed
     return Request(
-        prompt="" if ids else read_prompt(args.prompt),
+        prompt="" if nothing else read_prompt(args.prompt, args.prompt_file),
         ids=ids,
         model=model,
         shape=GPTConfig.preset(preset, **shape),
@@ -118,10 +126,11 @@ def parse(args: argparse.Namespace) -> Request:
         dtype=args.dtype,
         special_tokens=args.special_tokens,
         max_new_tokens=tokens if args.max_new_tokens is None else args.max_new_tokens,
-        stop=args.stop,
+        stop=[stop_text(text) for text in args.stop],
         seeds=[seed + number for number in range(args.num_samples)],
         sampling={**sampling, **given(args, defaults(Sampling))},
         json=bool(args.json),
+        interactive=bool(args.interactive),
     )
 
 
@@ -141,20 +150,43 @@ def open_writer(request: Request) -> Writer:
 
 def run(args: argparse.Namespace) -> int:
     """Write the text, and say on stderr what wrote it and how fast; the exit status."""
-    request, output = parse(args), None
-    with _Interrupts() as interrupts, _backend_is_asked_first():
+    request, writer = parse(args), None
+    with Interrupts(), _backend_is_asked_first():
         writer = open_writer(request)
+    if writer is None:  # Ctrl-C came before there was a model
+        return 130
+    if not request.interactive:
+        return 130 if _write(request, writer, first=True) else 0
+    if request.prompt or request.ids:
+        _write(request, writer, first=True)
+    else:
+        introduce(request, writer)
+    for number, prompt in enumerate(typed_prompts(), 1):
+        seeds = [seed + number * len(request.seeds) for seed in request.seeds]
+        try:
+            _write(replace(request, prompt=prompt, ids=None, seeds=seeds), writer)
+        except InputError as error:  # the next line may be better
+            say(f"error: {error}")
+    return 0
+
+
+def _write(request: Request, writer: Writer, first: bool = False) -> bool:
+    """Continue one prompt, and say how fast; whether Ctrl-C has ended it."""
+    output = None
+    with Interrupts() as interrupts, _backend_is_asked_first():
         ids = request.ids or writer.encode(request.prompt, request.special_tokens)
         if request.ids:
             request = replace(request, prompt=writer.tokenizer.decode(ids))
-        seeds, count = request.seeds, request.max_new_tokens
-        steps = writer.stream(ids, count, seeds, **{**writer.sampling, **request.sampling})
-        introduce(request, writer, ids)
+        settings = {**writer.sampling, **request.sampling}
+        steps = writer.stream(ids, request.max_new_tokens, request.seeds, **settings)
+        if first:
+            introduce(request, writer)
+        _say_what_is_read(len(ids), writer.model.config.block_size)
         output = _Output(request, writer, ids, interrupts)
         output.follow(steps)
     if output:  # else Ctrl-C came before anything
         output.finish()
-    return 130 if interrupts.came else 0
+    return interrupts.came
 
 
 @contextmanager
@@ -172,8 +204,8 @@ def _backend_is_asked_first() -> Iterator[None]:
         raise
 
 
-def introduce(request: Request, writer: Writer, ids: list[int]) -> None:
-    """Say what is about to write, and what of the prompt it will not see."""
+def introduce(request: Request, writer: Writer) -> None:
+    """Say what is about to write."""
     config = writer.model.config
     if device.note:
         say(device.note)
@@ -182,44 +214,12 @@ def introduce(request: Request, writer: Writer, ids: list[int]) -> None:
     say(f"{name}, {config.parameter_count:,} parameters on {where}")
     if not request.model:
         say(f"untrained: its weights are random (seed {request.seeds[0]}), so the text is noise")
-    if len(ids) > (window := config.block_size):
-        many = f"the prompt has {len(ids)} tokens, the model's window {window}"
+
+
+def _say_what_is_read(count: int, window: int) -> None:
+    if count > window:
+        many = f"the prompt has {count} tokens, the model's window {window}"
         say(f"{many}: only its last {max(1, window // 2)} are read")
-
-
-class _Interrupts:
-    """Ctrl-C while this is entered: once there is text, it only asks for an end at the next token.
-
-    Before, and if it comes again, it ends what is going on at once; the code behind the `with`
-    goes on. An exception inside tinygrad may be lost in a destructor, or leave it waiting for 30 s.
-    """
-
-    def __init__(self) -> None:
-        self.came = False
-        self.has_text = False  # to be set by whoever has shown the first token
-        self.usual = signal.getsignal(signal.SIGINT)
-
-    def __enter__(self) -> _Interrupts:
-        # A shell starts a job in the background with Ctrl-C ignored, and so it stays.
-        if self.usual is signal.default_int_handler:
-            signal.signal(signal.SIGINT, self._interrupt)
-        return self
-
-    def _interrupt(self, *_: object) -> None:
-        again, self.came = self.came, True
-        if again or not self.has_text:
-            # Destructors complain about the objects that were only half made.
-            sys.unraisablehook = lambda _: None
-            raise KeyboardInterrupt
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
-    ) -> bool:
-        if self.usual is signal.default_int_handler:
-            signal.signal(signal.SIGINT, self.usual)
-        if kind is KeyboardInterrupt:
-            self.came = True
-        return kind is KeyboardInterrupt
 
 
 class _Sample:
@@ -246,7 +246,7 @@ class _Output:
     """What one call shows: its text as it comes, or all its samples at the end, or JSON."""
 
     def __init__(
-        self, request: Request, writer: Writer, prompt_ids: list[int], interrupts: _Interrupts
+        self, request: Request, writer: Writer, prompt_ids: list[int], interrupts: Interrupts
     ) -> None:
         self.request, self.prompt_ids, self.interrupts = request, prompt_ids, interrupts
         self.samples = [_Sample(writer.text_stream(request.stop)) for _ in request.seeds]

@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from importlib import import_module
 from itertools import takewhile
 from typing import TYPE_CHECKING
@@ -27,9 +28,11 @@ VERBS = {
     "prepare": "turn a text into token files, to train on and to evaluate with",
     "evaluate": "measure how well a model predicts a text, or does at a published test",
     "convert": "turn a checkpoint of any form into Hugging Face's, or into a GGUF file",
+    "models": "list the models that are on this machine, or remove one that was fetched",
     "plot": "draw the curves of training runs",
     "bench": "measure how fast this machine generates, beside other programs if you like",
     "doctor": "show what this machine has, what would help it, and whether it computes right",
+    "completion": "print what makes bash, zsh or fish complete commands and flags",
 }
 
 _HELPS = {"-h", "--help", "--version"}
@@ -85,10 +88,22 @@ def _run(argv: Sequence[str]) -> int:
         parser = _program()
     command = import_module(f"tinygpt.commands.{verb}")
     command.add_flags(parser)
-    args = parser.parse_args(rest)
+    args, surplus = parser.parse_known_args(rest)
+    if rest is argv and _near_verb(args.prompt):  # it stands behind a flag, and is no prompt
+        raise InputError(
+            f"the command comes first: `tinygpt {_near_verb(args.prompt)} ...`; to continue that "
+            f"word as a prompt: `tinygpt generate {shlex.quote(args.prompt)}`"
+        )
+    if surplus:
+        parser.error(f"unrecognized arguments: {' '.join(surplus)}")
     if getattr(args, "plain", None):
         os.environ["TINYGPT_KERNELS"] = "0"
     return command.run(args)
+
+
+def _near_verb(prompt: str | None) -> str | None:
+    """The command that a prompt of one word is, or is a slip of."""
+    return next(iter(get_close_matches(prompt or "", VERBS, n=1, cutoff=0.8)), None)
 
 
 def _refuse_unknown_verb(argv: Sequence[str]) -> None:

@@ -3,30 +3,96 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 
 from tinygpt.errors import InputError, show
+from tinygpt.storage import read_text
+
+_NAMED = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 
-def read_prompt(given: str | None) -> str:
-    """The prompt as text; "" when there is none, so that the text starts from nothing."""
+def read_prompt(given: str | None, file: str | None = None) -> str:
+    """The prompt as text; "" when there is none, so that the text starts from nothing.
+
+    Args:
+        given: the prompt itself, or "-" for stdin; None for stdin too, if it is a pipe or a file.
+        file: one whose text is the prompt, in place of all that.
+    """
     text, piped = given or "", False
-    if given is None:
+    if file is not None:
+        text = _one_text(read_text(file))
+    elif given is None:
         with suppress(OSError, ValueError):  # reading from a terminal would only wait
             mode = os.fstat(sys.stdin.fileno()).st_mode
             piped = stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
     if piped or given == "-":
-        try:
-            # Windows puts a mark before a text, and \r at each line's end.
-            text = sys.stdin.buffer.read().decode("utf-8-sig").replace("\r\n", "\n")
-            text = text.removesuffix("\n")
-        except UnicodeDecodeError as error:
-            raise InputError(f"the prompt on stdin is not UTF-8: {error.reason}") from error
-    if not text and given is not None:
+        text = _one_text(_decoded(sys.stdin.buffer.read()))
+    if not text and (given, file) != (None, None):
         raise InputError("the prompt is empty: give some text, or leave it out")
     return text
+
+
+def _one_text(text: str) -> str:
+    """What was written into a file, without the mark before it, and the end of its last line."""
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\n")
+
+
+def _decoded(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"the prompt on stdin is not UTF-8: {error.reason}") from error
+
+
+def typed_prompts() -> Iterator[str]:
+    """The lines of stdin that are not empty, each as a prompt, until it ends.
+
+    At a terminal they can be edited, and called back by the arrow keys, where Python has readline;
+    Ctrl-C drops a line.
+    """
+    if not sys.stdin.isatty():
+        for line in sys.stdin.buffer:
+            if text := _one_text(_decoded(line)):
+                yield text
+        return
+    with suppress(ImportError):
+        import readline  # noqa: F401
+    while True:
+        try:
+            line = input("> " if sys.stdout.isatty() else "")
+        except EOFError:
+            print(file=sys.stderr)  # the terminal is still in the line
+            return
+        except (KeyboardInterrupt, UnicodeDecodeError):
+            print(file=sys.stderr)  # the terminal is still in the line
+            continue
+        if text := line.removesuffix("\r"):
+            yield text
+
+
+def stop_text(given: str) -> str:
+    """A text with its escapes replaced: \\n, \\t, \\r, \\\\ and \\uXXXX, as JSON has them.
+
+    A backslash before anything else is itself.
+
+    Raises:
+        InputError: when it is no valid Unicode then.
+    """
+    text = re.sub(
+        r"\\(?:([ntr\\])|u([0-9a-fA-F]{4}))",
+        lambda found: _NAMED[found[1]] if found[1] else chr(int(found[2], 16)),
+        given,
+    )
+    try:  # two halves of a surrogate pair are one character
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        raise InputError(
+            f"--stop {show(given)} has half of a surrogate pair, which is not valid Unicode"
+        ) from None
 
 
 def read_ids(given: str | None, prompt: str | None) -> list[int] | None:
