@@ -157,7 +157,7 @@ class GPT:
             InputError: when the machine has too little memory for it.
         """
         self.require_cache_memory(batch_size, length)
-        zeros = np.zeros(self._cache_shape(batch_size, length), np.float32)
+        zeros = np.broadcast_to(np.float32(0), self._cache_shape(batch_size, length))
         return [(tensor(zeros), tensor(zeros)) for _ in range(self.config.n_layer)]
 
     def require_cache_memory(self, batch_size: int, length: int) -> None:
