@@ -13,6 +13,7 @@ from tinygrad.helpers import GlobalCounters
 from tinygrad.nn.state import get_state_dict
 
 from tinygpt import GPT, Generator, InputError
+from tinygpt import generator as generator_module
 
 PROMPTS = [[5, 9, 2, 33, 60, 1, 7], [11], [8, 3] * 7]
 ONE_ROW = 8 * SMALL.n_layer * SMALL.block_size * SMALL.n_embd  # bytes of its KV cache
@@ -174,6 +175,15 @@ def test_batches_of_many_sizes_leave_the_memory_of_one_row(model):
     assert GlobalCounters.mem_used > before + 4 * ONE_ROW
     list(generator.generate(PROMPTS[0], 3, temperature=0))
     assert GlobalCounters.mem_used < before + ONE_ROW
+
+
+def test_a_batch_between_two_texts_does_not_cost_them_their_session(model, monkeypatch):
+    made, usual = [], generator_module.Session
+    monkeypatch.setattr(generator_module, "Session", lambda *a: made.append(a[1]) or usual(*a))
+    fresh = Generator(model, chunk_size=5)
+    for rows in (1, 3, 1, 1, 3, 3):
+        list(fresh.generate_batch([PROMPTS[0]] * rows, 2, temperature=0))
+    assert made == [1, 3, 3]
 
 
 def test_no_stream_keeps_the_memory_of_a_model_that_is_dropped():

@@ -17,9 +17,10 @@ from tinygpt.model import GPT, NOT_NUMBERS
 from tinygpt.sampling import Sampling
 from tinygpt.session import Session
 
-# Of each model, the session that a stream has left last. The next stream of its size takes it,
-# which saves the time to make one. There is one alone, because a cache may be larger than a model.
-_idle: WeakKeyDictionary[GPT, Session] = WeakKeyDictionary()
+# Of each model, the sessions that streams have left last: under True that of one row, under False
+# that of several. The next stream of its size takes it, which saves the time to make one. There are
+# no more, and the larger goes when a single text begins: its cache may be larger than the model.
+_idle: WeakKeyDictionary[GPT, dict[bool, Session]] = WeakKeyDictionary()
 _lock = RLock()  # a stream that is collected as garbage may end while its own thread holds it
 
 
@@ -162,23 +163,25 @@ class Generator:
         return ids if len(ids) <= block_size else ids[-max(1, block_size // 2) :]
 
     def _idle_fits(self, batch_size: int) -> bool:
-        idle = _idle.get(self.model)
+        idle = _idle.get(self.model, {}).get(batch_size == 1)
         return idle is not None and idle.fits(batch_size, self.chunk_size)
 
     @contextmanager
     def _session(self, batch_size: int) -> Iterator[Session]:
         """A session for one stream alone, as long as it lasts."""
+        alone, session = batch_size == 1, None
         with _lock:
-            session = _idle.pop(self.model) if self._idle_fits(batch_size) else None
-            if session is None:
-                _idle.pop(self.model, None)  # first let go of what it holds
+            if self._idle_fits(batch_size):
+                session = _idle[self.model].pop(alone)
+            for kind in (alone, False):  # first let go of what it holds
+                _idle.get(self.model, {}).pop(kind, None)
         if session is None:
             session = Session(self.model, batch_size, self.chunk_size)
         try:
             yield session
         finally:
             with _lock:
-                _idle[self.model] = session
+                _idle.setdefault(self.model, {})[alone] = session
 
 
 def _plain(value: Any) -> Any:

@@ -423,7 +423,7 @@ def test_a_step_of_what_another_process_would_not_know_is_not_kept(kept, monkeyp
     def first_step(model) -> tuple[set[str], list[int]]:
         generator = Generator(model)
         ids = list(generator.generate([1, 2, 3], max_new_tokens=4, temperature=0))
-        steps = _idle[model]._choice_steps.values()
+        steps = _idle[model][True]._choice_steps.values()
         return {step.origin for step in steps}, ids
 
     config = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=50)
