@@ -33,6 +33,7 @@ WEIGHTS: dict[DType, dict[str, object]] = {
 # The gradient at a call's first tensor, and its tensors by name -> the gradients of some of them.
 Tensors = Mapping[str, Tensor]
 Gradient = Callable[[Tensor, Tensors], Tensors]
+_INCLUDE = re.compile(r'^#include "(.*)"$', re.M)
 _COMMENT = re.compile(r"//[^\n]*")
 _PARAMETER = re.compile(r"(const )?(\w+) (\*?)(\w+)")
 
@@ -78,11 +79,11 @@ def constant_of(name: str, device: str | tuple[str, ...]) -> UOp | None:
 @functools.cache
 def source(file: Path) -> str:
     """The text of a C file, with the files that it includes by `#include "..."` put in."""
-
-    def included(match: re.Match[str]) -> str:
-        return source(file.with_name(match[1]))
-
-    return re.sub(r'^#include "(.*)"$', included, file.read_text(encoding="utf-8"), flags=re.M)
+    text = file.read_text(encoding="utf-8")
+    while include := _INCLUDE.search(text):
+        included = file.with_name(include[1]).read_text(encoding="utf-8")
+        text = text[: include.start()] + included + text[include.end() :]
+    return text
 
 
 @functools.cache
