@@ -33,6 +33,8 @@ def use() -> None:
         if options.external_ptr is not None or size < _LEAST_BYTES:
             return shared(self, size, options)
         memory = mmap.mmap(-1, size, mmap.MAP_ANONYMOUS | mmap.MAP_PRIVATE)
+        with suppress(OSError, AttributeError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         made = shared(self, size, replace(options, external_ptr=address))
         made.meta = memory  # which lives as long as the buffer
