@@ -76,4 +76,4 @@ def test_what_gpt2_cannot_say_is_told_by_name():
     changed = replace(SMALL, norm="post", position="sinusoidal", shortcut=False, bias=False)
     expected = {"norm": "post", "position": "sinusoidal", "shortcut": False}
     assert beyond_gpt2(changed) == expected
-    assert to_json(changed, "float32")["model_type"] == "tinygpt"
+    assert to_json(changed, "float32", {})["model_type"] == "tinygpt"
