@@ -24,9 +24,7 @@ COMMANDS = [
 ]
 # What the bare-machine check of .ci/run does, since a test cannot install what it runs in.
 INSTALLS = {"pip install . && python run.py", "pip install '.[test]' && pytest"}
-# So that the rest can run where `pip install` has not been: the same program by another name.
 PYTHON = shlex.quote(sys.executable)
-PROGRAMS = {"tinygpt": f"{PYTHON} -m tinygpt", "python": PYTHON}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +39,15 @@ def room(tmp_path_factory) -> Path:
         save_with_bytes(model, folder)
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("main", encoding="utf-8")
+    fetched = room / "cache" / "data" / "shakespeare.txt"
+    fetched.parent.mkdir(parents=True)
+    fetched.write_text(README, encoding="utf-8")
     return room
+
+
+def _program(name: re.Match[str]) -> str:
+    """The same program by another name, so that it runs where `pip install` has not been."""
+    return PYTHON if name[0] == "python" else f"{PYTHON} -m tinygpt "
 
 
 def test_the_commands_are_the_known_ones():
@@ -52,13 +58,15 @@ def test_the_commands_are_the_known_ones():
 @pytest.mark.parametrize(
     "command",
     [
-        pytest.param(command, marks=[pytest.mark.slow] if "train my-text" in command else [])
+        pytest.param(command, marks=[pytest.mark.slow] if "tinygpt train " in command else [])
         for command in COMMANDS
         if command not in INSTALLS
     ],
 )
 def test_a_command_works_as_written(command, room):
-    command = re.sub(r"^tinygpt\b|\bpython\b", lambda name: PROGRAMS[name[0]], command)
+    if "--help" not in command:  # some steps do instead of the minutes that a reader gives it
+        command = re.sub(r"tinygpt train [^&]*", r"\g<0>--steps 20 ", command)
+    command = re.sub(r"\btinygpt (?=[a-z])|\bpython\b", _program, command)
     environment = {**os.environ, "HF_HUB_CACHE": str(room / "hub"), "PYTHONPATH": str(ROOT)}
     environment["TINYGPT_CACHE"] = str(room / "cache")
     environment["NOOPT"] = "0"  # kernels as a user has them
@@ -74,7 +82,7 @@ def test_the_python_code_works_as_written(tmp_path, monkeypatch, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
-    assert len(capsys.readouterr().out.split()) == 20
+    assert len(capsys.readouterr().out) > 100
     assert (tmp_path / "my-model" / "model.safetensors").is_file()
 
 
