@@ -170,6 +170,8 @@ def atomic_folder(path: str | Path, advice: str = "") -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         os.rename(temporary, target)  # this replaces an empty folder, and no other
+    except InputError as error:  # of a file inside, whose place nobody was told of
+        raise type(error)(str(error).replace(str(temporary), str(path))) from error
     except OSError as error:
         raise InputError(f"cannot write {path}: {reason(error)}{advice}") from error
     finally:

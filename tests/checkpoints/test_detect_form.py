@@ -5,8 +5,10 @@ And the way out: what `tinygpt convert` writes, `transformers` and llama.cpp con
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 import struct
 from dataclasses import replace
@@ -372,6 +374,20 @@ def test_a_form_that_cannot_say_a_model_refuses_it_by_name(case, tmp_path, capsy
     assert (status, out) == (2, "")
     assert CANNOT[case] in err
     assert os.listdir(tmp_path) == ["in"]
+
+
+@pytest.mark.parametrize("to", ["hf", "gguf"])
+def test_a_full_disk_is_told_by_the_name_that_was_given(to, ours, tmp_path, capsys, monkeypatch):
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.chdir(tmp_path)
+    status, out, err = convert(capsys, ours[0], "out", "--to", to)
+    assert (status, out) == (2, "")
+    assert re.search(r": cannot write out(/[\w.]+)?: no space left on device\n", err), err
+    assert ".tmp" not in err
+    assert os.listdir(tmp_path) == []
 
 
 def test_what_convert_refuses_leaves_nothing(ours, tmp_path, capsys):

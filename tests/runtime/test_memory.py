@@ -36,16 +36,21 @@ def mounted(place: str, part: str = "/", version: int = 2, options: str = "rw") 
 OTHERS = "1 2 0:3 / / rw - ext4 /dev/sda rw\n1 2 0:3 / /proc rw - proc proc rw\n"
 
 
-def group(folder: str, limit: object, used: int, cache: int = 0) -> dict[str, str]:
+def group(
+    folder: str, limit: object, used: int, cache: int = 0, active: int = 0, high: object = "max"
+) -> dict[str, str]:
     """Files of a group of version 2."""
-    stat = f"anon 5\ninactive_file {cache}\nactive_file 7\n"
+    stat = f"anon 5\nfile {2 * GB}\nshmem {GB}\ninactive_file {cache}\nactive_file {active}\n"
     files = {"memory.max": f"{limit}\n", "memory.current": f"{used}\n", "memory.stat": stat}
+    files["memory.high"] = f"{high}\n"
     return {f"{folder}/{name}": text for name, text in files.items()}
 
 
-def group_1(folder: str, limit: object, used: int, cache: int = 0) -> dict[str, str]:
+def group_1(
+    folder: str, limit: object, used: int, cache: int = 0, active: int = 0
+) -> dict[str, str]:
     """Files of a group of version 1."""
-    stat = f"inactive_file 0\ntotal_inactive_file {cache}\n"
+    stat = f"inactive_file 0\ntotal_inactive_file {cache}\ntotal_active_file {active}\n"
     names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
     texts = (f"{limit}\n", f"{used}\n", stat)
     return {f"{folder}/{name}": text for name, text in zip(names, texts, strict=True)}
@@ -71,6 +76,30 @@ CASES = {
     "files that were read are not used": (
         {**V2, "proc/self/cgroup": "0::/a\n", **group("sys/fs/cgroup/a", 4 * GB, 4 * GB, 3 * GB)},
         3 * GB,
+    ),
+    "files that were read twice are not used": (
+        {
+            **V2,
+            "proc/self/cgroup": "0::/a\n",
+            **group("sys/fs/cgroup/a", 4 * GB, 3 * GB, active=2 * GB),
+        },
+        3 * GB,
+    ),
+    "files that were read twice, version 1": (
+        {**V1, **group_1("sys/fs/cgroup/memory/job/7", 4 * GB, 3 * GB, GB, GB)},
+        3 * GB,
+    ),
+    "a limit that slows down, below the one that kills": (
+        {**V2, "proc/self/cgroup": "0::/a\n", **group("sys/fs/cgroup/a", 4 * GB, GB, high=2 * GB)},
+        GB,
+    ),
+    "a limit that slows down, alone": (
+        {**V2, "proc/self/cgroup": "0::/a\n", **group("sys/fs/cgroup/a", "max", GB, high=2 * GB)},
+        GB,
+    ),
+    "a limit that slows down, above the one that kills": (
+        {**V2, "proc/self/cgroup": "0::/a\n", **group("sys/fs/cgroup/a", 2 * GB, GB, high=4 * GB)},
+        GB,
     ),
     "the limit of a group above": (
         {

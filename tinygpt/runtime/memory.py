@@ -67,21 +67,26 @@ def _left_in_groups(root: Path) -> Iterator[int]:
                 yield from _left_in(folder, *files)
 
 
-# The files of a limit, of what is used, and the line of what the kernel gives back first.
-_VERSION_2 = ("memory.max", "memory.current", "inactive_file")
-_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_Files = tuple[tuple[str, ...], str, str]
+# The files of limits, of what is used, and what stands before the lines of what can be given back.
+# Above `memory.high` a group is slowed down until it hardly moves.
+_VERSION_2: _Files = (("memory.max", "memory.high"), "memory.current", "")
+_VERSION_1: _Files = (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_")
 
 
-def _left_in(folder: Path, limit: str, used: str, cache: str) -> Iterator[int]:
-    """What one group has left; nothing where it has no limit. Files that were read count as used
-    there, but give way to whatever wants memory."""
-    with suppress(OSError, ValueError):  # "max" is no number: no limit
-        most = int((folder / limit).read_text(encoding="utf-8"))
-        taken = int((folder / used).read_text(encoding="utf-8"))
-        with suppress(OSError, ValueError):
-            lines = (folder / "memory.stat").read_text(encoding="utf-8").splitlines()
-            taken -= int(dict(line.split(maxsplit=1) for line in lines).get(cache, 0))
-        yield max(0, most - max(0, taken))
+def _left_in(folder: Path, limits: tuple[str, ...], used: str, stat: str) -> Iterator[int]:
+    """What one group has left under each of its limits. Files that were read count as used there,
+    lately or not, but give way to whatever wants memory; shared memory does not."""
+    for limit in limits:
+        with suppress(OSError, ValueError):  # "max" is no number: no limit
+            most = int((folder / limit).read_text(encoding="utf-8"))
+            taken = int((folder / used).read_text(encoding="utf-8"))
+            with suppress(OSError, ValueError):
+                lines = (folder / "memory.stat").read_text(encoding="utf-8").splitlines()
+                counts = dict(line.split(maxsplit=1) for line in lines)
+                cache = (f"{stat}inactive_file", f"{stat}active_file")
+                taken -= sum(int(counts.get(name, 0)) for name in cache)
+            yield max(0, most - max(0, taken))
 
 
 def device_memory_bytes(name: str | None = None) -> int | None:
