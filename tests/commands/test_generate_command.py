@@ -128,6 +128,13 @@ def test_lines_from_a_pipe_are_continued_one_by_one(saved):
     assert out.decode() == "".join(texts)
 
 
+def test_a_line_from_a_pipe_that_is_not_utf8_is_told_and_the_next_continued(saved):
+    process = start("-i", "-m", saved[0], "-n", 0, stdin=subprocess.PIPE)
+    out, err = process.communicate(b"Hi\n\xff\nYou\n", timeout=300)
+    assert (process.returncode, out) == (0, b"Hi\nYou\n")
+    assert err.decode().count("error: the prompt on stdin is not UTF-8: invalid start byte") == 1
+
+
 def test_ctrl_c_stops_a_typed_text_and_not_the_program(endless):
     script = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "

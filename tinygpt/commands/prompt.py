@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 
-from tinygpt.errors import InputError, show
+from tinygpt.errors import InputError, say, show
 from tinygpt.storage import read_text
 
 _NAMED = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
@@ -55,8 +55,13 @@ def typed_prompts() -> Iterator[str]:
     Ctrl-C drops a line.
     """
     if not sys.stdin.isatty():
-        for line in sys.stdin.buffer:
-            if text := _one_text(_decoded(line)):
+        for data in sys.stdin.buffer:
+            try:
+                text = _one_text(_decoded(data))
+            except InputError as error:  # the next line may be better
+                say(f"error: {error}")
+                continue
+            if text:
                 yield text
         return
     with suppress(ImportError):
