@@ -212,16 +212,63 @@ def test_records_of_every_form_give_their_texts(form, tmp_path):
         ("x.json", '[{"t": "a", "t": "b"}]', "entry 1: .*the key 't' appears twice"),
         ("x.json", "[" * 9999, "entry 1: .*"),
         ("x.json", "[]", "no text is left for train"),
-        ("x.json", '{"t":\n "a"}', "line 1: its JSON is damaged"),
+        ("x.json", '[{"t": "a"}]\n[{"t": "b"}]', "behind its array: more follows"),
+        ("x.json", '[{"t": "a"}] and', "behind its array: more follows"),
+        ("x.json", "[]]", "behind its array: more follows"),
+        ("x.json", '{"t":\n "a"}', "line 1: an object goes over several lines: it must be an a"),
+        ("x.json", '{"t": "a"}\n{\n"t": "b"}', "line 2: an object goes over several lines"),
+        ("x.json", '{"v": 1,\n"data": [{"t": "a"}]}', "line 1: .*save the list under 'data' alone"),
+        ("x.json", '{"data": [{"t": "a"}]}', "line 1: .*must name text, but it holds {'data': "),
+        ("x.json", '{"t": "a", "t": "b"}\n', "line 1: .*the key 't' appears twice"),
+        ("x.json", '{"t": "a"} {\n}', "line 1: its JSON is damaged: Extra data"),
+        ("x.json", '{"t":\n "a', "line 1: its JSON is damaged"),
         ("x.json", '[{"t": "\\ud800"}]', "entry 1: surrogates not allowed"),
         ("x.csv", "t,t\na,b\n", "line 1: .*have a name twice|line 2: .*have a name twice"),
         ("x.csv", "t,u\na\n", "must name text|no text is left"),
         ("x.csv", "t\n\xff", "line 2: invalid start byte"),
+        ("x.csv", "t\nHi\nHello, world\n", "line 3: it has more cells than the 1 .*',' in it must"),
+        ("x.csv", "t,\nHello, world\n", "line 2: it has more cells than the 1"),
+        ("x.csv", "l;t\n1;a;b\n", "line 2: it has more cells than the 2 .*';' in it must"),
+        ("x.tsv", "t\nHello\tworld\n", r"line 2: it has more cells than the 1 .*'\\t' in it must"),
+        ("x.csv", "l,t\n1,a\nb\n", "line 3: .*must name text, but it holds {'l': 'b'}"),
+        ("x.csv", 't\n"a\nb"\n"c\nd\ne\n', "line 4: .*quote that begins a cell is not closed"),
+        ("x.csv", 't\n"a" b\nc\n', "line 2: .*more stands behind the one that closes it"),
+        ("x.tsv", 't\tl\n"a\t1\nb\t2\n', "line 2: .*quote that begins a cell is not closed"),
+        ("x.csv", "t\rHello\rworld\r", "line 1: .*carriage return alone stands in it"),
+        ("x.csv", "t\nHello\rworld\n", "line 2: .*carriage return alone stands in it"),
     ],
 )
 def test_damaged_records_are_one_line(name, content, words, tmp_path):
     source = write(tmp_path / name, content.encode("latin-1"))
     fails(tmp_path, words, source, field="t" if "u" not in content[:3] else "u")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "texts"),
+    [
+        ("x.csv", "t,,\na,,\nb\n", ["a", "b"]),  # empty columns of a spreadsheet
+        ("x.csv", "t\na,,\n", ["a"]),
+        ("x.csv", "t,l\na,1\nb\n\nc,\n", ["a", "b", "c"]),
+        ("x.csv", 't\n5" disk\n"a ""b"""\n"c,\nd"\n', ['5" disk', 'a "b"', "c,\nd"]),
+        ("x.tsv", 't\nHello, world; all\n"a\tb"\n', ["Hello, world; all", "a\tb"]),
+        ("x.json", '[{"t": "a"}]\n \n', ["a"]),
+    ],
+)
+def test_cells_and_entries_are_whole_texts(name, content, texts, tmp_path):
+    data, *_ = ids_of(write(tmp_path / name, content), tmp_path / "out", field="t", val=0)
+    assert documents(data, data.train) == texts
+
+
+def test_plain_texts_beside_records_are_documents_of_their_own(tmp_path):
+    for name, content in (
+        ("a.txt", "plain\n"),
+        ("b.jsonl", '{"t": "one"}\n{"t": "two"}'),
+        ("c.md", '{"t": 1}'),
+        ("d.csv", "t\nthree\n"),
+    ):
+        write(tmp_path / "in" / name, content)
+    data, *_ = ids_of(tmp_path / "in", tmp_path / "out", field="t", val=0)
+    assert documents(data, data.train) == ["plain\n", "one", "two", '{"t": 1}', "three"]
 
 
 @pytest.mark.parametrize(

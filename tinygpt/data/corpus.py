@@ -30,7 +30,7 @@ _MARK = codecs.BOM_UTF8  # Windows puts it in front of a text
 _CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 _RECORDS = {".jsonl": "JSON lines", ".ndjson": "JSON lines", ".json": "JSON"}
-_TABLES = {".csv": "CSV", ".tsv": "CSV"}
+_TABLES = {".csv": ",;\t", ".tsv": "\t,;"}  # and what may stand between their columns
 # What files that people take for text begin with.
 _OTHERS = {
     b"\xff\xfe": "text in UTF-16: save it in UTF-8, or `iconv -f UTF-16 -t UTF-8`",
@@ -121,14 +121,15 @@ class Source:
         Raises:
             InputError: for a file that cannot be read, is not UTF-8, or has no text in the field.
         """
-        start = 0
+        start, field = 0, self.settings.field
+        mixed = any(_kind(path) for path in self.files)  # the others are plain texts then
         with byte_bar(title, sum(stat.st_size for stat, _ in self.files.values())) as bar:
             for path, (_, size) in self.files.items():
                 chunks = _normal(path, self.settings.keep_crlf, lambda data: bar.update(len(data)))
-                if self.settings.field is None:
+                if field is None or (mixed and not _kind(path)):
                     yield from self._plain(path, chunks, self.cut - start, names, end)
                 else:
-                    for at, text in self._texts(path, chunks, self.settings.field):
+                    for at, text in self._texts(path, chunks, field):
                         yield start + at >= self.cut, text + end, True
                 start += size
 
@@ -151,7 +152,7 @@ class Source:
 
     def _texts(self, path: Path, chunks: Iterator[bytes], field: str) -> Iterator[tuple[int, str]]:
         """Each text in a file of records, with its place; records without any are left out."""
-        records = Records(chunks, path.suffix.lower() in _TABLES)
+        records = Records(chunks, _TABLES.get(path.suffix.lower(), ""))
         try:
             for at, record in records:
                 text = text_in(record, field)
@@ -256,9 +257,15 @@ def _normal(path: Path, keep_crlf: bool, count: Callable[[bytes], object]) -> It
     yield held
 
 
+def _kind(path: Path) -> str | None:
+    """What a file has its texts in, if its ending is one of records."""
+    ending = path.suffix.lower()
+    return "CSV" if ending in _TABLES else _RECORDS.get(ending)
+
+
 def _needs_field(path: Path, field: str | None) -> bool:
     """Whether a file has its texts in records, which need to be told where in them they are."""
-    kind = (_RECORDS | _TABLES).get(path.suffix.lower())
+    kind = _kind(path)
     if kind and field is None:
         part = "column" if kind == "CSV" else "key"
         raise InputError(
