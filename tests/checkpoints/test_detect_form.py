@@ -89,6 +89,67 @@ def test_heads_beside_the_language_model_are_left_out_by_name(tmp_path, capsys):
         assert name in err
 
 
+# Prefix -> what stands before the names of the model and of the heads beside it.
+OWNERS = {
+    "trl's": ("pretrained_model.", "v_head.summary.weight"),
+    "trl's, wrapped": ("module.pretrained_model.", "module.v_head.summary.weight"),
+    "Lightning's": ("gpt.", "loss_head.weight"),
+    "of two parts": ("policy.net.", "critic.0.weight"),
+    "below a usual one": ("model.my_model.model.", "model.my_model.reward_head.weight"),
+    "trlx's": ("base_model.", "ilql_heads.q_heads.0.2.weight"),
+    "none": ("", "frozen_head.decoder_blocks.0.attn.c_attn.weight"),
+}
+
+
+@pytest.mark.parametrize("form", ["Hugging Face", "nanoGPT", "the book"])
+@pytest.mark.parametrize("kind", OWNERS)
+def test_one_name_before_all_of_a_model_is_left_off(kind, form, tmp_path, capsys):
+    torch = pytest.importorskip("torch")
+    prefix, head = OWNERS[kind]
+    if form == "nanoGPT":
+        path, expected = writers.nanogpt(tmp_path, prefix=prefix)
+    elif form == "the book":
+        path, expected = writers.book(
+            tmp_path, change=lambda s: {prefix + name: value for name, value in s.items()}
+        )
+    else:
+        folder, expected = writers.hf_bin(tmp_path)
+        path = folder / "pytorch_model.bin"
+        state = {prefix + name: value for name, value in torch.load(path).items()}
+        state[head] = torch.ones(SHAPE["vocab_size"] if "q_heads" in head else 1, SHAPE["n_embd"])
+        torch.save({"state_dict": state, "epoch": 1}, path)
+    np.testing.assert_allclose(our_logits(GPT.from_pretrained(path)), expected, atol=1e-4)
+    left_out = [line for line in capsys.readouterr().err.splitlines() if "left out of" in line]
+    assert len(left_out) == (form == "Hugging Face")
+    part = re.search(r"\w+_heads?|critic", head)[0]
+    assert all(f" {part}." in line for line in left_out)
+
+
+# Kind -> names that a program would add to a whole model's, and what is then said of them.
+BELONG = {
+    "a part of a block": ("h.0.v_head.weight", "not part of the model: h.0.v_head.weight"),
+    "of another name": ("criterion.weight", "not part of the model: criterion.weight"),
+    "a head for each token": ("output_head.weight", "not part of the model: output_head.weight"),
+    "a second model": ("teacher.wte.weight", "not part of the model: teacher.wte.weight"),
+    "twice": ("wte.weight", "not part of the model: gpt."),
+    "a classifier's": ("gpt.cls_head.dense.weight", r"a classifier \(cls_head.dense.weight\)"),
+}
+
+
+@pytest.mark.parametrize("kind", BELONG)
+def test_what_may_belong_to_a_model_is_not_left_out(kind, tmp_path):
+    torch = pytest.importorskip("torch")
+    name, words = BELONG[kind]
+    folder, _ = writers.hf_bin(tmp_path)
+    prefix = "gpt." if name.startswith("gpt.") or kind == "twice" else ""
+    state = torch.load(folder / "pytorch_model.bin")
+    state = {prefix + name: value for name, value in state.items()}
+    state[name] = torch.ones(SHAPE["vocab_size"], SHAPE["n_embd"])
+    torch.save(state, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=words):
+        GPT.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("head", ["score.weight", "classifier.bias", "module.qa_outputs.weight"])
 def test_a_classifier_is_refused_by_name(head, tmp_path, ours):
     folder = Path(shutil.copytree(ours[0], tmp_path / "in"))

@@ -24,6 +24,7 @@ from tinygpt.checkpoints.tensor_names import (
     NANOGPT,
     Dialect,
     book_dialect,
+    owner,
     weight_name,
 )
 from tinygpt.config import Activation, GPTConfig
@@ -43,9 +44,16 @@ _GGUF_KEYS = {
 _BOOK_HEAD_DIM = 64  # the same in all four sizes of GPT-2, in the book too
 # What the programs of nanoGPT's kind save of a model's shape.
 _SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-# Heads that stand beside a language model, and what stands in its place where there is none.
-_BESIDE = re.compile(r"(v_head|value_head|multiple_choice_head)\..*")
-_CLASSIFIER = re.compile(r"(score|classifier|qa_outputs)\.(weight|bias)")
+# What stands in a language model's place, and heads beside one, which say so or estimate values.
+_CLASSIFIER = re.compile(
+    r"(score|classifier|qa_outputs|(cls|classifier|classification|score|qa)_head)\.[\w.]{1,100}"
+)
+_BESIDE = re.compile(
+    r"((v|values?|q|target_q|ilql|reward|cost|critic|frozen|medusa|multiple_choice|mc)_heads?"
+    r"|critic|value|reward)\..*"
+)
+# One of another name; with a row for each token it may be the language model's own.
+_OTHER_HEAD = re.compile(r"(?!lm_|out_)\w{1,100}_heads?\..*")
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,7 @@ def recognize(path: Path, file: Path, headers: Headers) -> tuple[Dialect, GPTCon
         if headers.format == "gguf":
             tensors = drop_tied_copy(headers.tensors, GGUF)
             return GGUF, _gguf_config(tensors, extra), tensors
-        tensors = _language_model(file, headers.tensors)
+        tensors = _language_model(file, _without_owner(headers.tensors))
         if settings := _settings(extra):
             tensors = drop_tied_copy(_without_masks(tensors, NANOGPT), NANOGPT)
             return NANOGPT, _nanogpt_config(tensors, *settings), tensors
@@ -171,11 +179,29 @@ def _which_config(tensors: Tensors, is_linear: bool) -> str:
     return f": write one with {text}{other}, N being its number of heads"
 
 
+def _without_owner(tensors: Tensors) -> Tensors:
+    """The tensors without what all names of the language model have before them: see `owner`."""
+    prefix = owner(tensors)
+    found: Tensors = {}
+    for name, place in tensors.items():
+        name = weight_name(name[len(prefix) :]) if name.startswith(prefix) else name
+        if name in found:
+            raise InputError(f"{show(name)} is there twice, with {show(prefix)} before it and not")
+        found[name] = place
+    return found
+
+
 def _language_model(file: Path, tensors: Tensors) -> Tensors:
     """The tensors without those of heads that stand beside a language model, which are named."""
     if found := [name for name in tensors if _CLASSIFIER.fullmatch(name)]:
         raise InputError(f"it is a classifier ({found[0]}): only language models can be loaded")
-    if beside := [name for name in tensors if _BESIDE.fullmatch(name)]:
+    embedding = tensors.get("wte.weight") or tensors.get("tok_emb.weight")
+    rows = embedding[1].shape[0] if embedding and embedding[1].shape else None
+    if beside := [
+        name
+        for name, (_, info) in tensors.items()
+        if _BESIDE.fullmatch(name) or (_OTHER_HEAD.fullmatch(name) and rows not in info.shape)
+    ]:
         names = ", ".join(show(name)[1:-1] for name in beside[:4])
         more = f" and {len(beside) - 4} more" if len(beside) > 4 else ""
         say(f"left out of {file}: {names}{more}, beside the language model")

@@ -192,8 +192,31 @@ _WRAPPERS = re.compile(
 )
 # What stands before a whole model's names, in any number.
 _OWNERS = re.compile(r"^((base_model|model|transformer)\.)+")
+# What a model of any form that goes by names of its own has, below whatever name.
+_EMBEDDING = re.compile(r"(.+\.)(?:wte|tok_emb)\.weight")
 
 
 def weight_name(name: str) -> str:
     """A tensor's name without what programs put before it, such as `module.transformer.`."""
     return _OWNERS.sub("", _WRAPPERS.sub("", name))
+
+
+def owner(names: Collection[str]) -> str:
+    """What else a program put before all names of its one language model, such as `net.`.
+
+    Other names, of a head beside it, may do without. Where there are two models, or one without
+    such a name, it is "".
+
+    Args:
+        names: as `weight_name` gives them.
+    """
+    if {"wte.weight", "tok_emb.weight"} & {*names}:
+        return ""
+    found = [match[1] for name in names if (match := _EMBEDDING.fullmatch(name))]
+    blocks = tuple(before + block for before in found for block in ("h.0.", "trf_blocks.0."))
+    if len(found) != 1 or not any(name.startswith(blocks) for name in names):
+        return ""
+    parts = found[0].split(".")[:-1]
+    while parts[-1] in ("base_model", "model", "transformer"):  # the head does not have these
+        parts.pop()
+    return "".join(f"{part}." for part in parts)
