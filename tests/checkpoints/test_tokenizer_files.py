@@ -139,6 +139,10 @@ def unlisted(folder: Path) -> None:
     write(folder / "vocab.json", vocab | {"<s>": len(vocab), "<x>": len(vocab) + 1})
 
 
+def change_file(path: Path, **changes: object) -> None:
+    write(path, json.loads(path.read_text(encoding="utf-8")) | changes)
+
+
 def template(*parts: str) -> dict[str, object]:
     single = [
         {"Sequence": {"id": "A", "type_id": 0}} if part == "A" else
@@ -214,6 +218,19 @@ LAYOUTS: dict[str, Callable[[Path], None]] = {
     "merges whose lines end in CRLF": with_crlf,
     "the files of version 4 together": of_version_4,
     "tokens that nothing lists": unlisted,
+    "special tokens that are text": files(
+        tokenizer_config={"split_special_tokens": True, "pad_token": "<pad>"},
+        added_tokens={"<pad>": 300, "<a>": 301},
+    ),
+    "the one file whose class the model's file names": lambda folder: (
+        whole_file(pre_tokenizer={"add_prefix_space": True})(folder),
+        write(folder / "tokenizer_config.json", {"bos_token": END, "eos_token": END}),
+        change_file(folder / "config.json", tokenizer_class="PreTrainedTokenizerFast"),
+    ),
+    "a class that both name": lambda folder: (
+        whole_file(pre_tokenizer={"add_prefix_space": True})(folder),
+        change_file(folder / "config.json", tokenizer_class="GPT2Tokenizer"),
+    ),
     "no end at all": files(tokenizer_config={"eos_token": None, "unk_token": "<unk>"}),
 }
 
@@ -349,6 +366,19 @@ def test_without_a_word_of_the_models_files_the_tokenizers_end_is_the_end(base, 
     write(tmp_path / "config.json", config | {"eos_token_id": None})
     files(tokenizer_config={"eos_token": "<x>", "pad_token": "<pad>"})(tmp_path)
     assert load_tokenizer(tmp_path).ends == (300,)
+
+
+@pytest.mark.parametrize(("value", "ends"), [(-7, ()), ([-1, 7], (7,))])
+def test_an_end_below_zero_ends_nothing_which_is_said(value, ends, base, tmp_path, capsys):
+    shutil.copytree(base, tmp_path, dirs_exist_ok=True)
+    change_file(tmp_path / "generation_config.json", eos_token_id=value, bos_token_id=-1)
+    change_file(tmp_path / "config.json", bos_token_id=-1)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.ends == ends
+    assert tokenizer.start == 0  # the tokenizer's own
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "eos_token_id -" in line
+    assert line.endswith("is no token, and ends no text")
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])

@@ -122,6 +122,10 @@ def model_says(path: Path, metadata: Mapping[str, Any]) -> dict[str, dict[str, A
             if not _are_ids(value := content.get(key)):
                 fact = f"{folder / name}: {key} is {show(value)}"
                 raise CheckpointError(f"{fact}: it must be an id, or for several ends a list")
+        ends = content.get("eos_token_id")
+        for number in ends if isinstance(ends, list) else [ends]:
+            if number is not None and number < 0:
+                say(f"{folder / name}: eos_token_id {show(number)} is no token, and ends no text")
         if name == _CONFIG:
             content = {key: content[key] for key in _IDS if key in content}
         found[name] = content

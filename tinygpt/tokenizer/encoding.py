@@ -237,7 +237,7 @@ def _what_decides(tokenizer: Tokenizer) -> tuple[Any, ...]:
     pattern = tokenizer.encoding._pat_str if merges else ""
     if len({token.normalized for token in added}) == 1:  # then none is looked for before another
         added = tuple(replace(token, normalized=False) for token in added)
-    around = tokenizer.prefix_space, tokenizer.before, tokenizer.after
+    around = tokenizer.prefix_space, tokenizer.split_special, tokenizer.before, tokenizer.after
     return pattern, ranks, {*added}, around
 
 

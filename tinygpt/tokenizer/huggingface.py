@@ -18,6 +18,7 @@ from tinygpt.tokenizer.vocabulary import from_merges
 CONFIG = "tokenizer_config.json"
 _TEMPLATE = "chat_template.jinja"
 _DECODER = "added_tokens_decoder"
+_SPLIT = "split_special_tokens"
 _ROLES = tuple(f"{x}_token" for x in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _EXTRA = ("extra_special_tokens", "additional_special_tokens")
 _FLAGS = ("special", "single_word", "lstrip", "rstrip", "normalized")
@@ -96,6 +97,9 @@ def _beside(folder: Path) -> tuple[dict[str, Any], dict[str, AddedToken]]:
         return read_json(folder / name) if (folder / name).exists() else {}
 
     config, listed = read(CONFIG), {}
+    if config.get("tokenizer_class") is None:  # then the model's file may name it
+        kind = read("config.json").get("tokenizer_class")
+        config |= {} if kind is None else {"tokenizer_class": kind}
     if (folder / _TEMPLATE).exists():
         config["chat_template"] = read_text(folder / _TEMPLATE)
     if _DECODER in config:
@@ -171,7 +175,7 @@ def assemble(
         content = _content(config.get(role, END if kind in _GPT2 else None))
         roles[role[:3]] = added[content].id if content in added else None
     flags = {}
-    for name in ("add_prefix_space", "add_bos_token", "add_eos_token"):
+    for name in ("add_prefix_space", "add_bos_token", "add_eos_token", _SPLIT):
         flags[name] = config.get(name) or False
         if not isinstance(flags[name], bool):
             raise CheckpointError(
@@ -185,7 +189,8 @@ def assemble(
     kept = {name: value for name, value in config.items() if name not in _NOT_KEPT}
     return from_merges(
         vocab, merges, source, tuple(added.values()), prefix_space=flags["add_prefix_space"],
-        before=around[0], after=around[1], **roles, kept={CONFIG: kept} if kept else {},
+        split_special=flags[_SPLIT], before=around[0], after=around[1], **roles,
+        kept={CONFIG: kept} if kept else {},
     )  # fmt: skip
 
 
@@ -214,9 +219,13 @@ def config_of(tokenizer: Tokenizer) -> dict[str, Any]:
         config.pop(f"add_{role}_token", None)
         if ids:
             config[f"add_{role}_token"] = True
-    config.pop("add_prefix_space", None)
-    if tokenizer.prefix_space:
-        config["add_prefix_space"] = True
+    for name, holds in (
+        ("add_prefix_space", tokenizer.prefix_space),
+        (_SPLIT, tokenizer.split_special),
+    ):
+        config.pop(name, None)
+        if holds:
+            config[name] = True
     if config.get("tokenizer_class") not in _GPT2:  # GPT-2's own takes these for given
         config = {"bos_token": None, "eos_token": None, "unk_token": None, **config}
     config["tokenizer_class"] = "GPT2Tokenizer"

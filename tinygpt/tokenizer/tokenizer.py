@@ -54,6 +54,7 @@ class Tokenizer:
             id; they are not looked for in a text.
         added: those of the others that are.
         prefix_space: whether a text that begins without a space is read as if it had one.
+        split_special: whether the spelling of a special token is always text, and never that token.
         before, after: ids that a whole text gets around it.
         bos, eos: the tokens that the files name as a text's begin and end.
         kept: what the files say besides, by their names, to be written back.
@@ -62,6 +63,7 @@ class Tokenizer:
     encoding: Encoding
     added: tuple[AddedToken, ...] = ()
     prefix_space: bool = False
+    split_special: bool = False
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
     bos: int | None = None
@@ -98,13 +100,15 @@ class Tokenizer:
             found = self.eos if generation is None else None
         if found is None:
             return ()
-        return (found,) if isinstance(found, int) else tuple(found)
+        found = [found] if isinstance(found, int) else found
+        return tuple(number for number in found if number >= 0)  # people write -1 for none
 
     @property
     def start(self) -> int | None:
         """The id that stands for an empty prompt."""
         for file in ("generation_config.json", "config.json"):
-            if isinstance(found := self.kept.get(file, {}).get("bos_token_id"), int):
+            found = self.kept.get(file, {}).get("bos_token_id")
+            if isinstance(found, int) and found >= 0:
                 return found
         return next(
             (number for number in (self.bos, self.eos, *self.ends) if number is not None), None
@@ -146,7 +150,7 @@ class Tokenizer:
 
     def parts(self, text: str, special: bool) -> Iterator[tuple[str, AddedToken | None]]:
         """A text in parts, each ordinary text or an added token's."""
-        first, second = self._patterns[special]
+        first, second = self._patterns[special and not self.split_special]
         for part, token in _cut(text, *first):
             if token is not None:
                 yield part, token
