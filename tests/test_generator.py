@@ -95,6 +95,24 @@ def test_stop_tokens_end_the_text(generator):
     assert list(generator.generate(PROMPTS[0], max_new_tokens=0)) == []
 
 
+def test_stop_tokens_of_any_form_end_the_text(generator):
+    ids = list(generator.generate(PROMPTS[0], max_new_tokens=9, temperature=0))
+    stop = ids[5]
+    for given in (
+        stop,
+        np.int64(stop),
+        [stop],
+        np.array([66, stop]),
+        Tensor([stop]),
+        {stop: 1}.keys(),
+    ):
+        stopped = generator.generate(PROMPTS[0], 9, stop_tokens=given, temperature=0)
+        assert list(stopped) == ids[: ids.index(stop)]
+    for none in (None, (), set(), np.array([], int)):
+        whole = generator.generate(PROMPTS[0], 9, stop_tokens=none, temperature=0)
+        assert list(whole) == ids
+
+
 def test_ids_come_one_at_a_time(model):
     """The first id is there before the second is computed."""
     ids = Generator(model).generate(PROMPTS[0], max_new_tokens=10**9, temperature=0)
@@ -250,6 +268,8 @@ def test_whole_numbers_of_any_library_are_a_prompt(generator):
         ({"prompt": [[1], [1, 2]]}, "rows of different lengths"),
         ({"prompt": None}, "ids are of type object"),
         ({"stop_tokens": ["a"]}, "ids are of type"),
+        ({"stop_tokens": "a"}, "'a' is text"),
+        ({"prompts": [[1]]}, "unknown sampling setting 'prompts'"),
         ({"prompt": []}, "empty"),
         ({"prompt": [3, 67]}, "token 67"),
         ({"prompt": [-1]}, "token -1"),
@@ -276,7 +296,16 @@ def test_bad_arguments_are_refused_at_once(generator, arguments, words):
     assert "\n" not in str(caught.value)
 
 
+def test_prompts_may_come_from_whatever_can_be_gone_through(generator):
+    expected = list(generator.generate_batch([[3, 1], [4, 1]], 4, temperature=0))
+    for rows in ((row for row in [[3, 1], [4, 1]]), Tensor([[3, 1], [4, 1]]), ([3, 1], (4, 1))):
+        assert list(generator.generate_batch(rows, 4, temperature=0)) == expected
+
+
 def test_bad_batches_are_refused_at_once(generator):
+    for given, words in ((None, "prompts are None"), (5, "prompts are 5"), ("ab", "'a' is text")):
+        with pytest.raises(InputError, match=words):
+            generator.generate_batch(given)
     with pytest.raises(InputError, match="no prompts"):
         generator.generate_batch([])
     with pytest.raises(InputError, match="3 seeds for 1 prompts"):

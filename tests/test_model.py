@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from conftest import SMALL, randomize, reference_of
 from tinygrad import Tensor, Variable
 from tinygrad.nn.state import get_state_dict
@@ -79,12 +80,24 @@ def test_ids_that_have_one_meaning_are_taken(model):
     expected = model(Tensor(TOKENS.astype(np.int32))).numpy()
     for given in (TOKENS, TOKENS.tolist(), TOKENS.astype(np.uint8), tuple(map(tuple, TOKENS))):
         np.testing.assert_array_equal(model(given).numpy(), expected)
-    for row in (TOKENS[0], TOKENS[0].tolist(), Tensor(TOKENS[0])):
+    for rows in ([Tensor(row) for row in TOKENS], np.ma.masked_array(TOKENS)):
+        np.testing.assert_array_equal(model(rows).numpy(), expected)
+    scalars = [Tensor(int(each)) for each in TOKENS[0]]
+    for row in (TOKENS[0], TOKENS[0].tolist(), Tensor(TOKENS[0]), scalars):
         assert model(row).shape == (1, *expected.shape[1:])
         np.testing.assert_allclose(model(row).numpy(), expected[:1], atol=1e-5)
     np.testing.assert_array_equal(
         model.losses(TOKENS, TOKENS.tolist()).numpy(), model.losses(TOKENS, TOKENS).numpy()
     )
+
+
+class Raising:
+    def __array__(self, *given, **named):
+        raise RuntimeError("two\nlines")
+
+
+INSIDE_ITSELF: list = []
+INSIDE_ITSELF.append(INSIDE_ITSELF)
 
 
 @pytest.mark.parametrize(
@@ -107,8 +120,13 @@ def test_ids_that_have_one_meaning_are_taken(model):
         (7, "tokens have 0 axes"),
         (None, "ids are of type object"),
         ({1: 2}, "ids are of type object"),
+        ([Tensor(1.5)], "ids are of type object"),
+        (np.ma.masked_array([1, 2], [False, True]), "ids are masked in part"),
+        (torch.ones(2, requires_grad=True), "no numbers"),
+        (Raising(), "no numbers"),
+        (INSIDE_ITSELF, "a list that holds itself"),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__ if value is INSIDE_ITSELF else str(value),
 )
 def test_what_is_no_row_of_ids_is_refused_in_one_line(model, given, words):
     for call in (model, model.hidden_states, lambda ids: model.losses(ids, ids)):

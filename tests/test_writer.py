@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from conftest import randomize, save_with_bytes
 from program import CONFIG
@@ -102,6 +104,9 @@ def test_a_model_brings_its_tokenizer_and_keeps_it(model, tmp_path):
         ({"max_tokens": 3}, "unknown sampling setting 'max_tokens'"),
         ({"max_new_tokens": -1}, "max_new_tokens is -1"),
         ({"stop": ""}, "stop text '' is empty"),
+        ({"stop": 5}, "stop text 5 is no text"),
+        ({"stop": ["x", 5]}, "stop text 5 is no text"),
+        ({"stop_tokens": [1]}, "unknown sampling setting 'stop_tokens'"),
     ],
 )
 @pytest.mark.parametrize("stream", [True, False])
@@ -109,6 +114,45 @@ def test_a_bad_argument_of_the_one_call_is_refused_at_once(writer, change, words
     writer.model.tokenizer = writer.tokenizer
     with pytest.raises(InputError, match=words):
         generate(**{"model": writer.model, "prompt": "Hi", "stream": stream, **change})
+
+
+def test_no_stop_text_may_be_said_as_none(writer):
+    writer.model.tokenizer = writer.tokenizer
+    assert generate(writer.model, "Hi", 3, seed=1, stop=None) == generate(
+        writer.model, "Hi", 3, seed=1
+    )
+
+
+@pytest.mark.parametrize(
+    ("says", "sampling"),
+    [
+        ({"do_sample": True, "top_k": 0, "temperature": 0.7}, {"temperature": 0.7}),
+        ({"do_sample": True, "top_k": 0, "top_p": 1.0}, {"temperature": 1.0, "top_p": 1.0}),
+        ({"do_sample": True, "top_k": 5}, {"temperature": 1.0, "top_k": 5}),
+        ({"do_sample": False, "top_k": "x"}, {"temperature": 0.0}),
+    ],
+)
+def test_what_a_models_files_turn_off_is_off(says, sampling, model, writer):
+    words = replace(writer.tokenizer, kept={"generation_config.json": says})
+    found = Writer(model, words)
+    assert found.sampling == sampling
+    assert len(list(found.stream([1], 2, [1], **found.sampling))) in (1, 2)
+
+
+@pytest.mark.parametrize("wrong", [{"top_k": "x"}, {"temperature": [1]}, {"top_p": 7}], ids=str)
+def test_a_wrong_setting_of_a_models_files_names_the_file(wrong, model, writer):
+    says = {"do_sample": True, **wrong}
+    found = Writer(model, replace(writer.tokenizer, kept={"generation_config.json": says}))
+    with pytest.raises(InputError, match=rf"generation_config\.json: {next(iter(wrong))} is "):
+        found.sampling  # noqa: B018
+
+
+def test_what_is_no_tokenizer_or_name_is_refused_where_it_is_given(model):
+    with pytest.raises(InputError, match=r"model\.tokenizer is 'gpt2': set a tokenizer"):
+        GPT(CONFIG).tokenizer = "gpt2"
+    for given in (None, 5, b"gpt2"):
+        with pytest.raises(InputError, match=r"the model is .*: give a name or a path"):
+            GPT.from_pretrained(given)
 
 
 def test_models_generators_and_configurations_tell_what_they_are(writer, model):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from threading import RLock
 from typing import Any
@@ -11,9 +11,10 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from tinygpt.errors import InputError, check_int
+from tinygpt.errors import InputError, check_int, show
 from tinygpt.ids import check_range, read_ids
 from tinygpt.model import GPT, NOT_NUMBERS
+from tinygpt.options import check_names
 from tinygpt.sampling import Sampling
 from tinygpt.session import Session
 
@@ -52,7 +53,7 @@ class Generator:
         prompt: Sequence[int],
         max_new_tokens: int = 128,
         seed: int | None = None,
-        stop_tokens: Collection[int] = (),
+        stop_tokens: Collection[int] | int | None = (),
         **sampling: Any,
     ) -> Iterator[int]:
         """Yield the ids that continue a prompt, each as soon as it is chosen.
@@ -68,15 +69,16 @@ class Generator:
             InputError: for an argument that cannot work, before anything is computed; and when the
                 model's logits are no numbers.
         """
+        check_names(Sampling, sampling, "sampling setting")
         steps = self.generate_batch([prompt], max_new_tokens, seed, stop_tokens, **sampling)
         return (token for (token,) in steps if token is not None)
 
     def generate_batch(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Iterable[Sequence[int]],
         max_new_tokens: int = 128,
         seed: int | Sequence[int] | None = None,
-        stop_tokens: Collection[int] = (),
+        stop_tokens: Collection[int] | int | None = (),
         **sampling: Any,
     ) -> Iterator[list[int | None]]:
         """Continue several prompts at once; each row is what it would have been alone.
@@ -88,6 +90,10 @@ class Generator:
             At each step the next id of each row, None for a row that a stop token has ended.
         """
         settings = Sampling.of(**{name: _plain(value) for name, value in sampling.items()})
+        try:
+            prompts = list(iter(prompts))
+        except TypeError as error:  # from `iter`: a tensor of tinygrad's is no `Iterable` by name
+            raise InputError(f"prompts are {show(prompts)}: give a list of rows of ids") from error
         if len(prompts) == 0:
             raise InputError("no prompts: give at least one")
         if not self._idle_fits(len(prompts)):  # check before even the prompts are copied
@@ -96,8 +102,7 @@ class Generator:
         max_new_tokens = _plain(max_new_tokens)
         check_int("max_new_tokens", max_new_tokens, low=0)
         seeds = self._check_seeds(seed, len(rows))
-        ends = frozenset(read_ids(list(stop_tokens)).tolist()) if stop_tokens else frozenset()
-        return self._steps(rows, max_new_tokens, seeds, ends, settings)
+        return self._steps(rows, max_new_tokens, seeds, _ends(stop_tokens), settings)
 
     def _check_prompt(self, prompt: Sequence[int]) -> list[int]:
         ids = read_ids(prompt)
@@ -182,6 +187,14 @@ class Generator:
         finally:
             with _lock:
                 _idle.setdefault(self.model, {})[alone] = session
+
+
+def _ends(given: Any) -> frozenset[int]:
+    """Stop tokens as people hand them over: one, several in any order, or none."""
+    if given is None:
+        return frozenset()
+    ids = list(given) if isinstance(given, Set) else given
+    return frozenset(read_ids(ids, may_be_none=True).ravel().tolist())
 
 
 def _plain(value: Any) -> Any:

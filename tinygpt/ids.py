@@ -10,12 +10,13 @@ from tinygrad import Tensor, dtypes
 from tinygpt.errors import InputError, show
 
 
-def read_ids(given: Any) -> np.ndarray:
+def read_ids(given: Any, may_be_none: bool = False) -> np.ndarray:
     """Ids as an array of whole numbers, not yet compared with any vocabulary.
 
     Args:
         given: whole numbers in lists, tuples, a range, a NumPy array, or a tensor of any library
-            that NumPy can read; not empty.
+            that NumPy can read.
+        may_be_none: whether there may be 0 of them.
     Returns:
         whole numbers in the shape that was given.
     Raises:
@@ -24,17 +25,29 @@ def read_ids(given: Any) -> np.ndarray:
     if isinstance(given, str | bytes):
         raise InputError(f"{show(given)} is text: encode it first, with the model's tokenizer")
     try:
-        if isinstance(given, Tensor):
-            ids = given.numpy() if dtypes.is_int(given.dtype) else np.empty(1, object)
-        else:
-            ids = np.asarray(given)
-    except (ValueError, TypeError, OverflowError) as error:
+        readable = _readable(given)
+    except RecursionError as error:
+        raise InputError(_refusal(given, "a list that holds itself")) from error
+    try:
+        ids = np.asarray(readable)
+    except Exception as error:  # whatever the method of another library's tensor raises
         raise InputError(_refusal(given, "rows of different lengths, or no numbers")) from error
     if ids.size == 0:
+        if may_be_none:
+            return ids.astype(np.int64)
         raise InputError("no ids are given, it is empty: give at least one token")
     if ids.dtype.kind not in "iu":
         raise InputError(_refusal(given, f"of type {getattr(given, 'dtype', ids.dtype)}"))
     return ids
+
+
+def _readable(given: Any) -> Any:
+    """What NumPy can read: it can read no tensor of tinygrad's, and would lose what is masked."""
+    if isinstance(given, Tensor):
+        return given.numpy() if dtypes.is_int(given.dtype) else np.empty(1, object)
+    if np.ma.is_masked(given):
+        raise InputError(_refusal(given, "masked in part"))
+    return [_readable(each) for each in given] if isinstance(given, list | tuple) else given
 
 
 def _refusal(given: Any, found: str) -> str:

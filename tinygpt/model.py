@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tinygrad import Tensor, dtypes
@@ -18,7 +18,7 @@ from tinygrad.nn.state import get_state_dict
 
 from tinygpt import ops
 from tinygpt.config import GPTConfig
-from tinygpt.errors import InputError
+from tinygpt.errors import InputError, show
 from tinygpt.ids import check_range, read_ids
 from tinygpt.layers import Dropout, Embedding, LayerNorm, Linear, Record, TransformerBlock
 from tinygpt.ops.sizes import Position, Whole, plus, shape
@@ -26,9 +26,7 @@ from tinygpt.runtime import device
 from tinygpt.runtime.buffers import tensor, write
 from tinygpt.runtime.capture import is_capturing
 from tinygpt.runtime.memory import require_memory
-
-if TYPE_CHECKING:
-    from tinygpt.tokenizer.tokenizer import Tokenizer
+from tinygpt.tokenizer.tokenizer import Tokenizer
 
 # One (keys, values) pair a block, each (B, H, cache length, D): see `GPT.empty_cache`.
 Cache = list[tuple[Tensor, Tensor]]
@@ -91,6 +89,8 @@ class GPT:
         """A model from a folder, a file or a name: see `load_pretrained`."""
         from tinygpt.checkpoints.open_checkpoint import load_pretrained
 
+        if not isinstance(name_or_path, str | Path):
+            raise InputError(f"the model is {show(name_or_path)}: give a name or a path")
         device.select()
         return load_pretrained(name_or_path, dtype)
 
@@ -121,6 +121,10 @@ class GPT:
 
     @tokenizer.setter
     def tokenizer(self, tokenizer: Tokenizer | Callable[[], Tokenizer]) -> None:
+        if not isinstance(tokenizer, Tokenizer) and not callable(tokenizer):
+            raise InputError(
+                f"model.tokenizer is {show(tokenizer)}: set a tokenizer, as from load_tokenizer"
+            )
         self._tokenizer = tokenizer
 
     def __repr__(self) -> str:

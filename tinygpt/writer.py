@@ -17,7 +17,9 @@ from tinygpt.config import GPTConfig
 from tinygpt.errors import InputError, say, show
 from tinygpt.generator import Generator
 from tinygpt.model import GPT
+from tinygpt.options import check_names
 from tinygpt.runtime import device
+from tinygpt.sampling import Sampling
 from tinygpt.tokenizer.encoding import TextStream
 from tinygpt.tokenizer.tokenizer import Tokenizer
 
@@ -36,12 +38,23 @@ class Writer:
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """How the model's files have it sampled, as fields of `Sampling`; else greedily."""
+        """How the model's files have it sampled, as fields of `Sampling`; else greedily.
+
+        Raises:
+            InputError: when they say what cannot be.
+        """
         says = self.tokenizer.kept.get(GENERATION, {})
         if says.get("do_sample") is not True:
             return {"temperature": 0.0}
         found = {name: says.get(name) for name in ("temperature", "top_k", "top_p")}
-        return {"temperature": 1.0} | {k: value for k, value in found.items() if value is not None}
+        if found["top_k"] == 0:  # which transformers takes for all of them
+            found["top_k"] = None
+        said = {name: value for name, value in found.items() if value is not None}
+        try:
+            Sampling.of(**said)
+        except InputError as error:
+            raise InputError(f"the model's {GENERATION}: {error}; correct it there") from error
+        return {"temperature": 1.0} | said
 
     @classmethod
     def open(
@@ -119,7 +132,7 @@ class Writer:
         prompts, ends = [prompt_ids] * len(seeds), self.tokenizer.ends
         return self.generator.generate_batch(prompts, max_new_tokens, seeds, ends, **sampling)
 
-    def text_stream(self, stop: Sequence[str] = ()) -> TextStream:
+    def text_stream(self, stop: str | Sequence[str] | None = ()) -> TextStream:
         """What makes text of the ids of one sample, up to just before the first stop text."""
         return TextStream(self.tokenizer, stop)
 
@@ -132,7 +145,7 @@ def generate(
     *,
     stream: Literal[False] = ...,
     seed: int | None = ...,
-    stop: str | Sequence[str] = ...,
+    stop: str | Sequence[str] | None = ...,
     temperature: float = ...,
     **sampling: Any,
 ) -> str: ...
@@ -146,7 +159,7 @@ def generate(
     *,
     stream: Literal[True],
     seed: int | None = ...,
-    stop: str | Sequence[str] = ...,
+    stop: str | Sequence[str] | None = ...,
     temperature: float = ...,
     **sampling: Any,
 ) -> Iterator[str]: ...
@@ -159,7 +172,7 @@ def generate(
     *,
     stream: bool = False,
     seed: int | None = None,
-    stop: str | Sequence[str] = (),
+    stop: str | Sequence[str] | None = (),
     temperature: float = 0.8,
     **sampling: Any,
 ) -> str | Iterator[str]:
@@ -185,6 +198,7 @@ def generate(
         raise InputError(
             f"the prompt is {show(prompt)}: give text; Generator(model).generate continues ids"
         )
+    check_names(Sampling, sampling, "sampling setting")
     writer = Writer(model, model.tokenizer)
     ids, text = writer.encode(prompt), writer.text_stream(stop)
     steps = writer.generator.generate(

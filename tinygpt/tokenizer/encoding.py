@@ -269,17 +269,19 @@ class TextStream:
         stopped: whether a stop text was complete. The text ends just before it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str] | None = ()) -> None:
         """
         Args:
             stop: texts of which the first to be complete ends the text.
         Raises:
-            InputError: for an empty stop text.
+            InputError: for an empty stop text, or what is no text.
         """
         self.tokenizer = tokenizer
-        self.stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        if "" in self.stops:
-            raise InputError("stop text '' is empty: give at least one character, or leave it out")
+        several = isinstance(stop, Iterable) and not isinstance(stop, str)
+        self.stops = tuple(stop) if several else () if stop is None else (stop,)
+        for wrong in (each for each in self.stops if not (isinstance(each, str) and each)):
+            fact = f"stop text {show(wrong)} is {'empty' if isinstance(wrong, str) else 'no text'}"
+            raise InputError(f"{fact}: give at least one character, or leave it out")
         self.stopped = False
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""  # what may yet become a stop text
