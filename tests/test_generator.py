@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from tinygrad.nn.state import get_state_dict
 
 from tinygpt import GPT, Generator, InputError
 from tinygpt import generator as generator_module
+from tinygpt.layers import LayerNorm
 
 PROMPTS = [[5, 9, 2, 33, 60, 1, 7], [11], [8, 3] * 7]
 ONE_ROW = 8 * SMALL.n_layer * SMALL.block_size * SMALL.n_embd  # bytes of its KV cache
@@ -202,6 +205,65 @@ def test_a_batch_between_two_texts_does_not_cost_them_their_session(model, monke
     for rows in (1, 3, 1, 1, 3, 3):
         list(fresh.generate_batch([PROMPTS[0]] * rows, 2, temperature=0))
     assert made == [1, 3, 3]
+
+
+def test_a_stream_that_is_collected_in_a_cycle_harms_no_later_one():
+    """Collected so, its end comes when the memory of its session is gone."""
+    kept = randomize(GPT(SMALL))
+    expected = list(Generator(kept).generate(PROMPTS[0], 5, temperature=0))
+    for _ in range(20):
+        cycle: list = [Generator(kept).generate(PROMPTS[0], 5, temperature=0)]
+        next(cycle[0])
+        cycle.append(cycle)
+        del cycle
+        gc.collect()
+        assert list(Generator(kept).generate(PROMPTS[0], 5, temperature=0)) == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@needs_clang
+def test_parent_and_child_of_a_fork_share_no_memory(model):
+    texts = [list(Generator(model).generate(p, 30, 1, temperature=0.8)) for p in PROMPTS]
+    child = os.fork()
+    wrong = 0
+    for turn in range(20):
+        which = (turn + (child == 0)) % len(PROMPTS)
+        found = list(Generator(model).generate(PROMPTS[which], 30, 1, temperature=0.8))
+        wrong += found != texts[which]
+    if child == 0:
+        os._exit(wrong)
+    assert (wrong, os.waitpid(child, 0)[1]) == (0, 0)
+
+
+CHANGES = {
+    "a shortcut": lambda model: setattr(model.blocks[1], "shortcut", False),
+    "an epsilon": lambda model: setattr(model.ln_f, "epsilon", 9.0),
+    "an activation": lambda model: setattr(model.blocks[0].mlp, "activation", "relu"),
+    "the scale of scores": lambda model: setattr(
+        model.blocks[0].attn, "heads", replace(model.blocks[0].attn.heads, scale=3.0)
+    ),
+    "the order of blocks": lambda model: model.blocks.reverse(),
+    "a class": lambda model: setattr(model.blocks[0].ln_1, "__class__", Negative),
+}
+
+
+class Negative(LayerNorm):
+    def __call__(self, x):
+        return -super().__call__(x)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_next_text_is_of_the_model_as_it_is_by_then(change):
+    changed = randomize(GPT(SMALL), seed=1)
+    list(Generator(changed).generate(PROMPTS[0], 9, temperature=0))
+    before = changed(PROMPTS[0]).numpy()
+    CHANGES[change](changed)
+    assert not np.allclose(changed(PROMPTS[0]).numpy(), before)
+    ids = list(PROMPTS[0])
+    for token in Generator(changed).generate(PROMPTS[0], 7, temperature=0):
+        assert token == changed(ids).numpy()[0, -1].argmax()
+        ids.append(token)
 
 
 def test_no_stream_keeps_the_memory_of_a_model_that_is_dropped():

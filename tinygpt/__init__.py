@@ -1,9 +1,10 @@
 """GPT-2, whole, built from scratch on tinygrad tensors.
 
-Importing this package changes nothing in the process, and imports tinygrad only when the first of
-its names is asked for, so that the program can look at the environment, and be interrupted, before.
-The first `GPT` that is made or loaded chooses a backend where the environment variable DEV names
-none and tinygrad's own choice would not work here: see `tinygpt.runtime.device.select`.
+Importing this package changes nothing in the process. When the first of its names is asked for, the
+environment is checked and tinygrad imported, so that the program can be interrupted before. The
+first `GPT` that is made or loaded chooses a backend where the environment variable DEV names none
+and tinygrad's own choice would not work here, and changes a few things inside of tinygrad: see
+`tinygpt.runtime.device.select`.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Collection, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
@@ -23,6 +24,15 @@ from tinygpt.session import Session
 # no more, and the larger goes when a single text begins: its cache may be larger than the model.
 _idle: WeakKeyDictionary[GPT, dict[bool, Session]] = WeakKeyDictionary()
 _lock = RLock()  # a stream that is collected as garbage may end while its own thread holds it
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class Generator:
@@ -186,7 +196,8 @@ class Generator:
             yield session
         finally:
             with _lock:
-                _idle.setdefault(self.model, {})[alone] = session
+                if not session.collected:
+                    _idle.setdefault(self.model, {})[alone] = session
 
 
 def _ends(given: Any) -> frozenset[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 from weakref import ref
 
 import numpy as np
@@ -31,7 +32,8 @@ class Session:
         self.batch_size, self.chunk_size = batch_size, chunk_size
         self.block_size = model.config.block_size
         self._model = ref(model)  # whoever runs a step has it; an idle session does not keep it
-        self._weights = _weights_of(model)
+        self._form = _form_of(model)
+        self.collected = False
         self.cache = model.empty_cache(batch_size, self.block_size)
         self.position = 0  # where the next token stands
         self.padding: Tensor | None = None
@@ -49,13 +51,18 @@ class Session:
         return model
 
     def fits(self, batch_size: int, chunk_size: int) -> bool:
-        """Whether it can be used for a batch of that size, and the model has its weights still.
+        """Whether it can be used for a batch of that size, and the model is still what it was.
 
-        Where they lie is a part of the captured steps: a weight that was replaced would not be
-        seen.
+        Weights and settings are a part of the captured steps: what was replaced would not be seen.
         """
-        sizes = self.batch_size, self.chunk_size
-        return sizes == (batch_size, chunk_size) and self._weights == _weights_of(self.model)
+        if self.collected or (self.batch_size, self.chunk_size) != (batch_size, chunk_size):
+            return False
+        return self._form == _form_of(self.model)
+
+    def __del__(self) -> None:
+        # A stream that is collected in a cycle ends then, and would leave its session to the next
+        # one, when the memory of both is gone.
+        self.collected = True
 
     @property
     def full(self) -> bool:
@@ -187,6 +194,13 @@ class Session:
         return choose(self.model.logits(x[:, 0]), choice, seeds, step, counts)
 
 
-def _weights_of(model: GPT) -> list[object]:
-    """What tells a model's weights from any others: where they lie, by their names' order."""
-    return [buffers.place(tensor) for tensor in get_state_dict(model).values()]
+def _form_of(value: Any) -> Any:
+    """All that a captured step takes from a model: classes, settings, and where the weights lie."""
+    if isinstance(value, Tensor):
+        return buffers.place(value)
+    if isinstance(value, list | tuple):
+        return [_form_of(item) for item in value]
+    kind = type(value)
+    if not kind.__module__.startswith("tinygpt."):
+        return value
+    return [kind, *vars(kind).values(), *((k, _form_of(v)) for k, v in vars(value).items())]

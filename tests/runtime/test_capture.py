@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import pickle
@@ -16,7 +17,7 @@ from tinygrad.engine.jit import JitError
 from tinygrad.helpers import Context
 from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo
 
-from tinygpt import GPT, Generator, GPTConfig, ops
+from tinygpt import GPT, Generator, GPTConfig, layers, ops, session
 from tinygpt.generator import _idle
 from tinygpt.runtime import buffers, compiling, disk_cache, graph, step_store
 from tinygpt.runtime.capture import capture
@@ -444,6 +445,42 @@ def test_a_step_of_what_another_process_would_not_know_is_not_kept(kept, monkeyp
 
 
 @needs_runner
+class Negated:
+    """A descriptor in the place of a method."""
+
+    def __get__(self, owner, kind=None):
+        return lambda x: -x
+
+
+REPLACED = {
+    "a special method": (layers.LayerNorm, "__call__", lambda self, x: -x),
+    "another's method": (layers.LayerNorm, "__call__", layers.Embedding.__call__),
+    "a descriptor": (layers.LayerNorm, "__call__", Negated()),
+    "a method that was not there": (layers.LayerNorm, "__getattribute__", lambda *a: a),
+    "a property": (GPT, "_unembedding", property(lambda self: (self.wte.weight, None))),
+    "an operation": (ops, "activation", lambda x, kind: -x),
+    "the C form of one": (ops.fast, "activation", lambda x, kind: -x),
+    "a function that is imported": (session, "choose", lambda *given: given),
+    "a function in part": (layers, "project", functools.partial(layers.project)),
+}
+
+
+@pytest.mark.parametrize("what", REPLACED)
+def test_a_step_of_code_that_was_replaced_is_not_kept(what, kept, monkeypatch):
+    owner, name, value = REPLACED[what]
+    assert run_kept() == "captured"
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, value, raising=False)
+        assert run_kept() == "captured"
+    assert run_kept() == "stored"
+
+
+def test_a_number_at_the_top_of_what_computes_makes_another_step(kept, monkeypatch):
+    assert run_kept() == "captured"
+    monkeypatch.setattr(ops.fast, "_FEW_ROWS", 3)
+    assert [run_kept(), run_kept()] == ["captured", "stored"]
+
+
 def test_the_store_can_be_turned_off(kept, monkeypatch):
     monkeypatch.setenv("TINYGPT_STORE", "0")
     assert run_kept() == "captured"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from threading import Lock
 from typing import Any
 
@@ -13,6 +14,15 @@ from tinygrad.dtype import _from_np_dtype, _to_np_dtype
 from tinygpt.runtime import cpu_memory
 
 _MAKING = Lock()  # tinygrad makes tensors for one thread at a time
+
+
+def _after_fork() -> None:
+    global _MAKING
+    _MAKING = Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _buffer(uop: UOp) -> Buffer:

@@ -59,7 +59,11 @@ class _Batch(Compiler):
             if isinstance(found, bytes) and found:
                 _compiled[digest] = found
             else:
-                order = self.executor.submit(self.compiler.compile, source)
+                try:
+                    order = self.executor.submit(self.compiler.compile, source)
+                except RuntimeError:  # the main thread has ended, after which none is started
+                    order = Future()
+                    order.set_result(self.compiler.compile(source))
                 self.orders[digest] = source, order
         return digest
 

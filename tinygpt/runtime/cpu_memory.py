@@ -1,7 +1,8 @@
-"""Memory of the CPU's large buffers, which the system hands out faster than what tinygrad asks for.
+"""Memory of the CPU's buffers, private to this process.
 
-tinygrad shares its memory with processes that are started by a fork, of which this program starts
-none. A page of shared memory takes half again as long to get; the weights of GPT-2 are 120,000.
+tinygrad shares its memory with processes that are started by a fork, so that parent and child would
+write into one KV cache. And a page of shared memory takes half again as long to get; the weights of
+GPT-2 are 120,000.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _POPULATE_WRITE = 23  # of Linux 5.14 and later: all pages at once
 
 @cache
 def use() -> None:
-    """Have tinygrad take private memory for large buffers of the CPU, where the system has both."""
+    """Have tinygrad take private memory for buffers of the CPU, where the system has both."""
     if not sys.platform.startswith("linux"):
         return
     from tinygrad.runtime.ops_cpu import CPUAllocator
@@ -30,7 +31,7 @@ def use() -> None:
     shared = CPUAllocator._alloc
 
     def alloc(self: Any, size: int, options: BufferSpec) -> Any:
-        if options.external_ptr is not None or size < _LEAST_BYTES:
+        if options.external_ptr is not None:
             return shared(self, size, options)
         memory = mmap.mmap(-1, size, mmap.MAP_ANONYMOUS | mmap.MAP_PRIVATE)
         with suppress(OSError, AttributeError):

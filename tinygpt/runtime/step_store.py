@@ -22,7 +22,7 @@ from typing import Any
 from tinygrad import Device, Tensor
 from tinygrad.helpers import CACHELEVEL, ContextVar
 
-from tinygpt.runtime import clang, disk_cache
+from tinygpt.runtime import as_written, clang, disk_cache
 
 TABLE = "tinygpt_steps"
 # Settings of tinygrad that change no kernel.
@@ -82,7 +82,13 @@ def _class(kind: type) -> str:
 
 
 def digest(what: object) -> str:
-    """The key of a step that depends on something, by its `repr`, and on all that all do."""
+    """The key of a step that depends on something, by its `repr`, and on all that all do.
+
+    Raises:
+        NotKept: where code that computes was replaced, or a file of it changed.
+    """
+    if (constants := as_written.constants_of_code()) is None:
+        raise NotKept("the code")
     settings = sorted(
         (name, repr(var.value)) for name, var in ContextVar._cache.items() if name not in _BESIDE
     )
@@ -90,7 +96,8 @@ def digest(what: object) -> str:
     names += [n for n in os.environ if n == "JITBEAM"]
     environment = sorted((name, os.environ[name]) for name in names)
     target = str(Device[Device.DEFAULT].renderer.target)
-    text = repr((_machine(), _sources(), target, settings, environment, clang.command(), what))
+    given = target, settings, environment, clang.command(), what
+    text = repr((_machine(), _sources(), constants, *given))
     return hashlib.sha256(text.encode()).hexdigest()
 
 

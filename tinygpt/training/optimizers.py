@@ -14,6 +14,7 @@ import numpy as np
 from tinygrad import Tensor
 
 from tinygpt import ops
+from tinygpt.runtime import thread_pool
 
 _MOMENTUM = 0.95  # Muon's
 # Muon's polynomial, whose five-fold application brings singular values near 1.
@@ -82,7 +83,8 @@ class Optimizer:
             for moment in ("momentum",) if name in self.by_muon else ("mean", "square"):
                 zeros = Tensor.zeros(*parameter.shape, device=parameter.device).contiguous()
                 self.state[f"{name}.{moment}"] = zeros
-        Tensor.realize(*self.state.values())
+        with thread_pool.building:  # another thread may be compiling
+            Tensor.realize(*self.state.values())
 
     def inputs(
         self, rate: float, muon_rate: float, update: int, loss_scale: float = 1.0
