@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -76,6 +77,11 @@ def test_the_lock_of_a_killed_process_is_in_nobodys_way(tmp_path):
         ({"host": "elsewhere", "pid": 2**40}, True),
         ({"pid": "x"}, False),
         ({"more": 1}, False),
+        ({"folder": "/elsewhere"}, True),  # one folder, seen under two paths
+        ({"folder": "/elsewhere", "inode": [1, 2]}, False),  # it was copied with its run
+        ({"folder": "/elsewhere", "inode": None}, False),
+        ({"inode": [1, 2]}, True),
+        ({"folder": "/elsewhere", "inode": [1, 2], "host": "elsewhere"}, True),
     ],
 )
 def test_a_lock_is_believed_while_its_process_can_be_there(change, is_held, tmp_path):
@@ -92,6 +98,17 @@ def test_a_lock_is_believed_while_its_process_can_be_there(change, is_held, tmp_
         with locked(tmp_path):
             assert json.loads(file.read_text(encoding="utf-8")).keys() == mine.keys()
         assert not file.exists()
+
+
+def test_the_lock_in_a_copy_of_a_running_run_is_in_nobodys_way(tmp_path):
+    with locked(tmp_path / "run"):
+        (tmp_path / "run" / "mine").touch()
+        shutil.copytree(tmp_path / "run", tmp_path / "copy")
+        with locked(tmp_path / "copy"):
+            pass
+        with pytest.raises(InputError, match="in use"), locked(tmp_path / "copy" / ".." / "run"):
+            pass
+    assert [path.name for path in (tmp_path / "copy").iterdir()] == ["mine"]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"{}" * 9])
@@ -134,9 +151,13 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
 
 
 def test_a_refused_first_try_leaves_no_folder(tmp_path):
-    with pytest.raises(InputError), locked(tmp_path / "new"):
-        raise InputError("no")
-    assert not (tmp_path / "new").exists()
+    for run in (tmp_path / "new", tmp_path / "new" / "p" / "q"):
+        with pytest.raises(InputError), locked(run):
+            raise InputError("no")
+        assert list(tmp_path.iterdir()) == []
+    with pytest.raises(InputError), locked(tmp_path / "new" / ("q" * 300)):
+        pass
+    assert list(tmp_path.iterdir()) == []
     (tmp_path / "mine").mkdir()
     with locked(tmp_path / "mine"):
         pass

@@ -23,35 +23,38 @@ from tinygpt.errors import CheckpointError, InputError, reason, show
 from tinygpt.storage import read_json, temporary_beside
 
 _FOLDER, _FILE = ".lock", "holder.json"
+_KEYS = {"pid", "host", "boot", "started", "at", "folder", "inode"}
 _TRIES = 5
 
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Hold a run's folder while the block runs; one that was made for it and is empty then, goes.
+    """Hold a run's folder while the block runs; what was made for it and is empty then, goes.
 
     Raises:
         InputError: when another training holds it, saying who, or it cannot be written.
     """
-    made = not run.exists()
+    made = [folder for folder in (run, *run.parents) if not os.path.exists(folder)]
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        mine = _take(run)
-    except OSError as error:
-        raise InputError(f"cannot write {run}: {reason(error)}; pass another --out") from error
-    try:
-        yield
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            mine = _take(run)
+        except OSError as error:
+            raise InputError(f"cannot write {run}: {reason(error)}; pass another --out") from error
+        try:
+            yield
+        finally:
+            if _holder(run / _FOLDER) == mine:
+                _remove(run / _FOLDER)
     finally:
-        if _holder(run / _FOLDER) == mine:
-            _remove(run / _FOLDER)
-        if made:
-            with suppress(OSError):  # it is not empty
-                run.rmdir()
+        for folder in made:
+            with suppress(OSError):  # it is not empty, or was never made
+                folder.rmdir()
 
 
 def _take(run: Path) -> dict[str, Any]:
     """Put a lock of this process into a folder, in place of one whose holder is gone."""
-    lock, mine = run / _FOLDER, _this_process()
+    lock, mine = run / _FOLDER, _this_process(run)
     for _ in range(_TRIES):
         ready = temporary_beside(lock)
         ready.mkdir()
@@ -64,7 +67,7 @@ def _take(run: Path) -> dict[str, Any]:
                 raise
         finally:
             shutil.rmtree(ready, ignore_errors=True)
-        if (holder := _holder(lock)) is None or not _is_alive(holder):
+        if (holder := _holder(lock)) is None or not _holds(holder, mine):
             _remove(lock, holder)
             continue
         who = f"process {show(holder['pid'])} on {show(holder['host'])}, since {show(holder['at'])}"
@@ -89,27 +92,33 @@ def _holder(lock: Path) -> dict[str, Any] | None:
     """What a lock says of its holder; None where it says nothing that could be understood."""
     with suppress(CheckpointError):
         found = read_json(lock / _FILE)
-        if isinstance(found.get("pid"), int) and found.keys() == _this_process().keys():
+        if isinstance(found.get("pid"), int) and found.keys() == _KEYS:
             return found
     return None
 
 
-def _this_process() -> dict[str, Any]:
-    pid = os.getpid()
+def _this_process(run: Path) -> dict[str, Any]:
+    """What the lock of this process says; the folder too, since a lock is copied with its run."""
+    pid, about = os.getpid(), run.stat()
     return {
         "pid": pid,
         "host": socket.gethostname(),
         "boot": _boot(),
         "started": _started(pid),
         "at": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "folder": str(run.resolve()),
+        # Where one folder is seen under two paths; some drives have no such number.
+        "inode": [about.st_dev, about.st_ino] if about.st_ino else None,
     }
 
 
-def _is_alive(holder: dict[str, Any]) -> bool:
-    """Whether a holder is still there, as far as can be known from here."""
-    if holder["host"] != socket.gethostname():
+def _holds(holder: dict[str, Any], mine: dict[str, Any]) -> bool:
+    """Whether a holder is still there and has this folder, as far as can be known from here."""
+    if holder["host"] != mine["host"]:
         return True
-    return holder["boot"] == _boot() and holder["started"] == _started(holder["pid"])
+    is_here = holder["folder"] == mine["folder"] or holder["inode"] == mine["inode"] is not None
+    is_there = holder["boot"] == mine["boot"] and holder["started"] == _started(holder["pid"])
+    return is_here and is_there
 
 
 def _boot() -> str | None:
