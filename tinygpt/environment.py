@@ -16,7 +16,7 @@ _BACKENDS = (
     "METAL", "AMD", "NV", "CUDA", "QCOM", "CL", "CPU", "DSP", "WEBGPU", "HIP", "NULL", "PYTHON",
     "RDMA",
 )  # fmt: skip
-_OLDER = {"GPU": "CL", "CLANG": "CPU", "LLVM": "CPU:LLVM"}  # what it has forgotten since
+OLDER = {"GPU": "CL", "CLANG": "CPU", "LLVM": "CPU:LLVM"}  # what it has forgotten since
 _COMPILERS = (
     "CLANGJIT", "LLVM", "LVP", "X86", "CUDA", "PTX", "NVCC", "NAK", "HIP", "HIPCC", "IR3",
     "QCOMCL", "METAL", "CL", "INTEL", "WGSL", "NULL", "PYTHON",
@@ -132,10 +132,10 @@ def _old_faults(dev: str) -> Iterator[tuple[str, str]]:
         return name, f"{fact}, as tinygrad had it before: unset it and set DEV={instead} instead"
 
     if not dev:  # else it is not looked at
-        for name in (*_BACKENDS, *_OLDER):
+        for name in (*_BACKENDS, *OLDER):
             value = os.environ.get(name, "0").strip()
             if value == "1":
-                yield line(name, _OLDER.get(name, name))
+                yield line(name, OLDER.get(name, name))
             elif name in _BACKENDS and not value.lstrip("+-").isdecimal():
                 fact = "tinygrad looks there for a number while DEV names no backend"
                 given = f"the environment variable {name} is {show(value)}"

@@ -142,6 +142,26 @@ def test_the_advice_fits_who_chose_the_backend(chosen, advice, monkeypatch):
         device.check()
 
 
+@pytest.mark.parametrize(
+    ("dev", "advice"),
+    [
+        ("GPU", "Set DEV to CL, unset DEV"),
+        ("CLANG", "Set DEV to CPU, unset DEV"),
+        ("LLVM", "Set DEV to CPU:LLVM, unset DEV"),
+        ("XYZ", "Set DEV to one of METAL, AMD, .* CPU, .* unset DEV"),
+        ("CPU:XYZ", "Unset DEV"),
+    ],
+)
+def test_the_advice_for_a_backend_that_there_is_not_names_one_that_there_is(
+    dev, advice, monkeypatch
+):
+    monkeypatch.setattr(device.clang, "command", lambda: ("clang",))
+    monkeypatch.setenv("DEV", dev)
+    with helpers.Context(DEV=dev), pytest.raises(InputError, match=rf"\. {advice}") as caught:
+        device.check()
+    assert "pip install" not in str(caught.value)
+
+
 def test_the_python_backend_equals_the_reference():
     """tinygrad's own emulator: any backend's arithmetic, far too slowly for more than this."""
     model = doctor.toy()

@@ -18,7 +18,7 @@ from tinygrad.device import ALL_DEVICES, Compiler
 from tinygrad.dtype import DType
 from tinygrad.helpers import CPU_COUNT, DEV, Context
 
-from tinygpt.environment import MOST_THREADS
+from tinygpt.environment import MOST_THREADS, OLDER
 from tinygpt.errors import InputError
 from tinygpt.runtime import clang, cpu_memory, disk_cache
 from tinygpt.runtime.postpone import postpone
@@ -154,15 +154,19 @@ def check(kernel: bool = True) -> None:
             raise RuntimeError("it computes wrong numbers")
     except Exception as error:
         name = chosen or Device.DEFAULT
+        ways = ["unset DEV to let the program choose"] if chosen else []
         if isinstance(error, ModuleNotFoundError):
             reason = "tinygrad has no such backend"
+            instead = OLDER.get(name.partition(":")[0].upper())
+            ways.insert(0, f"set DEV to {instead or 'one of ' + ', '.join(ALL_DEVICES)}")
         else:
             reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-        bring = f"`{clang.advice()}` brings a clang"
-        advice = f"Unset DEV to let the program choose, {bring}" if chosen else bring
+        if clang.command() is None:
+            ways.append(f"`{clang.advice()}` brings a clang")
+        ways.append("see `tinygpt doctor` for what this machine has")
+        advice = ", ".join(ways[:-1]) + (", or " if ways[1:] else "") + ways[-1]
         raise InputError(
-            f"the backend DEV={name} does not work: {reason}. {advice}, "
-            "or see `tinygpt doctor` for what this machine has"
+            f"the backend DEV={name} does not work: {reason}. {advice[0].upper()}{advice[1:]}"
         ) from error
 
 
