@@ -66,7 +66,7 @@ def test_what_cannot_be_had_is_refused(tmp_path):
     with pytest.raises(InputError, match="nowhere"):
         Writer.open(str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match="did you mean 'int8'"):
-        Writer.open(str(tmp_path), dtype="int9")
+        Writer.open(str(tmp_path), dtype="int88")
 
 
 def test_one_call_continues_a_text_and_streams_it(writer, model, tmp_path):

@@ -15,6 +15,7 @@ _REPR.maxstring = _REPR.maxother = 100
 show = _REPR.repr
 
 
+_LONGEST = 1200  # letters of a line; the longest that says what is allowed has half of them
 _CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
 
@@ -30,8 +31,9 @@ class InputError(ValueError):
 def unknown(what: str, value: object, allowed: Iterable[object]) -> InputError:
     """The error for a `value` that is none of the `allowed` names, with the nearest one offered."""
     names = [str(name) for name in allowed]
-    near = get_close_matches(str(value)[:100], names, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    lower = {name.lower(): name for name in names}
+    near = get_close_matches(str(value)[:100].lower(), lower, n=1, cutoff=0.8)
+    hint = f"did you mean {lower[near[0]]!r}? " if near else ""
     return InputError(f"unknown {what} {show(value)}: {hint}allowed are {', '.join(names)}")
 
 
@@ -110,7 +112,23 @@ def reason(error: Exception) -> str:
     return " ".join(text.split()) or type(cause).__name__
 
 
-def say(text: str) -> None:
-    """Tell the user, on stderr, since stdout is for results."""
+def say(text: str, below: str = "") -> None:
+    """Tell the user, on stderr, since stdout is for results.
+
+    Args:
+        text: what is said. It may quote names and contents from anywhere, and becomes one line.
+        below: a text to show under it, with its own lines.
+    """
+    line = f"tinygpt: {_one_line(text)}"
+    if below:
+        line += f"\n{visible(below)}\n"
     with suppress(OSError):  # a stderr that nobody reads is no reason to stop
-        print(f"tinygpt: {text}", file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
+
+
+def _one_line(text: str) -> str:
+    """What holds no line's end, moves no cursor and fills no screen, whatever is quoted in it."""
+    if len(text) > _LONGEST:
+        half = _LONGEST // 2
+        text = f"{text[:half]} ... {text[-half:]}"
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)

@@ -44,6 +44,7 @@ def test_each_command_has_a_help(verb, capsys):
     [
         ("chat", "unknown command 'chat': "),
         ("list", "unknown command 'list': "),
+        ("TRAIN", "unknown command 'TRAIN': did you mean 'train'?"),
         ("trian", "unknown command 'trian': did you mean 'train'? allowed are generate, train, "),
         ("chat", "to continue it as a prompt: `tinygpt generate chat`"),
         ("evalute gpt2 data", "did you mean 'evaluate'?"),
@@ -69,6 +70,27 @@ def test_generate_continues_any_word(cli, prompt):
     assert status == 0
     assert out.startswith(prompt)
     assert out == cli("generate", *SHORT, prompt)[1]
+
+
+@pytest.mark.parametrize("name", ["tf\n\x1b[31m", "\x9b2J\u2028\u202e\r", "q" * 100_000])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("x", "--model"), ("x", "--tokenizer"), ("x", "--prompt-file"), ("x", "--preset"), ("x",),
+        ("generate", "x", "--steps"), ("convert", "--to", "hf", "out"), ("evaluate",),
+        ("train", "-o", "run"), ("train", "README.md", "-o"), ("prepare",), ("models", "--remove"),
+        ("completion",),
+    ],
+)  # fmt: skip
+def test_what_is_quoted_in_an_error_moves_no_cursor_and_fills_no_screen(
+    cli, argv, name, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").touch()
+    run = cli(*argv, name)
+    assert is_refused(run, "")
+    assert run[2][:-1].isprintable()
+    assert len(run[2]) < 1500
 
 
 def test_running_out_of_memory_is_one_line(cli, monkeypatch):
@@ -109,9 +131,10 @@ def test_closed_standard_streams_are_no_traceback():
 
 
 def test_a_backend_that_does_not_work_is_one_line(tmp_path):
-    foo = start("x", *SHORT, env={"DEV": "FOO"})
+    foo = start("x", *SHORT, env={"DEV": "FOO\n"})
     no_clang = start("x", *SHORT, env={"DEV": "CPU", "PATH": str(tmp_path), "CC": None})
-    assert is_refused(finish(foo), "DEV=FOO does not work: tinygrad has no such backend. Unset DEV")
+    words = r"DEV=FOO\n does not work: tinygrad has no such backend. Set DEV to one of METAL, "
+    assert is_refused(finish(foo), words)
     assert is_refused(finish(no_clang), "DEV=CPU does not work: no clang found. Unset DEV")
 
 

@@ -8,13 +8,14 @@ speak in it.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from tinygpt.checkpoints.quantization import DTYPES
-from tinygpt.errors import InputError
+from tinygpt.errors import InputError, show
 from tinygpt.options import Kind, check_value, kinds
 
 # What other programs call a flag of ours; each is taken wherever the flag is, and not in the help.
@@ -45,16 +46,21 @@ class Parser(argparse.ArgumentParser):
     """argparse, with a mistake told in one line that offers the nearest flag."""
 
     def error(self, message: str) -> NoReturn:
-        if message.startswith("unrecognized arguments: "):
-            given = message.split()[2].split("=")[0]
-            message = f"unknown argument {given!r}"
-            if given in _ELSEWHERE:
-                message += f": {_ELSEWHERE[given]}"
-            elif near := self._near(given):
-                message += f": did you mean {near}?"
-            elif not given.startswith("-"):
-                message += ": put a prompt of several words in quotes"
+        if found := re.fullmatch("argument (.+): ignored explicit argument .+", message, re.DOTALL):
+            message = f"{found[1]} takes no value"
         raise InputError(f"{message} (`{self.prog} --help` lists what there is)")
+
+    def refuse(self, argument: str) -> NoReturn:
+        """End with an argument that the command has no place for."""
+        given = argument.split("=")[0] if argument.startswith("-") else argument
+        message = f"unknown argument {show(given)}"
+        if given in _ELSEWHERE:
+            message += f": {_ELSEWHERE[given]}"
+        elif near := self._near(given):
+            message += f": did you mean {near}?"
+        elif not given.startswith("-") and any(each.dest == "prompt" for each in self._actions):
+            message += ": put a prompt of several words in quotes"
+        self.error(message)
 
     def _near(self, given: str) -> str | None:
         """The flag that is meant by one that there is not, if it looks like one or begins one."""
@@ -67,8 +73,8 @@ class Parser(argparse.ArgumentParser):
         name = given.lstrip("-").replace("_", "-")
         if not given.startswith("-") or not name:
             return None
-        near = get_close_matches(name, known, n=1, cutoff=0.75)
-        near += [each for each in known if len(name) > 2 and each.startswith(name)]
+        near = [each for each in known if len(name) > 2 and each.startswith(name)]
+        near += get_close_matches(name[:100], known, n=1, cutoff=0.75)
         return known[near[0]] if near else None
 
 
@@ -96,6 +102,10 @@ class _Flag(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
+        if values == "" and self.kind == Kind(
+            str
+        ):  # a path of no letters would mean the folder here
+            raise InputError(f"{option_string} is empty: give it a value, or leave it out")
         value = option_string not in self.off if self.nargs == 0 else self._read(values)
         check_value(option_string or self.dest, value, self.kind, self.limits)
         if self.many:

@@ -97,8 +97,6 @@ def parse(args: argparse.Namespace) -> Request:
     Raises:
         InputError: for what cannot work, before anything is built or fetched.
     """
-    if "" in args.stop:
-        raise InputError("--stop is empty: give at least one character")
     model, tokens, sampling = args.model, 128, {} if args.model else {"temperature": 1.0}
     new = _first_of_a_new_model(args)
     if model and new not in (None, "--tokenizer"):

@@ -95,7 +95,7 @@ def _run(argv: Sequence[str]) -> int:
             f"word as a prompt: `tinygpt generate {shlex.quote(args.prompt)}`"
         )
     if surplus:
-        parser.error(f"unrecognized arguments: {' '.join(surplus)}")
+        parser.refuse(surplus[0])
     if getattr(args, "plain", None):
         os.environ["TINYGPT_KERNELS"] = "0"
     return command.run(args)

@@ -19,7 +19,7 @@ from tinygpt.checkpoints.load_tokenizer import load_tokenizer
 from tinygpt.checkpoints.quantization import check_dtype, convert
 from tinygpt.checkpoints.run_folder import checkpoint_in
 from tinygpt.data.dataset import Batches, Dataset
-from tinygpt.errors import CheckpointError, InputError, reason, say, visible
+from tinygpt.errors import CheckpointError, InputError, reason, say
 from tinygpt.evaluation.losses import Scorer, mean_loss, spread
 from tinygpt.generator import Generator
 from tinygpt.model import GPT
@@ -223,7 +223,7 @@ class Run:
         progress.clear()
         say(f"step {step}: validation loss {self.val_loss:.4f}")
         if config.sample_tokens:
-            say(f"a sample of {config.sample_tokens} tokens:\n{visible(self.sample)}\n")
+            say(f"a sample of {config.sample_tokens} tokens:", below=self.sample)
 
     def _save(self) -> None:
         state = {
