@@ -38,7 +38,7 @@ def model(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("order", ["sorted", "as they came"])
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("protocol", range(6))
 def test_ids_are_as_meta_pkl_says(protocol, order, tmp_path):
     characters = sorted("To be, ä 中 😀\n") if order == "sorted" else [*dict.fromkeys("zyx ä中a😀")]
     characters = [*dict.fromkeys(characters)]
@@ -118,7 +118,7 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "cut": (pickle.dumps(meta(LETTERS))[:-9], "is cut"),
     "empty": (b"", "is cut"),
     "long": (bytes(2 << 20), "it has more than 1 MiB"),
-    "a text": (b"To be", "which tensors do not need"),
+    "a text": (b"To be", "plain data and tensors do not need"),
 }
 
 

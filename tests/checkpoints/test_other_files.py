@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import pickle
 import re
 import struct
 import tarfile
@@ -41,6 +42,12 @@ def zipped() -> bytes:
     return out.getvalue()
 
 
+def arrays() -> bytes:
+    out = io.BytesIO()
+    np.savez(out, a=np.zeros(3))
+    return out.getvalue()
+
+
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 548105171\n"
 TENSORFLOW = {
     "checkpoint": b'model_checkpoint_path: "model-100"\n',
@@ -71,6 +78,14 @@ FILES = {
     ),
     "gzip": ("model.tar.gz", gzip.compress(b"x" * 99), "it is an archive: unpack it"),
     "tar": ("model.tar", tar(), "it is an archive: unpack it"),
+    "bzip2": ("model.tar.bz2", b"BZh9" + bytes(range(200)), "it is an archive: unpack it"),
+    "an empty zip": ("a.zip", b"PK\5\6" + bytes(18), "an archive with nothing in it: give a model"),
+    "arrays": ("x.npz", arrays(), "it holds arrays of NumPy, no model"),
+    "arrays, cut": ("x.npz", b"PK\3\4" + bytes(range(200)), "archive is damaged or cut: .*fetch"),
+    "a pickle": ("q.pkl", pickle.dumps({"a": 1}), "a pickle by another program than torch: give"),
+    "a pickle by another name": ("q.bin", pickle.dumps([1], 2), "a pickle by another program"),
+    "a pickle of lines": ("q.pkl", pickle.dumps({"a": 1}, 0), "a pickle by another program"),
+    "noise by another name": ("x.ckpt", bytes(range(256)), "no model's file that is known: give a"),
     "zip": ("model.zip", zipped(), "is compressed or encrypted.*unpack"),
     "config.json": ("config.json", b"{}", "a part of a model's folder: give the folder"),
     "tokenizer": ("merges.txt", b"#version", "a part of a model's folder: give the folder"),
@@ -80,7 +95,7 @@ FILES = {
     "HDF5 by another name": ("weights.data", HDF5, "weights for TensorFlow.*from_tf=True"),
     "Flax": ("flax_model.msgpack", b"\x81\xa1a" * 99, "weights for Flax.*from_flax=True"),
     "ONNX": ("model.onnx", b"\x08\x07" * 99, "a graph for ONNX"),
-    "NumPy": ("x.npy", b"\x93NUMPY" + bytes(99), "an array of NumPy"),
+    "NumPy": ("x.npy", b"\x93NUMPY" + bytes(99), "of NumPy, which has no form of model"),
     "GGML": ("ggml-model.bin", struct.pack("<I", 0x67676D6C) + bytes(99), "the form before GGUF"),
     "tokens": ("train.bin", bytes(99), "a file of tokens"),
     "noise": ("model.safetensors", bytes(range(256)), "cut or no safetensors file"),
@@ -131,6 +146,24 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "TensorFlow's without its list": (
         lambda f: put(f, **{k: v for k, v in TENSORFLOW.items() if k != "checkpoint"}),
         "'model-100.data-00000-of-00001', a checkpoint of TensorFlow.*python -m transformers",
+    ),
+    "TensorFlow's one level down": (
+        lambda f: put(f / "run1", **TENSORFLOW),
+        "no weights of torch, but 'run1/checkpoint', a checkpoint of TensorFlow: convert",
+    ),
+    "Flax's one level down": (
+        lambda f: put(f / "a", flax_model__msgpack=b"x"), "'a/flax_model.msgpack', weights for Flax"
+    ),
+    "a model beside TensorFlow's, one level down": (
+        lambda f: (put(f / "a", **TENSORFLOW), put(f / "b", model__safetensors=b"x")),
+        "models in folders of their own: give one, such as .*b",
+    ),
+    "an archive": (
+        lambda f: put(f, model__tar__gz=b"\x1f\x8b", README__md=b"x"),
+        "'model.tar.gz', an archive: unpack it, and give the model inside",
+    ),
+    "an archive beside models one level down": (
+        lambda f: (trainer(f), put(f, logs__zip=b"PK")), "give one, such as .*checkpoint-1000"
     ),
     "h5": (lambda f: put(f, tf_model__h5=HDF5, config__json=b"{}"), "'tf_model.h5', weights for T"),
     "Flax": (lambda f: put(f, flax_model__msgpack=b"x"), "'flax_model.msgpack', weights for Flax"),

@@ -173,6 +173,16 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         b"\x80\x02}" + b")" + b"\x85" * 100_000 + b"Ns.", "no text or number"
     ),
     "a number without end": (b"\x80\x02\x8b\xff\xff\xff\x7f", r"instruction b'\\x8b'"),
+    "a number that is none": (b"I1_0\n.", "has '1_0' as a whole number"),
+    "a number of many digits": (b"L" + b"9" * 900 + b"L\n.", "as a whole number of 64 bits"),
+    "a float that is none": (b"Fx\n.", "could not convert"),
+    "a float of many digits": (b"F" + b"x" * 900 + b"\n.", "as a number"),
+    "half a character": (b"V\\ud800\n.", "which is not UTF-8"),
+    "a text that is cut in a character": (b"V\\u00\n.", "it holds|decode"),
+    "a dict of halves": (b"(Va\nd.", "sets items of no dict"),
+    "a dict with keys that take for ever to hash": (b"(()Nd.", "no text or number"),
+    "a line of the memo that is not there": (b"g7\n.", "KeyError"),
+    "nothing to remember": (b"p0\n.", "IndexError"),
     "a text without end": (b"\x80\x02X\xff\xff\xff\xff", "is cut"),
     "an empty stack": (b"\x80\x02R.", "takes more from the stack"),
     "nothing": (b"", "is cut"),
@@ -289,7 +299,7 @@ PLAIN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize("value", [*PLAIN, PLAIN], ids=lambda value: str(value)[:20])
 def test_plain_data_comes_as_pickle_reads_it(value, protocol):
     assert load(pickle.dumps(value, protocol)) == value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from tinygpt.errors import show
@@ -26,6 +27,11 @@ _ONNX = "a graph for ONNX: give the model that it was exported from"
 _TRAINING = "what training keeps beside a model: give the model's folder"
 _FOLDER = "a part of a model's folder: give the folder"
 _ARCHIVE = "an archive: unpack it, and give the model inside"
+_NUMPY = f"of NumPy, which has no form of model that is known: {_GIVE}"
+_PICKLE = (
+    "a pickle by another program than torch: give a file as torch.save(model.state_dict(), PATH) "
+    "writes it, or a model's folder"
+)
 _IMAGE = f"an image: {_GIVE}"
 # By the name, as a regular expression, and by how the content begins.
 _NAMES = {
@@ -38,6 +44,9 @@ _NAMES = {
     r"(train|val|test)\.bin": f"a file of tokens, to train on: {_GIVE}",
     r"(config|\w{1,40}_config|tokenizer|vocab|\w{1,40}_map|added_tokens|encoder)\.json": _FOLDER,
     r"merges\.txt|vocab\.(txt|bpe)|meta\.pkl|.*\.index\.json": _FOLDER,
+    r".*\.(tar|tgz|zip|7z|rar|(tar\.)?(gz|bz2|xz|zst))": _ARCHIVE,
+    r".*\.(npy|npz)": _NUMPY,
+    r".*\.(pkl|pickle|joblib)": _PICKLE,
 }
 _STARTS = {
     b"version https://git-lfs": "a pointer of git-lfs: get the file itself with git lfs pull",
@@ -52,7 +61,9 @@ _STARTS = {
     b"7z\xbc\xaf": _ARCHIVE,
     b"\x28\xb5\x2f\xfd": _ARCHIVE,
     b"Rar!": _ARCHIVE,
-    b"\x93NUMPY": f"an array of NumPy: {_GIVE}",
+    b"PK\5\6": f"an archive with nothing in it: {_GIVE}",
+    b"\x93NUMPY": _NUMPY,
+    **{bytes([0x80, protocol]): _PICKLE for protocol in range(2, 6)},
     b"lmgg": "of the form before GGUF: convert the model again with a newer llama.cpp",
 }
 _PAGE = re.compile(rb"\s*<(!doctype html|html)", re.IGNORECASE)
@@ -78,7 +89,10 @@ def of_file(path: Path) -> str | None:
         return "a page of the web: fetch the file itself (on the Hub, /resolve/ and not /blob/)"
     if start[257:262] == b"ustar":
         return _ARCHIVE
-    return f"a text: {_GIVE}" if _is_text(start) else None
+    if _is_text(start):
+        return f"a text: {_GIVE}"
+    # Of safetensors it can only be a damaged one.
+    return None if path.suffix == ".safetensors" else f"no model's file that is known: {_GIVE}"
 
 
 def is_weights(path: Path) -> bool:
@@ -98,20 +112,33 @@ def of_folder(folder: Path, usual: tuple[str, ...], adapter: str) -> str:
     with os.scandir(folder) as entries:
         folders = {entry.name: entry.is_dir() for entry in entries}
     names = sorted(folders)
-    for name in names:
-        what = None if folders[name] else _by_name(name)
-        if what in (_TENSORFLOW, _H5, _FLAX, _ONNX):
-            return f"it has no weights of torch, but {show(name)}, {what}"
+    files = [name for name in names if not folders[name]]
+    if found := _told(files, _TENSORFLOW, _H5, _FLAX, _ONNX):
+        return found
     inner, models = [n for n in names if folders[n]], (*usual, adapter)
     inside = [n for n in inner if any((folder / n / name).is_file() for name in models)]
     if inside:
         last = max(inside, key=lambda name: [int(n) for n in re.findall(r"\d{1,9}", name)])
         return f"it has models in folders of their own: give one, such as {folder / last}"
+    below = []
+    for name in inner[:100]:
+        with suppress(OSError):  # one that is not ours to read
+            below += [os.path.join(name, file) for file in sorted(os.listdir(folder / name))]
+    if found := _told(below, _TENSORFLOW, _H5, _FLAX) or _told(files, _ARCHIVE):
+        return found
     if {"header.json", "train.bin"} & {*names}:
         return f"it is a folder of tokens, to train on: {_GIVE}"
     there = f"only {', '.join(show(name) for name in names[:3])}" if names else "nothing"
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"none of {', '.join(usual)} is there, {there}{more}: {_GIVE}"
+
+
+def _told(files: list[str], *kinds: str) -> str | None:
+    """What is said of the first of the files that is of one of these kinds."""
+    for file in files:
+        if (what := _by_name(os.path.basename(file))) in kinds:
+            return f"it has no weights of torch, but {show(file)}, {what}"
+    return None
 
 
 def _by_name(name: str) -> str | None:

@@ -58,6 +58,8 @@ def _zip_content(file: BinaryIO) -> tuple[Any, Places]:
     """What was saved, and where each storage lies."""
     records = _records(file)
     pickle = [name for name in records if name.count("/") == 1 and name[-9:] == "/data.pkl"]
+    arrays = not pickle and any(name.endswith(".npy") for name in records)
+    need(not arrays, "it holds arrays of NumPy, no model: give a model's folder or file")
     need(len(pickle) == 1, "no torch file: it must hold one folder with one data.pkl")
     folder = pickle[0].removesuffix("data.pkl")
     order = records.get(f"{folder}byteorder")
@@ -120,7 +122,8 @@ def _records(file: BinaryIO) -> dict[str, tuple[int, ZipInfo]]:
             entries = archive.infolist()
     # zipfile raises NotImplementedError for an archive of a version that it does not know.
     except (BadZipFile, NotImplementedError, OverflowError, struct.error) as error:
-        raise ValueError(f"its zip archive is damaged: {reason(error)}") from error
+        fact = f"its zip archive is damaged or cut: {reason(error)}"
+        raise ValueError(f"{fact}; fetch it again, or give another file") from error
     records: dict[str, tuple[int, ZipInfo]] = {}
     spans = []
     for entry in entries:

@@ -9,6 +9,7 @@ and its fields as they lie in the pickle. Source: Python's Lib/pickletools.py.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -69,7 +70,8 @@ class _Machine:
         while (code := self.take(1)) != b".":
             if code not in _INSTRUCTIONS:
                 raise ValueError(
-                    f"its pickle has the instruction {code!r}, which tensors do not need"
+                    f"its pickle has the instruction {code!r}, "
+                    "which plain data and tensors do not need"
                 )
             _INSTRUCTIONS[code](self)
         need(len(self.stack) == 1 and not self.marked, "its pickle ends in the middle")
@@ -93,11 +95,39 @@ class _Machine:
         except UnicodeDecodeError as error:
             raise ValueError(f"its pickle has the text {show(data)}, which is not UTF-8") from error
 
-    def line(self) -> str:
+    def line(self, encoding: str = "ascii") -> str:
         """The text up to the end of the line."""
         end = self.data.find(b"\n", self.at, self.at + 1000)
         need(end >= 0, "its pickle has a name without an end")
-        return self.take(end + 1 - self.at)[:-1].decode("ascii", "backslashreplace")
+        return self.take(end + 1 - self.at)[:-1].decode(encoding, "backslashreplace")
+
+    def digits(self) -> Any:
+        """The number that the line is, in protocol 0."""
+        text = self.line()
+        if text in ("00", "01"):
+            return text == "01"
+        if not re.fullmatch(r"-?[0-9]{1,19}L?", text):
+            raise ValueError(f"its pickle has {show(text)} as a whole number of 64 bits")
+        return int(text.removesuffix("L"))
+
+    def decimal(self) -> float:
+        """The number with a fraction that the line is, in protocol 0."""
+        text = self.line()
+        need(len(text) <= 40, f"its pickle has {show(text)} as a number")
+        return float(text)
+
+    def escaped(self) -> str:
+        """The text that the line is, in protocol 0; half a character is none in UTF-8 either."""
+        text = self.line("raw-unicode-escape")
+        half = any("\ud800" <= character <= "\udfff" for character in text)
+        need(not half, f"its pickle has the text {show(text)}, which is not UTF-8")
+        return text
+
+    def dict_of_marks(self) -> None:
+        """DICT: of the keys and values since the mark."""
+        flat = self.marks()
+        self.push({})
+        self.set_items(flat)
 
     def mark(self) -> None:
         """Begin a stack of its own, for the elements of what comes next."""
@@ -212,8 +242,8 @@ class _Machine:
         raise ValueError(f"its pickle refers to {show(self.line())}, which is no storage")
 
 
-# The rest of Python's 68 instructions make objects in rarer ways, extend the machine, or came
-# before protocol 2.
+# The rest of Python's 68 instructions make objects in rarer ways, extend the machine, or are of
+# Python 2's texts.
 _INSTRUCTIONS: dict[bytes, Callable[[_Machine], Any]] = {
     b"\x80": _Machine.begin,
     b"\x95": lambda m: m.take(8),  # FRAME
@@ -253,4 +283,13 @@ _INSTRUCTIONS: dict[bytes, Callable[[_Machine], Any]] = {
     b"b": _Machine.build,
     b"Q": _Machine.persistent,
     b"P": _Machine.persistent_line,
+    # As protocols 0 and 1 have what is above.
+    b"d": _Machine.dict_of_marks,
+    b"l": lambda m: m.push(m.marks()),
+    b"I": lambda m: m.push(m.digits()),
+    b"L": lambda m: m.push(m.digits()),
+    b"F": lambda m: m.push(m.decimal()),
+    b"V": lambda m: m.push(m.escaped()),
+    b"p": lambda m: m.remember(m.digits()),
+    b"g": lambda m: m.push(m.memo[m.digits()]),
 }
