@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tinygpt import GPT, load_tokenizer
+from tinygpt import GPT, InputError, load_tokenizer
 from tinygpt.checkpoints.save_gguf import save_gguf
 from tinygpt.tokenizer.encoding import save_tokenizer
 from tinygpt.training import run_files
@@ -492,7 +492,7 @@ def test_ids_come_out_where_the_tokenizer_cannot_be_read(kind, base, tmp_path, c
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--ids", ""], "--ids is ''"), (["--ids", "a"], "--ids is 'a'"),
+        (["--ids", ""], "--ids is empty"), (["--ids", "a"], "--ids is 'a'"),
         (["--ids", "1;2"], "like 15496,995"), (["--ids", "-1"], "like 15496,995"),
         (["--ids", "320"], "token 320 is outside"), (["--ids", "9" * 99], "is outside"),
         (["--ids", "1", "text"], "give one of them"), (["--ids", "٣"], "like 15496,995"),
@@ -502,3 +502,10 @@ def test_ids_that_are_none_are_one_line(argv, words, base, cli):
     status, out, err = cli("generate", *argv, "--model", base)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert words in err
+
+
+@pytest.mark.parametrize("vocab_size", [None, 257])
+def test_a_file_that_is_no_tokenizer_is_refused_by_its_name(vocab_size, tmp_path):
+    (tmp_path / "notes.md").write_text("words", encoding="utf-8")
+    with pytest.raises(InputError, match=r"notes\.md is no tokenizer"):
+        load_tokenizer(str(tmp_path / "notes.md"), vocab_size)

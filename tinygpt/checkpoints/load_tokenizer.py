@@ -64,6 +64,12 @@ def load_tokenizer(name_or_path: str | Path, vocab_size: int | None = None) -> T
         raise unknown("tokenizer", name, (*NAMES, f"a folder with {' or '.join(FILES)}"))
     is_gguf = file is not None and file_format(file) == "gguf"
     metadata = gguf_file.read_header(file)[1] if is_gguf else {}
+    beside = folder_has_tokenizer(path.parent) or (path.parent / META).is_file()
+    if file == path and not is_gguf and not beside:
+        raise InputError(
+            f"{name} is no tokenizer, and none is beside it: give {', '.join(NAMES)}, or a folder "
+            f"with {' or '.join(FILES)}"
+        )
     return model_tokenizer(path, metadata, vocab_size)
 
 
