@@ -49,7 +49,7 @@ def test_it_removes_what_was_fetched_and_nothing_else(cli, caches):
         "..": "no fetched model '..'",
         ".0123.tmp": "no fetched model",
         "/etc": "no fetched model '/etc'",
-        "": "no fetched model ''",
+        "": "--remove is empty",
     }
     for name, words in refused.items():
         assert is_refused(cli("models", "--remove", name), words)
