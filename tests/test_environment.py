@@ -108,6 +108,17 @@ def test_what_tinygrad_can_read_is_let_through(values, variables):
     assert os.environ.get("NO_COLOR", "1") == "1"
 
 
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [("cpu", "CPU"), ("cpu:X86", "CPU:X86"), ("CPU::x86_64,haswell", "CPU::x86_64,haswell"),
+     ("mock+amd;cpu", "mock+AMD;CPU")],
+)  # fmt: skip
+def test_a_backend_in_small_letters_is_that_in_capitals(given, read, variables):
+    variables(DEV=given)
+    environment.check()
+    assert os.environ["DEV"] == read
+
+
 def test_help_needs_no_environment():
     env = {"DEV": None, "CPU": "1", "DEBUG": "true", "CPU_LLVM": "1"}
     status, out, err = finish(start("--help", env=env))

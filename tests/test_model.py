@@ -12,6 +12,7 @@ from tinygrad.nn.state import get_state_dict
 
 from tinygpt import GPT, GPTConfig, Record
 from tinygpt.errors import InputError
+from tinygpt.runtime import buffers
 
 TOKENS = np.random.default_rng(1).integers(0, SMALL.vocab_size, (2, 9))
 
@@ -94,6 +95,9 @@ def test_ids_that_have_one_meaning_are_taken(model):
 class Raising:
     def __array__(self, *given, **named):
         raise RuntimeError("two\nlines")
+
+    def __repr__(self) -> str:  # which names the test
+        return "Raising()"
 
 
 INSIDE_ITSELF: list = []
@@ -241,3 +245,12 @@ def test_every_parameter_gets_a_gradient():
 def test_tokens_past_the_window_are_refused(model):
     with pytest.raises(InputError, match="window of 16"):
         model(Tensor.zeros(1, 17, dtype="int32"))
+
+
+@pytest.mark.backend
+def test_values_of_memory_that_may_not_be_written_are_taken():
+    """Such as that of a mapped file."""
+    values = np.arange(1 << 10, dtype=np.float32).reshape(8, 128)
+    values.setflags(write=False)
+    assert np.array_equal(buffers.tensor(values).numpy(), values)
+    assert np.array_equal(buffers.tensor(values.T).numpy(), values.T)

@@ -73,11 +73,20 @@ def forget_faults() -> None:
 
 
 def _tidy() -> None:
+    if dev := os.environ.get("DEV"):  # tinygrad and this package compare names in capitals
+        os.environ["DEV"] = ";".join(map(_in_capitals, dev.split(";")))
     for name in (*NUMBERS, *_FLOATS, *_BACKENDS, "NO_COLOR"):
         if os.environ.get(name) == "":
             del os.environ[name]
     if "NO_COLOR" in os.environ:
         os.environ["NO_COLOR"] = "1"
+
+
+def _in_capitals(target: str) -> str:
+    """`cpu:x86` to `CPU:x86`: what stands behind a colon has a spelling of its own."""
+    interface, plus, rest = target.rpartition("+")
+    backend, colon, compiler = rest.partition(":")
+    return interface + plus + backend.upper() + colon + compiler
 
 
 def _faults() -> Iterator[tuple[str, str]]:

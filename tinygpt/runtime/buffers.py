@@ -72,7 +72,8 @@ def write(target: Tensor, values: np.ndarray) -> None:
         memory = np.frombuffer(_memory(buffer), values.dtype)
         np.copyto(memory.reshape(values.shape), values)
     else:
-        buffer.copyin(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+        # A driver asks for memory that may be written, which that of a mapped file may not.
+        buffer.copyin(np.require(values, requirements=["C", "W"]).reshape(-1).view(np.uint8).data)
 
 
 def written(target: Tensor, part: Tensor, values: Tensor) -> Tensor:
