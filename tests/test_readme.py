@@ -82,7 +82,7 @@ def test_the_python_code_works_as_written(tmp_path, monkeypatch, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
-    assert len(capsys.readouterr().out) > 100
+    assert len(capsys.readouterr().out) > 50
     assert (tmp_path / "my-model" / "model.safetensors").is_file()
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib
 import os
 import pickle
+import pkgutil
 import subprocess
 import sys
 import threading
@@ -17,9 +19,10 @@ from tinygrad.engine.jit import JitError
 from tinygrad.helpers import Context
 from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo
 
+import tinygpt
 from tinygpt import GPT, Generator, GPTConfig, layers, ops, session
 from tinygpt.generator import _idle
-from tinygpt.runtime import buffers, compiling, disk_cache, graph, step_store
+from tinygpt.runtime import as_written, buffers, compiling, disk_cache, graph, step_store
 from tinygpt.runtime.capture import capture
 
 needs_runner = pytest.mark.skipif(graph.missing() is not None, reason=str(graph.missing()))
@@ -473,6 +476,13 @@ def test_a_step_of_code_that_was_replaced_is_not_kept(what, kept, monkeypatch):
         patch.setattr(owner, name, value, raising=False)
         assert run_kept() == "captured"
     assert run_kept() == "stored"
+
+
+def test_all_code_of_the_package_is_as_written():
+    for module in pkgutil.walk_packages(tinygpt.__path__, "tinygpt."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    assert as_written.constants_of_code() is not None
 
 
 def test_a_number_at_the_top_of_what_computes_makes_another_step(kept, monkeypatch):

@@ -101,7 +101,7 @@ def _callables(space: Mapping[str, Any], code: CodeType) -> Iterator[Any]:
     defined = _definitions(code)
     for name, value in space.items():
         if name not in defined and isinstance(value, FunctionType | MethodType | partial):
-            yield value
+            yield getattr(value, "__func__", value)
 
 
 def _is_imported(value: Any) -> bool:
