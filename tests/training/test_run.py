@@ -403,7 +403,8 @@ def test_settings_come_from_recipe_then_flags(data, tmp_path):
             "config"
         ]
     )
-    assert config == TrainConfig.of(TINY, {"steps": 2, "dropout": 0.5, "bias": True})
+    flags = {"steps": 2, "dropout": 0.5, "bias": True}
+    assert config == TrainConfig.of(RECIPES["shakespeare-gpu"], TINY, flags)
 
 
 @pytest.mark.parametrize(
