@@ -447,7 +447,6 @@ def test_a_step_of_what_another_process_would_not_know_is_not_kept(kept, monkeyp
     assert first_step(GPT(config)) == ({"captured"}, usual)
 
 
-@needs_runner
 class Negated:
     """A descriptor in the place of a method."""
 
@@ -468,6 +467,7 @@ REPLACED = {
 }
 
 
+@needs_runner
 @pytest.mark.parametrize("what", REPLACED)
 def test_a_step_of_code_that_was_replaced_is_not_kept(what, kept, monkeypatch):
     owner, name, value = REPLACED[what]
@@ -485,12 +485,14 @@ def test_all_code_of_the_package_is_as_written():
     assert as_written.constants_of_code() is not None
 
 
+@needs_runner
 def test_a_number_at_the_top_of_what_computes_makes_another_step(kept, monkeypatch):
     assert run_kept() == "captured"
     monkeypatch.setattr(ops.fast, "_FEW_ROWS", 3)
     assert [run_kept(), run_kept()] == ["captured", "stored"]
 
 
+@needs_runner
 def test_the_store_can_be_turned_off(kept, monkeypatch):
     monkeypatch.setenv("TINYGPT_STORE", "0")
     assert run_kept() == "captured"

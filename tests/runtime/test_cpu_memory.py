@@ -39,3 +39,12 @@ def test_a_large_buffers_memory_is_private_and_goes_back_with_it():
     del memory
     made = None
     assert private_kb() - before < 30_000
+
+
+def test_memory_that_a_started_kernel_still_uses_does_not_go_back():
+    device.select()
+    for _ in range(60):
+        made = buffers.tensor(np.ones(1 << 18, np.float32))
+        (made.reshape(512, 512) @ made.reshape(512, 512)).realize()
+        del made
+    assert float((buffers.tensor(np.ones(8, np.float32)) + 1).sum().item()) == 16

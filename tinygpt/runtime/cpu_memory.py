@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from collections import deque
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
@@ -41,8 +42,18 @@ def use() -> None:
         made.meta = memory  # which lives as long as the buffer
         return made
 
+    usual = CPUAllocator.free
+
+    def free(self: Any, opaque: Any, size: int, options: BufferSpec | None = None) -> None:
+        # A kernel that was started may still use it, and a destructor must not wait for one.
+        going = self.__dict__.setdefault("going", deque())
+        going.append((self.dev.timeline_value - 1, opaque.meta))
+        usual(self, opaque, size, options)
+        while going and self.dev.timeline_signal.value >= going[0][0]:
+            going.popleft()
+
     inside: Any = CPUAllocator
-    inside._alloc = alloc
+    inside._alloc, inside.free = alloc, free
 
 
 def populate(buffer: Buffer) -> None:
