@@ -5,7 +5,6 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-import torch
 from conftest import SMALL, randomize, reference_of
 from tinygrad import Tensor, Variable
 from tinygrad.nn.state import get_state_dict
@@ -126,7 +125,6 @@ INSIDE_ITSELF.append(INSIDE_ITSELF)
         ({1: 2}, "ids are of type object"),
         ([Tensor(1.5)], "ids are of type object"),
         (np.ma.masked_array([1, 2], [False, True]), "ids are masked in part"),
-        (torch.ones(2, requires_grad=True), "no numbers"),
         (Raising(), "no numbers"),
         (INSIDE_ITSELF, "a list that holds itself"),
     ],

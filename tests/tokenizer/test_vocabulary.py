@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tinygpt import load_tokenizer
-from tinygpt.errors import CheckpointError
+from tinygpt.errors import CheckpointError, InputError
 from tinygpt.tokenizer import vocabulary
 from tinygpt.tokenizer.encoding import save_tokenizer
 
@@ -20,7 +20,10 @@ from tinygpt.tokenizer.encoding import save_tokenizer
 def files(tmp_path_factory) -> tuple[dict[str, int], list[str]]:
     """GPT-2's vocabulary and merges."""
     folder = tmp_path_factory.mktemp("gpt2")
-    save_tokenizer(load_tokenizer("gpt2"), folder)
+    try:
+        save_tokenizer(load_tokenizer("gpt2"), folder)
+    except InputError:
+        pytest.skip("GPT-2's vocabulary is neither here nor to be had")
     lines = Path(folder, "merges.txt").read_text(encoding="utf-8").split("\n")
     return json.loads(Path(folder, "vocab.json").read_text(encoding="utf-8")), lines[1:-1]
 
