@@ -42,18 +42,21 @@ def use() -> None:
         made.meta = memory  # which lives as long as the buffer
         return made
 
-    usual = CPUAllocator.free
+    usual = CPUAllocator._free
+    going: deque[tuple[Any, int, object]] = deque()  # device, what it has to reach, memory
 
-    def free(self: Any, opaque: Any, size: int, options: BufferSpec | None = None) -> None:
-        # A kernel that was started may still use it, and a destructor must not wait for one.
-        going = self.__dict__.setdefault("going", deque())
-        going.append((self.dev.timeline_value - 1, opaque.meta))
-        usual(self, opaque, size, options)
-        while going and self.dev.timeline_signal.value >= going[0][0]:
-            going.popleft()
+    def free(self: Any, buffer: Any, options: BufferSpec | None = None) -> None:
+        # A kernel that was started may still use it. tinygrad waits for it here, which is within a
+        # destructor, and would be for ever where garbage is collected in the thread that runs it.
+        if buffer.mappings:  # another device knows the memory too
+            usual(self, buffer, options)
+        going.append((self.dev, self.dev.timeline_value - 1, buffer.meta))
+        with suppress(IndexError):  # another thread may take the last
+            while going[0][0].timeline_signal.value >= going[0][1]:
+                going.popleft()
 
     inside: Any = CPUAllocator
-    inside._alloc, inside.free = alloc, free
+    inside._alloc, inside._free = alloc, free
 
 
 def populate(buffer: Buffer) -> None:
