@@ -14,7 +14,7 @@ import writers
 from tinygpt import load_tokenizer
 from tinygpt.checkpoints.open_checkpoint import open_checkpoint
 from tinygpt.errors import CheckpointError, InputError
-from tinygpt.tokenizer.encoding import decode, encode, same_tokenizer
+from tinygpt.tokenizer.encoding import encode, same_tokenizer
 
 LETTERS = [chr(0x21 + n) for n in range(writers.SHAPE["vocab_size"])]  # of one and of two bytes
 
@@ -45,7 +45,7 @@ def test_ids_are_as_meta_pkl_says(protocol, order, tmp_path):
     tokenizer = load_tokenizer(put(tmp_path / "meta.pkl", meta(characters), protocol))
     text = "".join(reversed(characters))
     assert encode(tokenizer, text) == [*reversed(range(len(characters)))]
-    assert decode(tokenizer, encode(tokenizer, text)) == text
+    assert tokenizer.decode(encode(tokenizer, text)) == text
     assert same_tokenizer(load_tokenizer(tmp_path), tokenizer)  # and the folder means the file
 
 

@@ -13,7 +13,6 @@ from tinygpt import GPT, Generator, load_tokenizer
 from tinygpt.checkpoints import hub
 from tinygpt.commands.main import main
 from tinygpt.evaluation.losses import Scorer, mean_loss, spread
-from tinygpt.tokenizer.encoding import decode
 
 FOLDER = hub.resolve(hub.BUILT_IN)
 CORPUS = SHARED / "data" / "tinyshakespeare.txt"
@@ -47,7 +46,7 @@ def text() -> str:
     steps = Generator(GPT.from_pretrained(FOLDER)).generate(
         tokenizer.encode("\n"), max_new_tokens=500, temperature=0.8, seed=1
     )
-    return decode(tokenizer, list(steps))
+    return tokenizer.decode(list(steps))
 
 
 def test_it_is_the_default_and_says_so(capsys):

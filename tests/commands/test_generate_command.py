@@ -21,7 +21,6 @@ from tinygpt import GPT, Generator, GPTConfig, load_tokenizer
 from tinygpt.commands.generate import _Sample
 from tinygpt.commands.prompt import stop_text
 from tinygpt.runtime import device
-from tinygpt.tokenizer.encoding import decode
 
 pytestmark = pytest.mark.usefixtures("no_network")
 
@@ -65,7 +64,7 @@ def test_json_holds_prompt_tokens_text_and_timings(cli):
     assert len(samples) == 2
     for sample in samples:
         assert len(sample["tokens"]) == 8
-        assert sample["text"] == decode(load_tokenizer("bytes"), sample["tokens"])
+        assert sample["text"] == load_tokenizer("bytes").decode(sample["tokens"])
     assert 0 < timings["first_token_s"] < timings["total_s"]
     later_s = timings["total_s"] - timings["first_token_s"]
     assert timings["tokens_per_s"] == pytest.approx(14 / later_s)

@@ -13,7 +13,7 @@ from tinygpt.data import convert, corpus
 from tinygpt.data.corpus import recut
 from tinygpt.data.dataset import Dataset, Header
 from tinygpt.data.prepare import prepare
-from tinygpt.tokenizer.encoding import decode, encode, end_token
+from tinygpt.tokenizer.encoding import encode, end_token
 from tinygpt.tokenizer.learn_bpe import bpe_tokenizer, train_bpe
 
 END = "<|endoftext|>"
@@ -57,9 +57,9 @@ def test_special_tokens_in_a_text_are_counted_and_read_as_asked(name, as_tokens,
     tokenizer = data.tokenizer()
     end = end_token(tokenizer)
     assert (train + val).count(end) == (count if as_tokens else 0)
-    assert decode(tokenizer, train + val) == text
-    assert encode(tokenizer, decode(tokenizer, train), special=as_tokens) == train
-    assert encode(tokenizer, decode(tokenizer, val), special=as_tokens) == val
+    assert tokenizer.decode(train + val) == text
+    assert encode(tokenizer, tokenizer.decode(train), special=as_tokens) == train
+    assert encode(tokenizer, tokenizer.decode(val), special=as_tokens) == val
     letters = len(text) - len(END) * count * as_tokens  # a loss per byte is one of text
     assert sum(split.characters for split in data.header.splits.values()) == letters
 
@@ -138,7 +138,7 @@ def test_a_text_of_windows_is_the_same_text(tokenizer, tmp_path):
         assert found == expected
     kept = write(tmp_path / "kept.txt", TEXT.replace("\n", "\r\n"))
     data, train, val = ids_of(kept, tmp_path / "kept", tokenizer, keep_crlf=True)
-    assert decode(data.tokenizer(), train + val) == TEXT.replace("\n", "\r\n")
+    assert data.tokenizer().decode(train + val) == TEXT.replace("\n", "\r\n")
 
 
 def test_a_carriage_return_alone_is_text_and_marks_begin_every_file(tmp_path):

@@ -34,7 +34,6 @@ from tinygpt.data.prepare import prepare
 from tinygpt.errors import InputError
 from tinygpt.tokenizer.encoding import (
     char_tokenizer,
-    decode,
     encode,
     end_token,
     same_tokenizer,
@@ -337,7 +336,7 @@ def test_a_few_characters_beyond_a_given_alphabet_are_left_out_and_said(tmp_path
     source = write(tmp_path / "text.txt", "a b c " * 100 + "é b\n" + "a b c " * 30)
     header = prepare(source, tmp_path / "out", char_tokenizer("abc "))
     ids = [*Dataset.open(tmp_path / "out").train, *Dataset.open(tmp_path / "out").val]
-    assert decode(char_tokenizer("abc "), ids) == "a b c " * 100 + " b" + "a b c " * 30
+    assert char_tokenizer("abc ").decode(ids) == "a b c " * 100 + " b" + "a b c " * 30
     assert "2 of 784 characters are not in the tokenizer, such as" in capsys.readouterr().err
     assert header.splits["train"].characters + header.splits["val"].bytes == 782
 

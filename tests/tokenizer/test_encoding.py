@@ -22,7 +22,6 @@ from tinygpt.tokenizer import tokenizer as tokenizer_module
 from tinygpt.tokenizer.encoding import (
     TextStream,
     char_tokenizer,
-    decode,
     encode,
     end_token,
     save_tokenizer,
@@ -215,7 +214,7 @@ def test_trained_vocabulary(trained: Path, transformers, tmp_path: Path) -> None
     for text in random_texts(4, 200):
         ids = encode(ours, text, special=True)
         assert ids == theirs(text)["input_ids"] == again(text)["input_ids"]
-        assert decode(ours, ids) == text
+        assert ours.decode(ids) == text
 
 
 def test_transformers_knows_our_special_tokens(transformers, tmp_path: Path) -> None:
@@ -255,7 +254,7 @@ def test_bytes() -> None:
     tokenizer = load_tokenizer("bytes", 257)
     for text in random_texts(5):
         assert encode(tokenizer, text) == list(text.encode())
-        assert decode(tokenizer, encode(tokenizer, text)) == text
+        assert tokenizer.decode(encode(tokenizer, text)) == text
     assert encode(tokenizer, f"a{END}", special=True) == [97, end_token(tokenizer)] == [97, 256]
     assert tokenizer.n_vocab == 257
 
@@ -263,7 +262,7 @@ def test_bytes() -> None:
 def test_characters() -> None:
     tokenizer = char_tokenizer("hello\n😀é")
     assert encode(tokenizer, "\nehloé😀") == list(range(7))
-    assert decode(tokenizer, [6, 5, 1, 1]) == "😀éee"
+    assert tokenizer.decode([6, 5, 1, 1]) == "😀éee"
     assert end_token(tokenizer) is None
     assert same(char_tokenizer(iter(["he\n", "lo", "é😀"])), tokenizer)
 
@@ -405,7 +404,7 @@ def test_save_refuses_another_form(
 def test_special_tokens_are_text_unless_asked(small: Tokenizer) -> None:
     text = f"ab{END}{END}c"
     end = end_token(small)
-    assert decode(small, encode(small, text)) == text
+    assert small.decode(encode(small, text)) == text
     assert end not in encode(small, text)
     assert encode(small, text, special=True) == [
         *encode(small, "ab"),
@@ -517,7 +516,7 @@ def test_stream_is_whole_for_every_split(data: bytes) -> None:
     tokenizer, ways = all_splits(data)
     for ids in ways:
         pieces = list(decode_stream(tokenizer, ids))
-        assert "".join(pieces) == data.decode(errors="replace") == decode(tokenizer, ids)
+        assert "".join(pieces) == data.decode(errors="replace") == tokenizer.decode(ids)
         assert all(pieces)
 
 
@@ -577,9 +576,9 @@ def test_held_text_comes_at_the_end() -> None:
 
 def test_unknown_ids() -> None:
     tokenizer = load_tokenizer("bytes", 300)
-    assert decode(tokenizer, [97, 299, 98]) == "a\ufffdb"
-    assert decode(tokenizer, [0xE2, 0x82, 299, 0xAC]) == "\ufffd\ufffd\ufffd"
-    assert decode(tokenizer, [-1, 2**40, 256]) == f"\ufffd\ufffd{END}"
+    assert tokenizer.decode([97, 299, 98]) == "a\ufffdb"
+    assert tokenizer.decode([0xE2, 0x82, 299, 0xAC]) == "\ufffd\ufffd\ufffd"
+    assert tokenizer.decode([-1, 2**40, 256]) == f"\ufffd\ufffd{END}"
 
 
 def test_empty_stop_is_refused_at_once() -> None:

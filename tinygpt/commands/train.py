@@ -22,6 +22,7 @@ from tinygpt.model import GPT
 from tinygpt.options import defaults
 from tinygpt.runtime import device
 from tinygpt.tokenizer.tokenizer import Tokenizer
+from tinygpt.training import run_files
 from tinygpt.training.lock import locked
 from tinygpt.training.run import Run
 from tinygpt.training.settings import (
@@ -192,10 +193,8 @@ def _resumed(args: argparse.Namespace, folder: Path) -> Run:
                 f"{flag} cannot change a run: --resume goes on with its settings, but for --steps "
                 "and --minutes"
             )
-    last = checkpoint_in(folder, "last")
-    if last is None:
-        raise InputError(f"{folder} has no checkpoint to go on from: leave --resume out")
-    data = Dataset.open(prepared(args, folder / "data", load_tokenizer(last)))
+    tokenizer = load_tokenizer(run_files.newest(folder))
+    data = Dataset.open(prepared(args, folder / "data", tokenizer))
     return Run.resume(folder, data, args.steps, args.minutes)
 
 

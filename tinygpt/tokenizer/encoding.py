@@ -257,11 +257,6 @@ def end_token(tokenizer: Tokenizer) -> int | None:
     return next(iter(tokenizer.ends), tokenizer.eos)
 
 
-def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
-    """The text of some ids: what a `TextStream` gives, in one piece."""
-    return tokenizer.decode(ids)
-
-
 class TextStream:
     """The text of ids that are added one by one, in pieces that never split a character.
 

@@ -17,14 +17,13 @@ from tinygrad import Tensor
 
 from tinygpt.checkpoints.load_tokenizer import load_tokenizer
 from tinygpt.checkpoints.quantization import check_dtype, convert
-from tinygpt.checkpoints.run_folder import checkpoint_in
 from tinygpt.data.dataset import Batches, Dataset
 from tinygpt.errors import CheckpointError, InputError, reason, say
 from tinygpt.evaluation.losses import Scorer, mean_loss, spread
 from tinygpt.generator import Generator
 from tinygpt.model import GPT
 from tinygpt.storage import write_text
-from tinygpt.tokenizer.encoding import decode, end_token
+from tinygpt.tokenizer.encoding import end_token
 from tinygpt.tokenizer.tokenizer import Tokenizer
 from tinygpt.training import run_files
 from tinygpt.training.progress import Progress, duration
@@ -102,9 +101,7 @@ class Run:
             InputError: when there is none, it is damaged, it was made with other data, or it has
                 made so many steps already.
         """
-        last = checkpoint_in(folder, "last")
-        if last is None:
-            raise InputError(f"{folder} has no checkpoint to go on from: leave --resume out")
+        last = run_files.newest(folder)
         model, arrays, state = run_files.load(last)
         try:
             settings, counters, best = state["config"], state["counters"], state["best"]
@@ -216,7 +213,7 @@ class Run:
             start = end_token(self.tokenizer) or 0
             how = config.sample_tokens, config.seed
             ids = self.generator.generate([start], *how, temperature=config.sample_temperature)
-            self.sample = entry["sample"] = decode(self.tokenizer, ids)
+            self.sample = entry["sample"] = self.tokenizer.decode(ids)
         if step and (self.best is None or self.val_loss < self.best["val_loss"]):
             self.best = {"step": step, "val_loss": self.val_loss}
         self._log(log, entry)

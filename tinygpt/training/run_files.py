@@ -30,6 +30,17 @@ from tinygpt.tokenizer.tokenizer import Tokenizer
 _STATE, _TENSORS, _FORMAT = "state.json", "training.safetensors", "tinygpt training 1"
 
 
+def newest(run: Path) -> Path:
+    """The checkpoint to go on from.
+
+    Raises:
+        InputError: when a run has none, or its `last` names what is not there.
+    """
+    if last := checkpoint_in(run, "last"):
+        return last
+    raise InputError(f"{run} has no checkpoint to go on from: leave --resume out")
+
+
 def save(
     run: Path,
     model: GPT,
