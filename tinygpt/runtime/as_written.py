@@ -28,10 +28,8 @@ def constants_of_code() -> list[object] | None:
     Numbers may be changed, as a captured step can be found by them; functions and classes may not.
     """
     found: list[object] = []
-    for name, module in sorted(sys.modules.items()):
-        if not _COMPUTES.fullmatch(name):
-            continue
-        code = _code_of(name)
+    for name in sorted(filter(_COMPUTES.fullmatch, list(sys.modules))):
+        code, module = _code_of(name), sys.modules[name]
         if code is None or not _is_written(vars(module), code):
             return None
         if not all(map(_is_imported, _callables(vars(module), code))):
