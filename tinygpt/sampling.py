@@ -202,9 +202,11 @@ def choose(
         logits = logits + gumbel(seeds, draw, shape(logits)[-1])
     logits, V = logits.contiguous(), shape(logits)[-1]
     # The first of the largest, as argmax has it. What is no number decides against all, in the same
-    # kernel: filters may have hidden it, and a maximum may not see it.
+    # kernel: filters may have hidden it, and a maximum may not see it. It is known by its exponent,
+    # all ones: what comparing it says is not the same on every backend.
     places = (logits == logits.max(-1, keepdim=True)) * Tensor.arange(V, 0, -1, dtype=dtypes.int32)
-    return V - given.isfinite().where(places, V + 1).max(-1).cast(dtypes.int32)
+    exponents = given.cast(dtypes.float32).bitcast(dtypes.uint32) & 0x7F800000
+    return V - (exponents != 0x7F800000).where(places, V + 1).max(-1).cast(dtypes.int32)
 
 
 def gumbel(seeds: Tensor, step: Whole, size: int) -> Tensor:
