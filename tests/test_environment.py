@@ -80,6 +80,8 @@ def test_the_old_way_to_name_a_backend_is_told_the_new(name, value, instead, var
         ("SUM_DTYPE", "x", "it must be of bool, int8"),
         ("EMULATED_DTYPES", "x", "it must be of bool, int8"),
         ("TYPED", "1", "it must be 0; or unset it"),
+        ("CAPTURING", "0", "it must be 1; or unset it"),
+        ("CAPTURING", "x", "it must be 1; or unset it"),
         ("DEBUG", "\x1b[2J" + "9" * 9999, r"\\x1b"),
     ],
 )

@@ -44,7 +44,10 @@ NUMBERS = (
 )  # fmt: skip
 _FLOATS = ("BEAM_MIN_PROGRESS",)
 MOST_THREADS = 256  # that the graph runner can start
-_LIMITS = {"CPU_COUNT": (1, MOST_THREADS), "BEAM": (0, None), "JITBEAM": (0, None)}
+_LIMITS = {
+    "CPU_COUNT": (1, MOST_THREADS), "BEAM": (0, None), "JITBEAM": (0, None),
+    "CAPTURING": (1, 1), "TYPED": (0, 0),  # without these tinygrad does not run at all
+}  # fmt: skip
 _TYPES = (
     "bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float16",
     "bfloat16", "float32", "float64", "half", "float", "double", "fp8e4m3", "fp8e5m2",
@@ -107,14 +110,14 @@ def _faults() -> Iterator[tuple[str, str]]:
 def _refused(name: str, value: str) -> str | None:
     """What a variable must be instead; None where it is right."""
     low, most = _LIMITS.get(name, (None, None))
+    if low is not None and low == most:
+        return None if value.strip() == str(low) else f"{low}; or unset it"
     with_limits = f", {low} or more" if low is not None else ""
     with_limits += f" and at most {most}" if most is not None else ""
     try:
         number = float(value) if name in _FLOATS else int(value)
     except ValueError:
         return f"a {'number' if name in _FLOATS else 'whole number'}{with_limits}; or unset it"
-    if name == "TYPED" and number:
-        return "0; or unset it"
     if (low is not None and number < low) or (most is not None and number > most):
         return f"a whole number{with_limits}; or unset it"
     return None
