@@ -225,12 +225,14 @@ def gumbel(seeds: Tensor, step: Whole, size: int) -> Tensor:
     counter = places + plus(Tensor.zeros(1, dtype=dtypes.uint64), step) * 2**32
     pairs = counter.reshape(1, -1).threefry(seeds.reshape(-1, 1))  # (B, size / 2) of 64 bits
     bits = Tensor.cat((pairs & 0xFFFFFFFF), pairs.rshift(32), dim=-1)[:, :size]
-    # The middle of one of 2**24 equal steps: never 0 or 1, where a logarithm would be infinite.
-    uniform = (bits.cast(dtypes.uint32).rshift(8).cast(dtypes.float32) + 0.5) * 2**-24
+    # The middle of one of 2**23 equal steps: never 0 or 1, where a logarithm would be infinite.
+    # Of 2**24 steps float32 cannot say the middles: the last would be 1.
+    uniform = (bits.cast(dtypes.uint32).rshift(9).cast(dtypes.float32) + 0.5) * 2**-23
     return -(-uniform.log()).log()
 
 
 def _ordered_bits(x: Tensor) -> Tensor:
     """float32 -> uint32 in the same order, so that thresholds can be searched bit by bit."""
     bits = x.cast(dtypes.float32).bitcast(dtypes.uint32)
-    return (bits >= 2**31).where(bits ^ 0xFFFFFFFF, bits | 0x80000000).contiguous()
+    negative = bits > 2**31  # which is -0.0, no less than 0.0
+    return negative.where(bits ^ 0xFFFFFFFF, bits | 0x80000000).contiguous()
