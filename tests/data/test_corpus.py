@@ -67,7 +67,7 @@ def test_special_tokens_in_a_text_are_counted_and_read_as_asked(name, as_tokens,
 def test_a_special_token_is_not_divided_between_training_and_validation(tmp_path):
     text = "some text" + END + "more of it, and still more"
     source = write(tmp_path / "text.txt", text)
-    for place in range(1, len(text)):
+    for place in range(7, 25):  # the token is from 9 to 22
         out, val = tmp_path / str(place), 1 - (place + 0.5) / len(text)
         _, train, held_out = ids_of(source, out, special_tokens=True, val=val)
         assert (train + held_out).count(256) == 1
@@ -257,6 +257,14 @@ def test_damaged_records_are_one_line(name, content, words, tmp_path):
 def test_cells_and_entries_are_whole_texts(name, content, texts, tmp_path):
     data, *_ = ids_of(write(tmp_path / name, content), tmp_path / "out", field="t", val=0)
     assert documents(data, data.train) == texts
+
+
+@pytest.mark.parametrize("keep_crlf", [False, True])
+def test_line_ends_of_windows_in_records(keep_crlf, tmp_path):
+    source = write(tmp_path / "x.jsonl", [{"t": "a\r\nb"}])
+    more = {"field": "t", "val": 0, "keep_crlf": keep_crlf}
+    data, *_ = ids_of(source, tmp_path / "out", **more)
+    assert documents(data, data.train) == ["a\r\nb" if keep_crlf else "a\nb"]
 
 
 def test_plain_texts_beside_records_are_documents_of_their_own(tmp_path):

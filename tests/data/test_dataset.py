@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinygpt.data.dataset import Batches, Dataset, Header
+from tinygpt.data.dataset import Batches, Dataset, Header, tokens_folder
 from tinygpt.data.prepare import prepare
 from tinygpt.errors import CheckpointError, InputError
 from tinygpt.tokenizer.encoding import char_tokenizer, named_tokenizer
 
 TOKENS = np.arange(1000, 1103, dtype=np.uint16)  # each id is its place, plus 1000
 ORDERS = ("random", "epoch")
+GOOD = {"tokens": 378, "characters": 378, "bytes": 378, "sha256": ""}  # a split
 
 
 def equal(one, other) -> bool:
@@ -155,6 +156,17 @@ def test_open_maps_what_is_in_the_files(made):
     assert data.tokenizer().decode(data.val.tolist()) == ("hello there, general\n" * 20)[-42:]
 
 
+def test_a_folder_is_known_by_any_of_its_files(folder, tmp_path):
+    with pytest.raises(InputError, match=r"a run's folder: its tokens are in .*data"):
+        tokens_folder(tmp_path)
+    (folder / "header.json").unlink()
+    assert tokens_folder(tmp_path) is None
+    for left in ("train.bin", "val.bin"):
+        assert tokens_folder(folder) == folder
+        (folder / left).unlink()
+    assert tokens_folder(folder) is None
+
+
 def test_a_damaged_file_is_named(folder):
     with open(folder / "train.bin", "ab") as file:
         file.write(b"\0")
@@ -177,6 +189,10 @@ def test_a_damaged_file_is_named(folder):
         {"splits": {"train": {}, "val": {}}},
         {"splits": None},
         {"source": 1},
+        {"keep_crlf": 1},
+        {"special_tokens": None},
+        {"special_tokens_found": False},
+        *({"splits": {"train": GOOD, "val": GOOD | {name: -1}}} for name in list(GOOD)[:3]),
     ],
 )
 def test_a_header_that_is_none(folder, change):
@@ -193,6 +209,12 @@ def test_a_header_survives_writing(made, tmp_path):
     header = Header.read(made)
     header.write(tmp_path)
     assert Header.read(tmp_path) == header
+    path = tmp_path / "header.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    new = {"special_tokens": False, "keep_crlf": True, "special_tokens_found": 0}
+    old = {name: value for name, value in content.items() if name not in new}  # from before these
+    path.write_text(json.dumps(old), encoding="utf-8")
+    assert Header.read(tmp_path) == replace(header, **new)
 
 
 def test_no_folder_at_all(tmp_path):

@@ -346,6 +346,8 @@ def test_bad_text(tmp_path):
     fails(tmp_path, "there is no file or folder '.*text.txt'", text)
     (tmp_path / "folder").mkdir()
     fails(tmp_path, "no file is in folder '.*folder'", tmp_path / "folder")
+    os.mkfifo(tmp_path / "pipe")
+    fails(tmp_path, "pipe' is no plain file: save what comes from it", tmp_path / "pipe")
     fails(tmp_path, "is empty: give some text", write(text, ""))
     fails(tmp_path, "no text is left for train", write(text, "a"), val=0.5)
     fails(tmp_path, "no text is left for val", write(text, "aé"), val=0.1)
@@ -368,10 +370,29 @@ def test_bad_text(tmp_path):
         fails(tmp_path, match, write(lines, content), field="text")
 
 
-def test_a_line_too_long_for_memory(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "content", "part", "words"),
+    [
+        ("x.jsonl", '{"text": "%s"}\n', "a", "line 1: it has 1 MiB or more"),
+        ("x.json", '[{"text": "a"}, {"text": "%s"}]', "a", "entry 2: it has over 1 MiB"),
+        ("x.csv", 'text\n"%s"\n', "aaa\n", "line 2: .*a cell has over 1 MiB"),
+    ],
+)
+def test_a_record_too_long_for_memory(name, content, part, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(text_module, "PIECE_BYTES", 1 << 16)
     monkeypatch.setattr(records, "RECORD_BYTES", 1 << 20)
-    source = write(tmp_path / "x.jsonl", [{"text": "a" * (1 << 20)}])
-    fails(tmp_path, "line 1: it has 1 MiB or more", source, field="text")
+    source = write(tmp_path / name, content % (part * ((1 << 20) // len(part) + 1)))
+    fails(tmp_path, words, source, field="text")
+    write(source, content % (part * (1_000_000 // len(part))))
+    header = prepare(source, tmp_path / "out", "bytes", 0, "text")
+    assert header.splits["train"].bytes - 1_000_000 == (name == "x.json")
+
+
+def test_an_object_on_several_lines_is_looked_for_in_so_much_only(tmp_path, monkeypatch):
+    source, whole = tmp_path / "x.jsonl", '{"text":\n"abc"}'  # 14 bytes beside the line feed
+    for most, words in ((14, "goes over several lines"), (13, "its JSON is damaged")):
+        monkeypatch.setattr(records, "_EXPLAINED_BYTES", most)
+        fails(tmp_path, f"line 1: .*{words}", write(source, whole), field="text")
 
 
 def test_no_validation_text_when_none_is_wanted(tmp_path):
@@ -431,7 +452,7 @@ def site(tmp_path, monkeypatch) -> Iterator[Path]:
     server.server_close()
 
 
-def test_shakespeare_is_fetched_once_and_only_whole(site, tmp_path):
+def test_shakespeare_is_fetched_once_and_only_whole(site, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     for content, match in (
         (None, "cannot fetch http://.*/input.txt: .*"),
@@ -449,6 +470,11 @@ def test_shakespeare_is_fetched_once_and_only_whole(site, tmp_path):
     (site / "input.txt").unlink()
     assert prepare("shakespeare", out, "char") == header
     assert header.splits["train"].characters == 1710
+    assert "./shakespeare" not in capsys.readouterr().err
+    write(tmp_path / "here" / "shakespeare", "another text")
+    monkeypatch.chdir(tmp_path / "here")
+    assert prepare("shakespeare", out, "char") == header
+    assert "./shakespeare is what is here" in capsys.readouterr().err
 
 
 def test_fetch_tells_where_it_cannot_keep(site, tmp_path):
