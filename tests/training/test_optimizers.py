@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 from tinygrad import Tensor
 
+from tinygpt.training.lora import Lora
 from tinygpt.training.optimizers import Optimizer, StepInputs, global_norm, orthogonal
 from tinygpt.training.schedule import scheduled
 
-SHAPES = {"wte.weight": (7, 4), "blocks.0.mlp.c_fc.weight": (8, 4), "ln_f.weight": (4,)}
+SHAPES = {
+    "wte.weight": (7, 4), "blocks.0.mlp.c_fc.weight": (8, 4), "blocks.0.mlp.c_proj.weight": (3, 5),
+    "blocks.0.ln_1.weight": (4,), "ln_f.weight": (4,),
+}  # fmt: skip
 
 
 def draw(seed: int, scale: float = 1.0) -> dict[str, np.ndarray]:
@@ -29,6 +33,102 @@ def parameters() -> dict[str, Tensor]:
     return {name: Tensor(value).realize() for name, value in draw(0).items()}
 
 
+def orthogonal_in_numpy(x: np.ndarray) -> np.ndarray:
+    """Jordan et al. 2024, appendix: of a tall matrix the iteration runs on the transpose."""
+    if len(x) > len(x[0]):
+        return orthogonal_in_numpy(x.T).T
+    x = x / np.sqrt((x**2).sum())
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+def run_in_numpy(kind, gradients, rates, beta1, beta2, decay, clip) -> tuple[dict, dict]:
+    """Parameters and state in float64, as `run` moves them."""
+    weights = {name: value.astype(np.float64) for name, value in draw(0).items()}
+    state: dict[str, np.ndarray] = {}
+    for update, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), 1):
+        length = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in gradient.values()))
+        factor = min(1.0, clip / length) if clip else 1.0
+        for name, w in weights.items():
+            g = gradient[name] * factor
+            pull = decay if w.ndim == 2 else 0.0
+            if kind == "muon" and w.ndim == 2 and name != "wte.weight":
+                momentum = 0.95 * state.get(f"{name}.momentum", 0.0) + 0.05 * g
+                state[f"{name}.momentum"] = momentum
+                direction = orthogonal_in_numpy(0.05 * g + 0.95 * momentum)
+                stretch = np.sqrt(max(1.0, w.shape[0] / w.shape[1]))
+                weights[name] = w - 2 * rate * (pull * w + stretch * direction)
+                continue
+            mean = beta1 * state.get(f"{name}.mean", 0.0) + (1 - beta1) * g
+            square = beta2 * state.get(f"{name}.square", 0.0) + (1 - beta2) * g**2
+            state |= {f"{name}.mean": mean, f"{name}.square": square}
+            root = np.sqrt(square / (1 - beta2**update)) + 1e-8
+            weights[name] = w - rate * (pull * w + mean / (1 - beta1**update) / root)
+    return weights, state
+
+
+@pytest.mark.parametrize("kernels", ["1", "0"])
+@pytest.mark.parametrize(("kind", "clip"), [("adamw", 0.5), ("muon", 0.5), ("muon", 0.0)])
+def test_weights_and_state_equal_numpy(kind, clip, kernels, monkeypatch):
+    """In C and in plain tensors, whatever compiler there is."""
+    monkeypatch.setenv("TINYGPT_KERNELS", kernels)
+    gradients = [draw(i, 10.0 ** (i - 3)) for i in range(1, 5)]
+    rates = [0.1 / i for i in range(1, 5)]
+    optimizer = Optimizer(parameters(), kind, 0.8, 0.95, 0.3, clip)
+    found = run(optimizer, gradients, rates)
+    weights, state = run_in_numpy(kind, gradients, rates, 0.8, 0.95, 0.3, clip)
+    assert optimizer.state.keys() == state.keys()
+    state_found = {name: value.numpy() for name, value in optimizer.state.items()}
+    for ours, expected, atol in ((found, weights, 5e-5), (state_found, state, 1e-7)):
+        for name, value in expected.items():
+            np.testing.assert_allclose(ours[name], value, rtol=3e-5, atol=atol, err_msg=name)
+
+
+def test_what_is_not_given_is_as_documented():
+    gradients, rates = [draw(1, 9.0), draw(2, 9.0)], [0.1, 0.1]
+    found = run(Optimizer(parameters()), gradients, rates)
+    weights, _ = run_in_numpy("adamw", gradients, rates, 0.9, 0.95, 0.1, 0.0)
+    for name, value in weights.items():
+        np.testing.assert_allclose(found[name], value, rtol=3e-5, atol=3e-6)
+    inputs = Optimizer(parameters()).inputs(0.5, 0.25, 2)
+    expected = [0.5, 0.5 / (1 - 0.9**2), math.sqrt(1 - 0.95**2), 0.25, 1.0]
+    np.testing.assert_allclose(inputs.array(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kernels", ["1", "0"])
+def test_lora_follows_the_chain_rule(kernels, monkeypatch):
+    """Gradients to numbers of their own: AdamW would hide a factor."""
+    monkeypatch.setenv("TINYGPT_KERNELS", kernels)
+    lora, given = Lora(parameters(), 2, 3.0, seed=5), draw(4)
+    assert set(lora.targets) == {n for n in SHAPES if "mlp" in n}
+    for number, (name, parameter) in enumerate(lora.parameters.items()):
+        value, (rows, columns) = parameter.numpy(), parameter.shape
+        if name.endswith("lora_a"):
+            assert rows == 2
+            assert 0 < np.abs(value).max() <= columns**-0.5
+            assert value.min() < 0 < value.max()
+        else:
+            assert columns == 2
+            assert not value.any()
+        drawn = np.random.default_rng(number).standard_normal(parameter.shape)
+        parameter.assign(Tensor(drawn.astype(np.float32))).realize()
+    found = lora.gradients({name: Tensor(value) for name, value in given.items()})
+    Tensor.realize(*lora.merge())
+    for name, weight in lora.targets.items():
+        a, b = (lora.parameters[f"{name}.lora_{part}"].numpy() for part in "ab")
+        np.testing.assert_allclose(
+            weight.numpy(), draw(0)[name] + 1.5 * b @ a, rtol=1e-5, atol=1e-5
+        )
+        by = found[f"{name}.lora_a"].numpy(), found[f"{name}.lora_b"].numpy()
+        for one, other in zip(by, (1.5 * b.T @ given[name], 1.5 * given[name] @ a.T), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+    assert set(lora.tensors) == {
+        f"{name}.{part}" for name in lora.targets for part in ("lora_a", "lora_b", "base")
+    }
+
+
 @pytest.mark.parametrize("clip", [0.0, 0.5])
 def test_adamw_equals_pytorch(clip):
     torch = pytest.importorskip("torch")
@@ -42,7 +142,7 @@ def test_adamw_equals_pytorch(clip):
     matrices = [p for p in theirs.values() if p.ndim == 2]
     groups = [
         {"params": matrices, "weight_decay": 0.3},
-        {"params": [theirs["ln_f.weight"]], "weight_decay": 0.0},
+        {"params": [p for p in theirs.values() if p.ndim == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.8, 0.95))
     for gradient, rate in zip(gradients, rates, strict=True):
@@ -57,17 +157,13 @@ def test_adamw_equals_pytorch(clip):
         np.testing.assert_allclose(found[name], value.detach().numpy(), rtol=1e-5, atol=1e-6)
 
 
-def test_muon_equals_pytorch_for_block_matrices_and_leaves_the_rest_to_adamw():
+def test_muon_equals_pytorch():
     torch = pytest.importorskip("torch")
     if not hasattr(torch.optim, "Muon"):
         pytest.importorskip("torch.optim.muon")
     name = "blocks.0.mlp.c_fc.weight"
     gradients, rates = [draw(i) for i in range(1, 5)], [0.01] * 4
     found = run(Optimizer(parameters(), "muon", 0.9, 0.95, 0.1), gradients, rates)
-    by_adamw = run(Optimizer(parameters(), "adamw", 0.9, 0.95, 0.1), gradients, rates)
-    for other in ("wte.weight", "ln_f.weight"):
-        np.testing.assert_allclose(found[other], by_adamw[other], rtol=1e-6)
-
     theirs = torch.nn.Parameter(torch.tensor(draw(0)[name]))
     optimizer = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, momentum=0.95)
     for gradient in gradients:
@@ -117,3 +213,6 @@ def test_the_schedules():
     assert cosine[10:] == pytest.approx([0.1, 0.1])
     assert cosine[4:11] == sorted(cosine[4:11], reverse=True)
     assert scheduled(0, 5, 0, "cosine", 1.0, 0.1) == 1.0  # no warm-up
+    last = [scheduled(step, 1, 0, "linear", 1.0, 0.1) for step in (0, 1)]
+    assert last == [1.0, pytest.approx(0.1)]  # of a single step
+    assert scheduled(3, 3, 3, "linear", 1.0, 0.1) == 1.0  # all of them warm-up

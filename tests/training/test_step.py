@@ -11,8 +11,10 @@ from conftest import randomize, weights_of
 from tinygrad import Device, Tensor, dtypes
 
 from tinygpt import GPT, InputError
+from tinygpt.runtime import memory
+from tinygpt.training.optimizers import StepInputs, global_norm
 from tinygpt.training.settings import TrainConfig
-from tinygpt.training.step import Trainer
+from tinygpt.training.step import Trainer, sharing_weights
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -55,10 +57,14 @@ def same_weights(a: Trainer, b: Trainer) -> bool:
     return all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("kernels", ["1", "0"])
-@pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize(
-    "shape", [{}, {"bias": False, "activation": "relu"}, {"activation": "gelu"}]
+    ("norm", "kernels", "shape"),
+    [
+        ("pre", "1", {}),
+        ("pre", "0", {}),
+        ("post", "1", {"bias": False, "activation": "relu"}),
+        ("post", "0", {"activation": "gelu"}),
+    ],
 )
 def test_gradients_equal_pytorch(norm, kernels, shape, monkeypatch):
     monkeypatch.setenv("TINYGPT_KERNELS", kernels)
@@ -93,10 +99,49 @@ def test_ten_steps_equal_pytorch():
     assert ours[9] < ours[0] - 0.05
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_accumulated_batches_equal_the_whole_batch(dropout):
-    config = replace(TINY, dropout=dropout)
+def test_a_step_is_the_gradients_and_then_the_optimizer_at_the_rates_of_the_schedule():
+    config = replace(
+        TINY, optimizer="muon", steps=4, warmup_steps=1, schedule="linear", learning_rate=0.01,
+        min_learning_rate=0.001, muon_learning_rate=0.05, grad_clip=0.1,
+    )  # fmt: skip
+    trainer, twin = fresh(config), fresh(config)
+    for update, (step, share) in enumerate(((0, 0.5), (2, 0.7)), 1):
+        trainer.counters.step = step
+        assert trainer.learning_rate == pytest.approx(0.01 * share)
+        outcome = trainer.step([batch(step)])
+        loss, gradients = twin.gradients([[Tensor(part) for part in batch(step)]])
+        norm = global_norm(gradients)
+        inputs = twin.optimizer.inputs(0.01 * share, 0.05 * share, update)
+        given = StepInputs.of(Tensor(inputs.array()))
+        written = twin.optimizer.updates(gradients, norm, given, Tensor(True))
+        Tensor.realize(loss, norm, *written)
+        expected = (loss.item(), norm.item(), True)
+        assert outcome == pytest.approx(expected, rel=1e-5)
+    assert (trainer.counters.step, trainer.counters.updates, trainer.counters.skipped) == (3, 2, 0)
+    ours, theirs = weights_of(trainer.model), weights_of(twin.model)
+    for name in ours:
+        if not name.endswith("k_proj.bias"):
+            np.testing.assert_allclose(ours[name], theirs[name], atol=1e-5, err_msg=name)
+
+
+def test_memory_for_weights_and_two_moments_is_asked_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(memory, "require_memory", lambda size, what: asked.append((size, what)))
+    count = fresh().model.config.parameter_count
+    assert (3 * 4 * count, "training this model") in asked
+
+
+def test_a_model_that_shares_weights_follows_them():
+    trainer = fresh()
+    dropping = replace(trainer.model.config, attn_pdrop=0.5)
+    twin = sharing_weights(trainer.model, dropping)
+    trainer.step([batch(0)])
+    assert twin.config == dropping
+    np.testing.assert_array_equal(twin(batch(1)[0]).numpy(), trainer.model(batch(1)[0]).numpy())
+
+
+def test_accumulated_batches_equal_the_whole_batch():
+    config = replace(TINY, dropout=0.3)
     whole, parts = fresh(config), fresh(replace(config, batch_size=1, accumulate=4))
     for seed in range(3):
         inputs, targets = batch(seed)
@@ -172,12 +217,25 @@ def test_half_precision_learns_like_float32():
 
 
 def test_float16_finds_a_scale_that_fits():
-    trainer = fresh(replace(TINY, compute="float16"))
-    trainer.counters.loss_scale = 2.0**125
+    trainer = fresh(replace(TINY, compute="float16", learning_rate=0.0))
+    counters = trainer.counters
+    assert counters.loss_scale == 2.0**16
+    assert fresh().counters.loss_scale == 1.0
+    counters.loss_scale = 2.0**125
     assert not trainer.step([batch(0)]).good
-    assert trainer.counters.loss_scale == 2.0**124
-    trainer.counters.loss_scale = 64.0
-    assert trainer.step([batch(0)]).good
+    assert (counters.loss_scale, counters.updates_at_scale) == (2.0**124, 0)
+    counters.loss_scale, norms = 64.0, []
+    for before, scale, after in ((0, 64.0, 1), (1998, 64.0, 1999), (1999, 128.0, 0), (0, 128.0, 1)):
+        counters.updates_at_scale = before
+        outcome = trainer.step([batch(0)])
+        assert outcome.good
+        norms.append(outcome.norm)
+        assert (counters.loss_scale, counters.updates_at_scale) == (scale, after)
+    np.testing.assert_allclose(norms, fresh().step([batch(0)]).norm, rtol=0.02)
+    counters.loss_scale = 1.0
+    trainer.weights["ln_f.weight"].assign(trainer.weights["ln_f.weight"] * np.nan).realize()
+    assert not trainer.step([batch(0)]).good
+    assert (counters.loss_scale, counters.updates_at_scale) == (1.0, 0)
 
 
 def test_a_type_that_does_not_compile_is_one_line(monkeypatch, capfd):
