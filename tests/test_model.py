@@ -5,11 +5,11 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from conftest import SMALL, randomize, reference_of
+from conftest import SMALL, randomize, reference_of, weights_of
 from tinygrad import Tensor, Variable
 from tinygrad.nn.state import get_state_dict
 
-from tinygpt import GPT, GPTConfig, Record
+from tinygpt import GPT, GPTConfig, Record, load_tokenizer
 from tinygpt.errors import InputError
 from tinygpt.runtime import buffers
 
@@ -67,6 +67,15 @@ def test_cached_equals_uncached(model):
         for a, b in pairwise(cuts)
     ]
     np.testing.assert_allclose(np.concatenate(pieces, 1), whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("norm", "row"), [("pre", 0), ("pre", 8), ("post", 5)])
+def test_one_column_alone_equals_that_of_all(norm, row):
+    model = randomize(GPT(replace(SMALL, norm=norm)))
+    whole = model.hidden_states(TOKENS).numpy()
+    column = model.hidden_states(TOKENS, row=row)
+    assert column.shape == (2, 1, SMALL.n_embd)
+    np.testing.assert_allclose(column.numpy(), whole[:, row : row + 1], atol=1e-4, rtol=1e-4)
 
 
 def test_ids_may_be_of_any_whole_type(model):
@@ -166,6 +175,22 @@ def test_a_record_holds_what_the_forward_pass_computes(norm):
     np.testing.assert_allclose(again, logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("start", [0, 4])
+def test_positions_are_counted_from_where_padding_ends(model, start):
+    """Also where each row of a cache stands at a place of its own."""
+    cache = model.empty_cache(2, SMALL.block_size)
+    padding = Tensor(np.array([2, 0], np.int32))
+    place = Tensor(np.array([start, start], np.int32)) if start else 0
+    if start:
+        model(TOKENS[:, :start], cache, padding=padding).realize()
+    found = model(TOKENS[:, start:], cache, place, padding).numpy()
+    for row, (tokens, skipped) in enumerate(zip(TOKENS, (2, 0), strict=True)):
+        expected = reference_of(model).row(tokens[skipped:])[max(0, start - skipped) :]
+        np.testing.assert_allclose(
+            found[row, max(0, skipped - start) :], expected, atol=1e-4, rtol=1e-4
+        )
+
+
 def test_padding_is_ignored(model):
     alone = model(Tensor(TOKENS[:1, 3:].astype(np.int32))).numpy()
     padding = Tensor([3, 0])
@@ -227,6 +252,51 @@ def test_dropout_acts_in_training_alone():
         assert np.abs(losses[0] - losses[1]).max() > 1e-2, name
 
 
+def test_each_dropout_has_a_place_and_a_rate_of_its_own():
+    """Two of one place would drop the same numbers."""
+    config = replace(SMALL, embd_pdrop=0.1, attn_pdrop=0.2, resid_pdrop=0.3)
+    model = GPT(config, seed=None)
+    every = [(model.dropout, 0.1)]
+    for block in model.blocks:
+        every += [(block.attn.weights_dropout, 0.2), (block.attn.output_dropout, 0.3)]
+        every += [(block.mlp.output_dropout, 0.3)]
+    key = Tensor(np.array([1, 2, 0], np.uint32))
+    assert [dropout.at(key).place for dropout, _ in every] == list(range(7))
+    assert [dropout.at(key).rate for dropout, _ in every] == [rate for _, rate in every]
+    assert all(dropout.at(None) is None for dropout, _ in every)
+    assert GPT(SMALL, seed=None).dropout.at(key) is None  # a rate of 0 costs nothing
+
+
+def test_memory_is_asked_for_before_it_is_taken(monkeypatch):
+    asked = []
+    monkeypatch.setattr("tinygpt.model.require_memory", lambda size, what: asked.append(size))
+    model = GPT(SMALL)
+    assert asked == [sum(value.nbytes for value in weights_of(model).values())]
+    GPT(SMALL, seed=None)
+    assert len(asked) == 1  # whoever brings the weights has asked
+    cache = model.empty_cache(3, 5)
+    assert [part.shape for pair in cache for part in pair] == [(3, 2, 5, 8)] * 4
+    assert asked[1] == sum(part.numpy().nbytes for pair in cache for part in pair)
+    assert not any(part.numpy().any() for pair in cache for part in pair)
+
+
+def test_a_model_says_what_it_is_and_what_reads_for_it():
+    model = GPT(SMALL)
+    count = sum(value.size for value in weights_of(model).values())
+    assert repr(model) == f"GPT({count:,} parameters, float32, {SMALL!r})"
+    model.name = "mine"
+    assert repr(model).startswith(f"GPT('mine', {count:,} parameters")
+    with pytest.raises(InputError, match="a new model has no tokenizer"):
+        _ = model.tokenizer
+    with pytest.raises(InputError, match=r"model\.tokenizer is 7: set a tokenizer"):
+        model.tokenizer = 7
+    asked = []
+    model.tokenizer = lambda: asked.append(1) or load_tokenizer("bytes")
+    assert not asked  # until it is needed
+    assert model.tokenizer.encode("a") == model.tokenizer.encode("a") == [97]
+    assert asked == [1]
+
+
 def test_every_parameter_gets_a_gradient():
     for config in (SMALL, replace(SMALL, norm="post", tie_word_embeddings=False)):
         model = randomize(GPT(config))
@@ -243,6 +313,9 @@ def test_every_parameter_gets_a_gradient():
 def test_tokens_past_the_window_are_refused(model):
     with pytest.raises(InputError, match="window of 16"):
         model(Tensor.zeros(1, 17, dtype="int32"))
+    with pytest.raises(InputError, match="positions 8 to 16 reach past the window of 16"):
+        model(TOKENS, start_pos=8)
+    assert np.isfinite(model(TOKENS, model.empty_cache(2, 16), 7).numpy()).all()
 
 
 @pytest.mark.backend
