@@ -55,6 +55,7 @@ def test_every_token_but_the_first_counts_once(length, stride):
 
 def test_spread_windows_are_whole_and_even():
     assert spread(33, 16, 9) == [Window(0, 16), Window(16, 16)]
+    assert spread(32, 16, 9) == spread(17, 16, 9) == [Window(0, 16)]
     chosen = spread(16 * 100 + 1, 16, 10)
     assert len(chosen) == 10
     assert (chosen[0].start, chosen[-1].start) == (0, 16 * 99)
@@ -84,6 +85,25 @@ def test_losses_on_data_equal_the_reference(stride, saved, data):
     assert found["bits_per_byte"] == pytest.approx(bits / len(text.encode()), rel=1e-5)
     assert found["bits_per_character"] == pytest.approx(bits / len(text), rel=1e-5)
     assert found["bits_per_character"] > found["bits_per_byte"]
+
+
+@pytest.mark.parametrize("length", [2, 3, 16, 17])
+def test_a_text_that_is_hardly_a_window_is_measured_whole(length, saved, data):
+    tokens = data.val[:length]
+    found = evaluate_data(saved[1], replace(data, val=tokens))
+    logits = reference_of(saved[1]).row(tokens[:-1].astype(int))
+    logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = -logs[range(length - 1), tokens[1:]].mean()
+    assert found["loss"] == pytest.approx(expected, rel=1e-5)
+    assert found["tokens"] == length - 1
+
+
+def test_a_continuation_and_what_is_before_it_both_have_some_tokens(saved):
+    scorer = Scorer(saved[1])
+    assert tasks.score_continuation(scorer, [5], [7] * 16).tokens == 16
+    for context, text in (([], [7]), ([5], []), ([5], [7] * 17)):
+        with pytest.raises(InputError, match="both must have some, and the window holds 16"):
+            tasks.score_continuation(scorer, context, text)
 
 
 def theirs(saved):
@@ -234,6 +254,7 @@ def test_bad_input_is_one_line(saved, data, tmp_path):
         ("hellaswag", '{"ctx": "a"}', "file.jsonl:1: it needs ctx, endings and label"),
         ("hellaswag", '{"ctx": "a", "endings": ["b"], "label": 1}', "label 1 names no ending"),
         ("lambada", '{"text": "one"}', "needs a text of two words"),
+        ("lambada", '{"text": "one "}', "needs a text of two words"),
         ("lambada", "{", "JSON is damaged"),
         ("lambada", "[1]", "is not an object"),
         ("lambada", "", "holds no examples"),
