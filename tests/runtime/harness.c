@@ -45,6 +45,7 @@ int main(void) {
   memset(place, 0, sizeof *place + THREADS * sizeof(struct bed));
   place->wait = wait_for;
   place->post = post;
+  place->meetings = ~0u / 2 - 3;  // as after days: the next ones reach past the largest int
   for (long i = 0; i < THREADS; i++) {
     sem_init(&bells[i], 0, 0);
     place->beds[i].bell = &bells[i];

@@ -90,7 +90,7 @@ static void attention_backward(float *dq,            // (B, T, C), as are the ne
                                const float *q,       // (B, T, C), as are the next two
                                const float *k,
                                const float *v,
-                               const unsigned *key,  // as in `attention`
+                               const unsigned *key,  // (3,), or absent: as in `attention`
                                int core_id, int threads, int B, int T, int n_head, int D, int place,
                                unsigned threshold, float scale, float dropout_scale) {
   long C = (long)n_head * D, TT = (long)T * T;

@@ -9,10 +9,10 @@ INLINE float logarithm(float x) {
   if (!(x > 0 && x < __builtin_inff())) return x;  // NaN and infinity stay what they are
   union {
     float value;
-    int bits;
+    unsigned bits;
   } u = {x};
-  int exponent = (u.bits - 0x3f3504f3) >> 23;  // of x / sqrt(1/2)
-  u.bits -= exponent << 23;
+  int exponent = (int)(u.bits - 0x3f3504f3u) >> 23;  // of x / sqrt(1/2)
+  u.bits -= (unsigned)exponent << 23;
   float s = (u.value - 1) / (u.value + 1), q = s * s;
   return exponent * 0.69314718f +
          2 * s * (1 + q * (1 / 3.0f + q * (1 / 5.0f + q * (1 / 7.0f + q / 9.0f))));

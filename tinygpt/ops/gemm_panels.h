@@ -40,7 +40,9 @@ static void GEMM(float *c, long ldc, const float *a, long lda, int a_transposed,
         int columns = MIN(COLUMNS, N - n);
         PACK(panel, b_transposed ? b + n * ldb + k : b + k * ldb + n, ldb, b_transposed, columns,
              depth);
-        const TYPE *next = b_transposed ? b + (n + COLUMNS) * ldb + k : b + k * ldb + n + COLUMNS;
+        const TYPE *next = b;  // where there is none, its place would lie outside of b
+        if (n + COLUMNS < N)
+          next += b_transposed ? (n + COLUMNS) * ldb + k : k * ldb + n + COLUMNS;
         int lines = n + COLUMNS < N ? (b_transposed ? COLUMNS : depth) : 0,
             lines_a_tile = lines * ROWS / (m1 - m0) + 1;
         for (int m = m0, i = 0; m < m1; m += ROWS, i += lines_a_tile) {

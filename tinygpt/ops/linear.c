@@ -33,9 +33,9 @@ static void finish(float *y, const float *scale, const float *bias, const float 
 static void linear(float *y,                          // (M, N)
                    const float *x,                    // (M, K)
                    const WEIGHT *weight,              // (N, K)
-                   const float *scale,                // (N,) or absent, as are the next two
-                   const float *bias,                 // (N,)
-                   const float *residual,             // (M, N)
+                   const float *scale,                // (N,) or absent
+                   const float *bias,                 // (N,) or absent
+                   const float *residual,             // (M, N) or absent
                    int core_id, int threads, int few,  // few: M if it is at most 8, else 0
                    int M, int N, int K) {
   range rows = {0, M}, columns = {0, N};

@@ -28,7 +28,7 @@ enum { LANES = 16, REGISTERS = 32 };
 enum { LANES = 8, REGISTERS = 16 };
 #endif
 typedef float reg __attribute__((vector_size(LANES * 4), aligned(4)));
-typedef int ireg __attribute__((vector_size(LANES * 4)));
+typedef unsigned ureg __attribute__((vector_size(LANES * 4)));
 
 // A part of a row of things: those from `first` up to, but without, `last`.
 typedef struct {
@@ -100,7 +100,7 @@ INLINE vec vexp(vec x) {
   vec f = (x - (shifted - 12582912.0f)) * 0.69314718f;
   vec y = 4.1666667e-2f + f * (8.3333333e-3f + f * 1.3888889e-3f);
   y = 1.0f + f * (1.0f + f * (0.5f + f * (1.6666667e-1f + f * y)));
-  return (vec)((ivec)y + (((ivec)shifted - 0x4b400000) << 23));
+  return (vec)((uvec)y + (((uvec)shifted - 0x4b400000u) << 23));
 }
 
 // p[0..n) become e**((p - *top) * scale), where *top is the largest of them. Returns their sum.

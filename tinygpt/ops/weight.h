@@ -10,14 +10,14 @@ typedef WEIGHT wreg __attribute__((vector_size(LANES * sizeof(WEIGHT)), aligned(
 #else
 #define WIDEN(p, narrow, whole, wide) __builtin_convertvector(*(const narrow *)(p), wide)
 #endif
-INLINE vec widen(const WEIGHT *p) { return WIDEN(p, wvec, ivec, vec); }
-INLINE reg widen_reg(const WEIGHT *p) { return WIDEN(p, wreg, ireg, reg); }
+INLINE vec widen(const WEIGHT *p) { return WIDEN(p, wvec, uvec, vec); }
+INLINE reg widen_reg(const WEIGHT *p) { return WIDEN(p, wreg, ureg, reg); }
 INLINE float widen1(const WEIGHT *p) {
 #ifdef BFLOAT16
   union {
-    int bits;
+    unsigned bits;
     float value;
-  } u = {(int)*p << 16};
+  } u = {(unsigned)*p << 16};
   return u.value;
 #else
   return (float)*p;

@@ -6,9 +6,9 @@ typedef long long word;
 
 // One for each thread, 64 bytes apart so that no two threads write to the same cache line.
 struct bed {
-  int ticket;  // how many tables this thread has been asked to run
-  int asleep;  // whether the thread waits for its bell
-  void *bell;  // a semaphore of the operating system
+  unsigned ticket;  // how many tables this thread has been asked to run
+  int asleep;       // whether the thread waits for its bell
+  void *bell;       // a semaphore of the operating system
   word padding[6];
 };
 
@@ -16,7 +16,7 @@ struct bed {
 struct place {
   int arrived;
   int padding1[15];
-  int meetings;
+  unsigned meetings;  // which, as tickets, may go around
   int padding2[15];
   int (*wait)(void *bell, word forever);
   int (*post)(void *bell);
@@ -79,7 +79,7 @@ static void relax(void) {
 
 // Waits until *counter is no longer `old`: first by looking at it, then asleep, so that where
 // another program has taken a core, the thread that is late gets the one on which this one waits.
-static void await(struct place *place, int id, int *counter, int old) {
+static void await(struct place *place, int id, unsigned *counter, unsigned old) {
   struct bed *bed = &place->beds[id];
   for (int turns = 0; turns < SPINS; turns++) {
     if (__atomic_load_n(counter, __ATOMIC_ACQUIRE) != old) return;
@@ -98,7 +98,7 @@ static void await(struct place *place, int id, int *counter, int old) {
 // Waits until all threads have come here. At the last meeting of a table only thread 0 waits.
 static void meet(struct place *place, int threads, int id, int last) {
   if (threads == 1) return;
-  int meeting = __atomic_load_n(&place->meetings, __ATOMIC_ACQUIRE);
+  unsigned meeting = __atomic_load_n(&place->meetings, __ATOMIC_ACQUIRE);
   if (__atomic_add_fetch(&place->arrived, 1, __ATOMIC_ACQ_REL) == threads) {
     __atomic_store_n(&place->arrived, 0, __ATOMIC_RELAXED);
     __atomic_store_n(&place->meetings, meeting + 1, __ATOMIC_SEQ_CST);
@@ -110,8 +110,8 @@ static void meet(struct place *place, int threads, int id, int last) {
 }
 
 static void serve(struct place *place, int id) {
-  for (int seen = 0;;) {
-    int *ticket = &place->beds[id].ticket;
+  for (unsigned seen = 0;;) {
+    unsigned *ticket = &place->beds[id].ticket;
     await(place, id, ticket, seen);
     seen = __atomic_load_n(ticket, __ATOMIC_ACQUIRE);
     if (!place->table) return;
