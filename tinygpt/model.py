@@ -69,7 +69,9 @@ class GPT:
         """
         device.select()  # before the first tensor is made
         if seed is not None:  # check first: even the empty blocks of 1,000 layers cost time
-            require_memory(4 * config.parameter_count, "a model of this shape")
+            # Of the largest matrix there is a copy while it is drawn.
+            largest = config.n_embd * max(config.vocab_size, config.block_size, config.inner_dim)
+            require_memory(4 * (config.parameter_count + largest), "a model of this shape")
         self.name = self._tokenizer = None
         self.config = config
         self.wte = Embedding(config.vocab_size, config.n_embd)

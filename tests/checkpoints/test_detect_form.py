@@ -284,7 +284,7 @@ def test_what_cannot_fit_is_refused_by_the_headers_alone(tmp_path, monkeypatch):
     for form in ("Hugging Face, pytorch_model.bin", "nanoGPT", "the book, .pth", "GGUF Q4_0"):
         (tmp_path / form).mkdir()
         path, _ = WRITERS[form][1](tmp_path / form)
-        with pytest.raises(InputError, match=r"needs .* GB of memory"):
+        with pytest.raises(InputError, match=r"needs .* MiB of memory"):
             GPT.from_pretrained(path)
 
 

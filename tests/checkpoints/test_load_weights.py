@@ -563,7 +563,7 @@ def test_what_cannot_fit_in_memory_is_refused_before_it_is_read(folder, monkeypa
     ):
         with pytest.raises(InputError, match=words) as caught:
             action()
-        assert "GB of memory" in str(caught.value)
+        assert "MiB of memory" in str(caught.value)
         assert "\n" not in str(caught.value)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shlex
 import subprocess
 import sys
 import tomllib
+from unittest.mock import Mock
 
 import pytest
 from program import ROOT, SHORT, finish, is_refused, start
@@ -96,6 +98,28 @@ def test_what_is_quoted_in_an_error_moves_no_cursor_and_fills_no_screen(
 def test_running_out_of_memory_is_one_line(cli, monkeypatch):
     monkeypatch.setattr("tinygpt.writer.GPT", lambda *_: [0] * 2**62)
     assert is_refused(cli("x", *SHORT), "out of memory")
+    for error, words in (
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of memory (cannot allocate memory)"),
+        (MemoryError("5 MiB more are not free"), "out of memory (5 MiB more are not free): choose"),
+    ):
+        monkeypatch.setattr("tinygpt.writer.GPT", Mock(side_effect=error))
+        assert is_refused(cli("x", *SHORT), words)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="no such limits")
+@pytest.mark.parametrize("command", ["run.py x", "run.py train README.md -o run"])
+def test_what_does_not_fit_a_limit_of_memory_is_told_its_need_and_what_there_is(command, tmp_path):
+    words = command.split()
+    argv = [*words[:-1], str(tmp_path / "run")] if words[-1] == "run" else words
+    argv += ["--tokenizer", "bytes", *["--layers", "48", "--dim", "1600", "--heads", "25"]]
+    script = f"ulimit -v 2000000; exec {shlex.join([sys.executable, *argv])}"
+    run = subprocess.run(["sh", "-c", script], cwd=ROOT, capture_output=True, encoding="utf-8")
+    assert is_refused((run.returncode, run.stdout, run.stderr.splitlines()[-1]), "MiB are free")
+    need, free = re.search(
+        r"needs ([\d,]+) MiB of memory, of which ([\d,]+) MiB", run.stderr
+    ).groups()
+    assert 5600 < int(need.replace(",", "")) < 7000
+    assert 0 < int(free.replace(",", "")) < 1953
 
 
 def test_run_py_and_the_module_and_the_command_are_one_program():

@@ -25,6 +25,12 @@ def test_a_buffer_holds_what_is_written_whatever_memory_it_has(count):
     assert np.array_equal((made + 1).numpy(), values + 1)
 
 
+def test_memory_that_is_not_there_is_told_in_a_way_that_has_tinygrad_give_back_what_it_keeps():
+    device.select()
+    with pytest.raises(MemoryError, match=r"Allocation of .* failed on CPU"):
+        Device["CPU"].allocator.alloc(1_048_576_000 << 20)
+
+
 def test_a_large_buffers_memory_is_private_and_goes_back_with_it():
     def private_kb() -> int:
         with open("/proc/self/smaps_rollup", encoding="utf-8") as file:

@@ -63,6 +63,17 @@ V1 = {
     + mounted("/sys/fs/cgroup/memory", version=1, options="rw,memory"),
     "proc/self/cgroup": "5:cpu:/elsewhere\n4:memory:/job/7\n0::/\n",
 }
+
+
+def limits(space: object, data: object) -> dict[str, str]:
+    """Files that tell of a process's limits, and what it uses of them."""
+    table = "Limit                     Soft Limit           Hard Limit           Units     \n"
+    table += f"Max data size             {data:<20} unlimited            bytes     \n"
+    table += f"Max address space         {space:<20} unlimited            bytes     \n"
+    status = "Name:\tpython\nVmPeak:\t 9 kB\nVmSize:\t  500000 kB\nVmData:\t  250000 kB\n"
+    return {"proc/self/limits": table, "proc/self/status": status}
+
+
 CASES = {
     "no groups": ({}, 8 * GB),
     "no limit": (
@@ -150,6 +161,10 @@ CASES = {
         },
         3 * GB,
     ),
+    "limits of the process": (limits(5_000_000_000, 6_000_000_000), 4_488_000_000),
+    "limits of the process, the one of its data": (limits(10**12, 2_000_000_000), 1_744_000_000),
+    "limits of the process, both used up": (limits(500_000_000, 100_000_000), 0),
+    "limits of the process, none": (limits("unlimited", "unlimited"), 8 * GB),
     "files that say nothing": (
         {"proc/self/mountinfo": "x\n", "proc/self/cgroup": "\0", "sys/fs/cgroup/memory.max": "1"},
         8 * GB,
@@ -211,7 +226,8 @@ def test_a_gpus_memory_is_what_counts_where_it_is_the_device(kind, monkeypatch):
     monkeypatch.setitem(memory.GlobalCounters.mem_used_per_device, "CL", 3 * GB)
     monkeypatch.setattr(memory, "available_memory_bytes", lambda: 99 * GB)
     memory.require_memory(2 * GB, "this")
-    with pytest.raises(InputError, match=rf"of which 2.0 GB are free on {kind}: choose"):
+    words = f"this needs 2,862 MiB of memory, of which 1,907 MiB are free on {kind}: choose"
+    with pytest.raises(InputError, match=words):
         memory.require_memory(3 * GB, "this")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 import shlex
@@ -60,16 +61,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = str(error)
     except KeyboardInterrupt:
         return 130
-    except MemoryError:
-        message = "out of memory: choose a smaller model or fewer samples"
+    except MemoryError as error:
+        message = _out_of_memory(error)
     except OSError as error:
         with suppress(OSError):  # at exit, Python would try again to write what stdout still holds
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # the reader has seen enough
             return 0
         message = f"{error.filename or 'cannot write'}: {reason(error)}"
+        if error.errno == errno.ENOMEM:
+            message = _out_of_memory(error)
     say(f"error: {message}")
     return 2
+
+
+def _out_of_memory(error: Exception) -> str:
+    why = f" ({reason(error)})" if str(error) else ""
+    return f"out of memory{why}: choose a smaller model, a smaller batch, or fewer samples"
 
 
 def _run(argv: Sequence[str]) -> int:

@@ -34,7 +34,10 @@ def use() -> None:
     def alloc(self: Any, size: int, options: BufferSpec) -> Any:
         if options.external_ptr is not None:
             return shared(self, size, options)
-        memory = mmap.mmap(-1, size, mmap.MAP_ANONYMOUS | mmap.MAP_PRIVATE)
+        try:
+            memory = mmap.mmap(-1, size, mmap.MAP_ANONYMOUS | mmap.MAP_PRIVATE)
+        except OSError as error:  # by this, tinygrad knows to give back first what it keeps
+            raise MemoryError from error
         with suppress(OSError, AttributeError):
             memory.madvise(mmap.MADV_HUGEPAGE)
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))

@@ -1,13 +1,14 @@
 """How much memory the device in use has left, asked before anything large is taken.
 
-For the CPU that is the machine's, within the limits of the control groups that the process is in,
-as containers and batch systems set them. For a GPU with memory of its own it is the GPU's.
+For the CPU that is the machine's, within the limits of the process and of its control groups, as
+containers and batch systems set them. For a GPU with memory of its own it is the GPU's.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -24,7 +25,7 @@ SHARE_MEMORY = ("CPU", "METAL", "PYTHON", "NULL")
 
 def available_memory_bytes(root: Path = Path("/")) -> int | None:
     """Memory of the machine that can still be taken without swapping, within this process's control
-    groups; None if the system does not say.
+    groups and its own limits; None if the system does not say.
 
     Args:
         root: where /proc and /sys are.
@@ -32,10 +33,22 @@ def available_memory_bytes(root: Path = Path("/")) -> int | None:
     with suppress(OSError, ValueError, StopIteration, IndexError):
         lines = (root / "proc/meminfo").read_text(encoding="utf-8").splitlines()
         free = int(next(x for x in lines if x.startswith("MemAvailable:")).split()[1]) * 1024
-        return min([free, *_left_in_groups(root)])
+        return min([free, *_left_in_groups(root), *_left_in_process(root)])
     with suppress(OSError, ValueError, AttributeError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None
+
+
+def _left_in_process(root: Path) -> Iterator[int]:
+    """What the limits of the process itself leave it: those that `ulimit -v` and `-d` set."""
+    with suppress(OSError, ValueError):
+        files = [root / "proc/self" / name for name in ("limits", "status")]
+        limits, status = (file.read_text(encoding="utf-8", errors="replace") for file in files)
+        for limit, used in (("Max address space", "VmSize"), ("Max data size", "VmData")):
+            most = re.search(rf"^{limit} +(\d+)", limits, re.M)  # "unlimited" is no number
+            taken = re.search(rf"^{used}:\s+(\d+) kB", status, re.M)
+            if most and taken:
+                yield max(0, int(most[1]) - int(taken[1]) * 1024)
 
 
 def _left_in_groups(root: Path) -> Iterator[int]:
@@ -135,6 +148,7 @@ def require_memory(needed_bytes: int, what: str) -> None:
         kind = Device.DEFAULT.split(":")[0]
         on = "" if kind in SHARE_MEMORY else f" on {kind}"
         raise InputError(
-            f"{what} needs {needed_bytes / 1e9:.1f} GB of memory, of which {free / 1e9:.1f} GB "
-            f"are free{on}: choose a smaller model, or close other programs"
+            f"{what} needs {-(-needed_bytes >> 20):,} MiB of memory, of which {free >> 20:,} MiB "
+            f"are free{on}: choose a smaller model, close other programs, or raise the limit of "
+            "memory where one is set"
         )
