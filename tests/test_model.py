@@ -46,6 +46,13 @@ def test_logits_equal_the_numpy_reference(options):
     np.testing.assert_allclose(logits, reference_of(model)(TOKENS), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "all"])
+def test_logits_of_the_plain_forms_equal_the_numpy_reference(name, monkeypatch):
+    """Also where there are C forms, which have been looked at above."""
+    monkeypatch.setenv("TINYGPT_KERNELS", "0")
+    test_logits_equal_the_numpy_reference(OPTIONS[name])
+
+
 def test_each_option_changes_the_logits():
     """So that the test above could fail: the reference itself tells the options apart."""
     seen = []
