@@ -22,9 +22,12 @@ from tinygrad import Tensor
 from writers import SHAPE, TOKENS, WRITERS
 
 from tinygpt import GPT, Generator, GPTConfig, load_tokenizer
+from tinygpt.checkpoints.detect_form import drop_tied_copy
 from tinygpt.checkpoints.open_checkpoint import open_checkpoint
+from tinygpt.checkpoints.safetensors_file import read_header
 from tinygpt.checkpoints.safetensors_file import write as write_safetensors
 from tinygpt.checkpoints.save_gguf import save_gguf
+from tinygpt.checkpoints.tensor_names import NANOGPT
 from tinygpt.commands.main import main
 from tinygpt.errors import CheckpointError, InputError
 from tinygpt.tokenizer.encoding import char_tokenizer, encode, save_tokenizer
@@ -87,6 +90,13 @@ def test_heads_beside_the_language_model_are_left_out_by_name(tmp_path, capsys):
     assert "left out of" in err
     for name in ("v_head.summary.weight", "multiple_choice_head.summary.bias"):
         assert name in err
+    assert "more" not in err
+    torch = pytest.importorskip("torch")
+    state = torch.load(path / "pytorch_model.bin")
+    state |= {f"{name}_head.weight": torch.ones(1) for name in ("q", "reward")}
+    torch.save(state, path / "pytorch_model.bin")
+    open_checkpoint(path)
+    assert "multiple_choice_head.summary.bias and 2 more, beside" in capsys.readouterr().err
 
 
 # Prefix -> what stands before the names of the model and of the heads beside it.
@@ -225,6 +235,20 @@ def test_nanogpts_head_is_its_embedding_and_the_books_may_be(tmp_path):
     state["out_head.weight"] = state["tok_emb.weight"].clone()  # as with OpenAI's weights
     torch.save(state, path)
     assert open_checkpoint(path).config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("row", [None, 0, 299])
+def test_a_head_is_a_copy_only_where_all_its_bytes_are(row, tmp_path):
+    """Of more bytes than are compared at a time."""
+    wte = np.random.default_rng(0).normal(size=(300, 1024)).astype(np.float32)
+    arrays = {"wte.weight": wte, "lm_head.weight": wte.copy()}
+    if row is not None:
+        arrays["lm_head.weight"][row, -1 if row else 0] += 1
+    path = tmp_path / "x.safetensors"
+    layout = dict.fromkeys(arrays, ("F32", wte.shape))
+    write_safetensors(path, layout, arrays.__getitem__)
+    tensors = {name: (path, info) for name, info in read_header(path)[0].items()}
+    assert ("lm_head.weight" in drop_tied_copy(tensors, NANOGPT)) == (row is not None)
 
 
 def test_the_books_heads_are_64_wide_unless_a_config_says_else(tmp_path):

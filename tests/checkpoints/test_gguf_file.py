@@ -173,6 +173,24 @@ def test_a_start_that_lies_is_refused(head, words, tmp_path):
         gguf_file.read_header(tmp_path / "x.gguf")
 
 
+def test_as_much_as_fits_into_a_file_is_read(tmp_path):
+    shortest = [value("", 0, b"\7"), value("x", 7, b"\1")]
+    (tmp_path / "x").write_bytes(b"GGUF" + number("IQQ", 2, 0, 1) + shortest[0])
+    assert gguf_file.read_header(tmp_path / "x") == ({}, {"": 7})
+    texts = value("k", ARRAY, number("IQ", 8, 3) + text("") * 3)
+    path = put(tmp_path / "x", [texts, *shortest], [entry("w", (1, 1, 1, 0))])
+    tensors, metadata = gguf_file.read_header(path)
+    assert metadata == {"k": [""] * 3, "": 7, "x": True}
+    assert tensors["w"].shape == (1, 1, 1, 0)
+    for alignment in (8, 1 << 16):
+        put(path, [value("general.alignment", 4, number("I", alignment))], [])
+        gguf_file.read_header(path)
+    for alignment in (4, 1 << 17):
+        put(path, [value("general.alignment", 4, number("I", alignment))], [])
+        with pytest.raises(CheckpointError, match=f"general.alignment is {alignment}"):
+            gguf_file.read_header(path)
+
+
 def test_a_list_longer_than_any_vocabulary_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(gguf_file, "_MAX_TEXTS", 1)
     texts = value("k", ARRAY, number("IQ", 8, 2) + text("a") + text("b"))
