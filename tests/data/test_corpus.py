@@ -15,6 +15,8 @@ from tinygpt.data.dataset import Dataset, Header
 from tinygpt.data.prepare import prepare
 from tinygpt.tokenizer.encoding import encode, end_token
 from tinygpt.tokenizer.learn_bpe import bpe_tokenizer, train_bpe
+from tinygpt.tokenizer.tokenizer import AddedToken
+from tinygpt.tokenizer.vocabulary import from_merges
 
 END = "<|endoftext|>"
 TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n" * 9
@@ -95,6 +97,17 @@ def test_a_tokenizer_without_special_tokens_says_so(tmp_path, capsys):
     assert "30 times, read as plain text, since single characters" in capsys.readouterr().err
     fails(tmp_path, "'char' has no special tokens: pass --tokenizer", source, "char",
           out=tmp_path / "new", special_tokens=True)  # fmt: skip
+
+
+def test_the_most_frequent_of_many_special_tokens_are_named(tmp_path, capsys):
+    names = ["<a>", "<b>", "<c>", "<d>"]
+    vocab = {chr(97 + n): n for n in range(4)} | {"<": 4, ">": 5}
+    vocab |= {name: 6 + n for n, name in enumerate(names)}
+    tokenizer = from_merges(vocab, [], "test", [AddedToken(name, vocab[name]) for name in names])
+    text = "".join(name * 9 for name in names[:3]) + "<d>a"
+    source = write(tmp_path / "text.txt", text)
+    prepare(source, tmp_path / "out", tokenizer, val=0, special_tokens=True)
+    assert "<a>, <b>, <c> stands in the text 28 times, read as" in capsys.readouterr().err
 
 
 def test_special_tokens_with_spaces_and_line_feeds_are_never_cut():
