@@ -272,6 +272,24 @@ def test_cells_and_entries_are_whole_texts(name, content, texts, tmp_path):
     assert documents(data, data.train) == texts
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "starts"),
+    [
+        ("x.jsonl", '{"t": "a"}\n{"t": "b"}\n{"t": "c"}\n{"t": "d"}\n', (11, 22)),
+        ("x.json", '[{"t": "a"},{"t": "b"},{"t": "c"},{"t": "d"}]', (11, 22)),
+        ("x.csv", "t\na\nb\nc\nd\n", (4, 6)),
+    ],
+)
+def test_records_that_start_at_the_cut_or_past_it_are_for_validation(
+    name, content, starts, tmp_path
+):
+    source = write(tmp_path / name, content)
+    for cut in (at + past for at in starts for past in (0, 1)):
+        more = {"field": "t", "val": 1 - (cut + 0.5) / len(content)}
+        data, *_ = ids_of(source, tmp_path / str(cut), **more)
+        assert documents(data, data.train) == [*"abc"][: 1 + sum(at < cut for at in starts)]
+
+
 @pytest.mark.parametrize("keep_crlf", [False, True])
 def test_line_ends_of_windows_in_records(keep_crlf, tmp_path):
     source = write(tmp_path / "x.jsonl", [{"t": "a\r\nb"}])
