@@ -1,4 +1,4 @@
-"""A folder of prepared tokens, written by the file format alone."""
+"""What training begins with and goes on from, made without it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import numpy as np
 
 from tinygpt.data.dataset import Header, Split
 from tinygpt.tokenizer.encoding import char_tokenizer, encode, save_tokenizer
+from tinygpt.training.settings import TrainConfig
+from tinygpt.training.state import State
+from tinygpt.training.step import Counters
 
 TEXT = "".join(f"{n} times {n} is {n * n}. " for n in range(300))
 
@@ -27,3 +30,11 @@ def prepared(folder: Path, text: str = TEXT, tokenizer=None) -> Path:
     Header("char", tokenizer.n_vocab, source, 0.1, None, splits).write(folder)
     save_tokenizer(tokenizer, folder)
     return folder
+
+
+def state(step: int) -> State:
+    """The state of a run after so many steps."""
+    config = TrainConfig.of({"block_size": 8})
+    data = {"seed": config.seed, "step": step, "order": "random", "tokens": 99}
+    data |= {"batch_size": config.batch_size, "block_size": 8}
+    return State(Counters(step=step, updates=step), None, data, "", None, config)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from tinygpt.errors import CheckpointError, InputError, reason, show
 
@@ -22,6 +26,8 @@ if TYPE_CHECKING:
 # Python's objects, JSON takes up to 55 times its bytes.
 MAX_TEXT_BYTES, _MAX_JSON_BYTES = 64 << 20, 12 << 20
 LONG_BYTES = 1 << 30  # of weights, to read or write: a second or more
+DIGESTS = "SHA256SUMS"  # of a folder's files, as the program sha256sum writes and checks it
+_DIGEST = re.compile(r"([0-9a-f]{64})  ([\w-][\w.-]{0,200})", re.ASCII)
 TEMPORARY = ".*.tmp"  # matches every name by `temporary_beside`, to find what a killed process left
 
 
@@ -119,6 +125,92 @@ def temporary_beside(path: str | Path) -> Path:
     return Path(path).parent / f".{secrets.token_hex(8)}.tmp"
 
 
+# Of the files that are being written: their hashes by name, and the thread that computes them.
+_hashing: ContextVar[tuple[dict[str, Any], ThreadPoolExecutor] | None]
+_hashing = ContextVar("hashing", default=None)
+
+
+@contextmanager
+def digests_of_written() -> Iterator[dict[str, Any]]:
+    """The SHA-256 of each file that `atomic_file` writes meanwhile: a hash by the file's name.
+
+    A thread computes it while the system writes, so that writing takes hardly longer.
+    """
+    found: dict[str, Any] = {}
+    with ThreadPoolExecutor(1, "digests") as thread:
+        before = _hashing.set((found, thread))
+        try:
+            yield found
+        finally:
+            _hashing.reset(before)
+
+
+class _Hashed:
+    """A file of which a hash sees all that is written to it."""
+
+    def __init__(self, file: BinaryIO, seen: Any, thread: ThreadPoolExecutor) -> None:
+        self._file, self._seen, self._thread = file, seen, thread
+
+    def write(self, data: bytes) -> int:
+        seeing = self._thread.submit(self._seen.update, data)
+        try:
+            return self._file.write(data)
+        finally:
+            seeing.result()  # before the data may change
+
+
+def _hashed(file: BinaryIO, name: str) -> BinaryIO:
+    """The file, or what hashes it on the way, where digests are wanted."""
+    if (hashing := _hashing.get()) is None:
+        return file
+    found, thread = hashing
+    found[name] = hashlib.sha256()
+    return cast(BinaryIO, _Hashed(file, found[name], thread))
+
+
+def write_digests(folder: Path, digests: Mapping[str, Any]) -> None:
+    """Write down what the files of a folder are to be: see `digests_of_written`."""
+    lines = (f"{found.hexdigest()}  {name}\n" for name, found in digests.items())
+    write_text(folder / DIGESTS, "".join(lines))
+
+
+def check_digests(folder: Path) -> list[str]:
+    """Refuse a folder of which a file is not as it was written.
+
+    Returns:
+        the files' names; none where the folder, being older, has no digests.
+    Raises:
+        CheckpointError: naming the first such file.
+    """
+    path = folder / DIGESTS
+    if not os.path.lexists(path):
+        return []
+    *lines, end = read_text(path, 1 << 20).split("\n")
+    found = [match for line in lines if (match := _DIGEST.fullmatch(line))]
+    if end or not lines or len(found) < len(lines):
+        raise CheckpointError(f"{path}: it is damaged")
+    for match in found:
+        check_digest(folder / match[2], match[1])
+    return [match[2] for match in found]
+
+
+def check_digest(path: Path, expected: str) -> None:
+    """Refuse a file that has another SHA-256 than the one expected, in hexadecimal.
+
+    Raises:
+        CheckpointError: naming it, and the beginnings of both.
+    """
+    try:
+        need(path.is_file(), "it is missing")
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {reason(error)}") from error
+    if digest != expected:
+        fact = f"its SHA-256 is {digest[:8]}..., not {show(expected[:8])[1:-1]}..."
+        raise CheckpointError(f"{path}: it is not as it was written: {fact}")
+
+
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     """A binary file that takes the place of `path` only once it is complete and on the disk.
@@ -135,7 +227,7 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
         if target.exists() and not target.is_file():
             raise OSError("it is there, but not as a file")
         with open(temporary, "xb") as file:
-            yield file
+            yield _hashed(file, target.name)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from prepared import state
 
 from tinygpt import GPT, InputError, load_tokenizer
 from tinygpt.checkpoints.save_gguf import save_gguf
@@ -294,7 +295,7 @@ def test_what_was_read_is_written_back_in_gguf(folder, tmp_path):
 def test_training_writes_back_what_was_read(folder, tmp_path):
     ours = load_tokenizer(folder)
     model = GPT.from_pretrained(folder)
-    path = run_files.save(tmp_path, model, ours, {}, {"step": 1})
+    path = run_files.save(tmp_path, model, ours, {}, state(1))
     again, theirs = load_tokenizer(path), theirs_of(path)
     assert (again.ends, again.eos, again.bos) == (ours.ends, ours.eos, ours.bos)
     ends = transformers.AutoModelForCausalLM.from_pretrained(path).generation_config.eos_token_id

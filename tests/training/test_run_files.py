@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SMALL, randomize, weights_of
+from prepared import state
 from tinygrad import Tensor
 
 from tinygpt import GPT, InputError, load_tokenizer
@@ -31,7 +32,7 @@ def tensors(seed: int = 0) -> dict[str, Tensor]:
 
 def save(run: Path, step: int, seed: int = 0) -> tuple[GPT, dict[str, Tensor]]:
     model, kept = randomize(GPT(SMALL), seed), tensors(seed)
-    run_files.save(run, model, TOKENIZER, kept, {"step": step, "best": None})
+    run_files.save(run, model, TOKENIZER, kept, state(step))
     return model, kept
 
 
@@ -42,7 +43,7 @@ def names(run: Path) -> list[str]:
 def test_what_is_saved_is_loaded(tmp_path):
     model, kept = save(tmp_path / "new" / "run", 12)
     last = checkpoint_in(tmp_path / "new" / "run", "last")
-    found, arrays, state = run_files.load(last)
+    found, arrays, of = run_files.load(last)
     assert found.config == model.config
     for name, value in weights_of(found).items():
         np.testing.assert_array_equal(value, weights_of(model)[name])
@@ -50,10 +51,12 @@ def test_what_is_saved_is_loaded(tmp_path):
     run_files.restore(fresh, arrays, last)
     for name, tensor in fresh.items():
         np.testing.assert_array_equal(tensor.numpy(), kept[name].numpy())
-    assert state["step"] == 12
+    assert of == state(12)
     assert load_tokenizer(last).encode("HI") == TOKENIZER.encode("HI")
     named = tmp_path / "new" / "run" / "last"
-    assert named.read_bytes() == b"step-00000012\n"  # so that the run's folder can be moved
+    assert (
+        named.read_bytes() == b"step-00000012 d94d3452\n"
+    )  # so that the run's folder can be moved
 
 
 def test_the_links_lead_to_the_newest_and_the_best_and_the_rest_goes(tmp_path):
@@ -107,9 +110,10 @@ def test_a_full_disk_at_any_moment_leaves_the_last_checkpoint(call, tmp_path, mo
             monkeypatch.setattr(owner, call, usual)
         assert "no space left" in message
         assert "\n" not in message
-        loaded, _, state = run_files.load(checkpoint_in(tmp_path, "last"))
-        assert state["step"] == 1 or call in ("open", "fsync", "replace")
-        if state["step"] == 1:
+        run_files.newest(tmp_path)
+        loaded, _, of = run_files.load(checkpoint_in(tmp_path, "last"))
+        assert of.counters.step == 1 or call in ("open", "fsync", "replace")
+        if of.counters.step == 1:
             ours, theirs = weights_of(loaded), weights_of(before)
             np.testing.assert_array_equal(ours["wte.weight"], theirs["wte.weight"])
     assert failures >= 1
@@ -146,7 +150,7 @@ def test_damage_and_strangers_are_refused_in_one_line(tmp_path):
 def test_a_model_of_any_form_survives(tmp_path):
     config = replace(SMALL, norm="post", position="sinusoidal", tie_word_embeddings=False)
     model = randomize(GPT(config))
-    run_files.save(tmp_path, model, TOKENIZER, {}, {"step": 0})
+    run_files.save(tmp_path, model, TOKENIZER, {}, state(0))
     found = run_files.load(checkpoint_in(tmp_path, "last"))[0]
     assert found.config == config
     for name, value in weights_of(found).items():
@@ -164,7 +168,7 @@ def test_a_run_of_links_or_of_copies_of_what_they_led_to_is_read_and_gone_on_wit
         os.symlink("step-00000002", tmp_path / "old" / each)
     shutil.copytree(tmp_path / "old", tmp_path / "copy")
     for run in (tmp_path / "old", tmp_path / "copy"):
-        assert run_files.load(checkpoint_in(run, name))[2]["step"] == 2
+        assert run_files.load(checkpoint_in(run, name))[2].counters.step == 2
         save(run, 3)
         run_files.point(run, name, run / "step-00000003")
         run_files.prune(run, keep=1)
@@ -172,7 +176,7 @@ def test_a_run_of_links_or_of_copies_of_what_they_led_to_is_read_and_gone_on_wit
         assert checkpoint_in(run, name).name == "step-00000003"
         assert checkpoint_in(run, "last").name == "step-00000003"
         if name == "last":  # what the other name leads to is kept
-            assert run_files.load(checkpoint_in(run, "best"))[2]["step"] == 2
+            assert run_files.load(checkpoint_in(run, "best"))[2].counters.step == 2
 
 
 def test_a_run_whose_last_was_lost_has_its_newest_whole_step(tmp_path):
@@ -189,8 +193,12 @@ def test_a_name_of_a_step_that_is_not_there_is_refused_in_one_line(tmp_path):
     (tmp_path / "best").write_bytes(b"step-00000009\n")
     with pytest.raises(InputError, match="names step-00000009, which is not there"):
         GPT.from_pretrained(tmp_path)
-    (tmp_path / "best").write_bytes(b"../../etc\n")  # no name of a step: it is another file
-    assert checkpoint_in(tmp_path, "best") is None
+    (tmp_path / "best").write_bytes(b"../../etc\n")
+    with pytest.raises(InputError, match=r"best is damaged, it holds '../../etc.*: remove it or"):
+        checkpoint_in(tmp_path, "best")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "best").write_bytes(b"../../etc\n")  # no run is there: it is no name
+    assert checkpoint_in(tmp_path / "other", "best") is None
 
 
 def test_a_run_is_its_best_checkpoint_wherever_a_model_is_taken(tmp_path):

@@ -8,13 +8,25 @@ there, and a copy of one may have whole folders.
 from __future__ import annotations
 
 import re
+import zlib
 from pathlib import Path
 
-from tinygpt.errors import CheckpointError, reason
+from tinygpt.errors import CheckpointError, reason, show
 
 NAMES = ("best", "last")
-_STEP = re.compile(r"step-[0-9]{8,18}")
+STEP = re.compile(r"step-[0-9]{8,18}")
 _MOST_BYTES = 64
+
+
+def pointer(step: str) -> str:
+    """What such a file holds: the name of a checkpoint's folder and, to be checked, its CRC-32."""
+    return f"{step} {zlib.crc32(step.encode()):08x}\n"
+
+
+def steps(run: Path) -> list[Path]:
+    """The checkpoints in a run's folder, the newest first."""
+    found = sorted((path for path in run.glob("step-*") if STEP.fullmatch(path.name)), reverse=True)
+    return [path for path in found if _is_checkpoint(path)]
 
 
 def checkpoint_in(run: Path, name: str) -> Path | None:
@@ -32,12 +44,10 @@ def checkpoint_in(run: Path, name: str) -> Path | None:
         return path.resolve()
     if path.is_file() and (step := _read(path)):
         if not _is_checkpoint(run / step):
-            raise CheckpointError(f"{path} names {step}, which is not there as a whole checkpoint")
+            fact = f"names {step}, which is not there as a whole checkpoint"
+            raise CheckpointError(f"{path} {fact}: {_advice(path)}")
         return run / step
-    if name == "last":
-        steps = sorted(found for found in run.glob("step-*") if _STEP.fullmatch(found.name))
-        return next((found for found in reversed(steps) if _is_checkpoint(found)), None)
-    return None
+    return next(iter(steps(run)), None) if name == "last" else None
 
 
 def followed(path: Path) -> Path:
@@ -61,10 +71,26 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _read(path: Path) -> str | None:
-    """The step that such a file names; None where it is another kind of file."""
+    """The step that such a file names; None where it is another kind of file.
+
+    Raises:
+        CheckpointError: when it cannot be read, or lies in a run and names no step.
+    """
     try:
         with open(path, "rb") as file:
-            text = file.read(_MOST_BYTES).decode("ascii", "replace").strip()
+            text = file.read(_MOST_BYTES).decode("ascii", "replace")
     except OSError as error:
         raise CheckpointError(f"{path}: {reason(error)}") from error
-    return text if _STEP.fullmatch(text) else None
+    step = text.partition(" ")[0]
+    if STEP.fullmatch(step) and text == pointer(step):
+        return step
+    if STEP.fullmatch(text.strip()):  # an older run's, or written by hand
+        return text.strip()
+    if steps(path.parent):
+        raise CheckpointError(f"{path} is damaged, it holds {show(text)}: {_advice(path)}")
+    return None
+
+
+def _advice(path: Path) -> str:
+    names = [found.name for found in steps(path.parent)[:1]]
+    return " or ".join(["remove it", *(f"write {name} into it" for name in names)])

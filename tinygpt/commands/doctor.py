@@ -10,7 +10,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 
@@ -20,12 +22,15 @@ from tinygrad.nn.state import get_state_dict
 
 import tinygpt
 from tinygpt.checkpoints import hub
+from tinygpt.checkpoints.run_folder import NAMES, checkpoint_in, followed, steps
 from tinygpt.commands.flags import add_flag
 from tinygpt.config import GPTConfig
-from tinygpt.errors import InputError, reason, show
+from tinygpt.data.dataset import Dataset
+from tinygpt.errors import CheckpointError, InputError, reason, show, visible
 from tinygpt.generator import Generator
 from tinygpt.model import GPT
 from tinygpt.runtime import clang, device, graph, memory
+from tinygpt.training import run_files
 
 # The small model that `--backends` runs, and the logits of its prompt. They come from the NumPy
 # reference in the tests, and a test holds the two equal, so that no second model need live here.
@@ -39,6 +44,8 @@ TOLERANCE = 1e-4  # the largest error of a logit that counts as right, in float3
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
+    words = "a run or a checkpoint of one: whether its files are as they were written, only that"
+    parser.add_argument("run", nargs="?", metavar="RUN", help=words)
     words = "also run a small model on each backend"
     add_flag(parser, "--backends", kind=bool, help=words)
 
@@ -46,9 +53,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the report; with --backends, also run the small model on each backend found.
 
-    The exit status is 1 when a backend computes wrong numbers. One that does not run, such as an
-    OpenCL without its compiler, does no harm, and is only reported.
+    The exit status is 1 when a backend computes wrong numbers, or a run is damaged. A backend that
+    does not run, such as an OpenCL without its compiler, does no harm, and is only reported.
     """
+    if args.run:
+        return _report_run(Path(args.run))
     devices = device.devices()
     for name, value in {**_versions(), **_machine(), **_caches()}.items():
         print(f"{name:<13}{value}")
@@ -60,6 +69,49 @@ def run(args: argparse.Namespace) -> int:
         return 0
     outcomes = [_report_probe(target) for target in _targets(devices)]
     return 0 if True in outcomes and False not in outcomes else 1
+
+
+def _report_run(path: Path) -> int:
+    """Say whether a run, or the one checkpoint given, is as it was written.
+
+    Raises:
+        InputError: when it is neither.
+    """
+    checks: dict[str, Callable[[], str]] = {}
+    if found := steps(path):
+        checks = {name: partial(_check_name, path, name) for name in NAMES}
+    elif ((one := followed(path)) / "state.json").is_file():
+        found = [one]
+    for step in found:
+        checks[step.name] = partial(_check_step, step)
+    if (path / "data" / "header.json").is_file():
+        checks["data"] = partial(_check_tokens, path / "data")
+    if not checks:
+        raise InputError(f"{path} is no run: give the folder of one, or of one of its checkpoints")
+    is_whole = True
+    for what, check in checks.items():
+        try:
+            said = check()
+        except CheckpointError as error:
+            is_whole, said = False, f"DAMAGED: {visible(str(error))}"
+        print(f"{what:<15}{said}")
+    return 0 if is_whole else 1
+
+
+def _check_name(run: Path, name: str) -> str:
+    found = checkpoint_in(run, name)
+    return f"is {found.name}" if found else "is none yet"
+
+
+def _check_step(folder: Path) -> str:
+    has_digests = run_files.verify(folder)
+    run_files.read_state(folder)
+    return "as it was written" if has_digests else "older than digests are: it cannot be checked"
+
+
+def _check_tokens(folder: Path) -> str:
+    Dataset.open(folder).verify()
+    return "as it was written"
 
 
 def _versions() -> dict[str, str]:

@@ -193,9 +193,9 @@ def _resumed(args: argparse.Namespace, folder: Path) -> Run:
                 f"{flag} cannot change a run: --resume goes on with its settings, but for --steps "
                 "and --minutes"
             )
-    tokenizer = load_tokenizer(run_files.newest(folder))
-    data = Dataset.open(prepared(args, folder / "data", tokenizer))
-    return Run.resume(folder, data, args.steps, args.minutes)
+    last = run_files.newest(folder)
+    data = Dataset.open(prepared(args, folder / "data", load_tokenizer(last)))
+    return Run.resume(folder, data, args.steps, args.minutes, last)
 
 
 def _train(job: Run) -> int:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tinygpt.errors import CheckpointError, InputError, reason, show, unknown
-from tinygpt.storage import read_json, write_text
+from tinygpt.storage import check_digest, read_json, write_text
 from tinygpt.tokenizer.encoding import folder_tokenizer, same_tokenizer
 from tinygpt.tokenizer.tokenizer import Tokenizer
 
@@ -155,6 +155,20 @@ class Dataset:
                 raise CheckpointError(f"{path}: {reason(error)}") from error
             arrays.append(np.asarray(ids))
         return cls(folder, header, *arrays)
+
+    def verify(self) -> None:
+        """Read all ids once, to see that they are those that were written.
+
+        Raises:
+            CheckpointError: naming the first file that is another.
+        """
+        try:
+            for name in SPLITS:
+                check_digest(self.folder / f"{name}.bin", self.header.splits[name].sha256)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}: remove {self.folder}, and prepare the text again"
+            ) from error
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the ids.

@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,7 +18,7 @@ from tinygrad import Tensor
 from tinygpt.checkpoints.load_tokenizer import load_tokenizer
 from tinygpt.checkpoints.quantization import check_dtype, convert
 from tinygpt.data.dataset import Batches, Dataset
-from tinygpt.errors import CheckpointError, InputError, reason, say
+from tinygpt.errors import InputError, reason, say
 from tinygpt.evaluation.losses import Scorer, mean_loss, spread
 from tinygpt.generator import Generator
 from tinygpt.model import GPT
@@ -28,6 +28,7 @@ from tinygpt.tokenizer.tokenizer import Tokenizer
 from tinygpt.training import run_files
 from tinygpt.training.progress import Progress, duration
 from tinygpt.training.settings import TrainConfig
+from tinygpt.training.state import State
 from tinygpt.training.step import Counters, Trainer, sharing_weights
 
 # So many steps in a row without a finite loss end a run. float16 may need some to find its scale.
@@ -90,6 +91,7 @@ class Run:
         data: Dataset,
         steps: int | None = None,
         minutes: float | None = None,
+        last: Path | None = None,
     ) -> Run:
         """The run as its last checkpoint left it.
 
@@ -97,21 +99,17 @@ class Run:
             steps: how many it is to have in all from now on; None keeps its number. The learning
                 rate goes on as if it had been this from the beginning.
             minutes: how long it is to go on; None keeps to the steps.
+            last: what `run_files.newest` gave, None to ask it.
         Raises:
             InputError: when there is none, it is damaged, it was made with other data, or it has
                 made so many steps already.
         """
-        last = run_files.newest(folder)
+        last = last or run_files.newest(folder)
         model, arrays, state = run_files.load(last)
-        try:
-            settings, counters, best = state["config"], state["counters"], state["best"]
-            left, position, source = state["minutes"], state["data"], state["source"]
-            config = TrainConfig.of(settings)
-            counters = Counters(**counters)
-        except (KeyError, TypeError, InputError) as error:
-            raise CheckpointError(f"{last}/state.json: {reason(error)}") from error
-        if source != data.header.source:
+        config, counters, left = state.config, state.counters, state.minutes
+        if state.source != data.header.source:
             raise InputError(f"{folder} was trained on other data than {data.folder}: pass those")
+        data.verify()
         tokenizer = load_tokenizer(last)
         data.check(model.config.vocab_size, tokenizer)
         if steps is not None:
@@ -123,8 +121,8 @@ class Run:
             config, left = replace(config, steps=steps), None
         run = cls(folder, data, tokenizer, model, config, left if minutes is None else minutes)
         run_files.restore(run.tensors, arrays, last)
-        run.trainer.counters, run.best = counters, best
-        run.batches.restore(position)
+        run.trainer.counters, run.best = counters, state.best
+        run.batches.restore(state.data)
         run._name_best()  # in case the program was ended between the two names
         _cut_log(folder / "log.jsonl", counters.step)
         return run
@@ -223,15 +221,14 @@ class Run:
             say(f"a sample of {config.sample_tokens} tokens:", below=self.sample)
 
     def _save(self) -> None:
-        state = {
-            "step": self.counters.step,
-            "counters": asdict(self.counters),
-            "best": self.best,
-            "data": self.batches.state(),
-            "source": self.data.header.source,
-            "minutes": self.minutes,
-            "config": asdict(self.config),
-        }
+        state = State(
+            self.counters,
+            self.best,
+            self.batches.state(),
+            self.data.header.source,
+            self.minutes,
+            self.config,
+        )
         model = self.trainer.model
         if self.config.dtype != "float32":
             model = convert(sharing_weights(model, model.config), self.config.dtype)
@@ -241,7 +238,7 @@ class Run:
 
     def _name_best(self) -> None:
         if self.best is not None:
-            best = self.folder / f"step-{self.best['step']:08d}"
+            best = self.folder / run_files.step_name(self.best["step"])
             if best.is_dir():
                 run_files.point(self.folder, "best", best)
 

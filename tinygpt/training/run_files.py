@@ -5,6 +5,9 @@ them, what else training depends on in `training.safetensors`, and `state.json`.
 and `best` name two of them: see `checkpoints.run_folder`. A folder gets its name once all of it is
 on the disk, and such a file is replaced in one go, so whatever ends the program, `last` leads to a
 complete checkpoint.
+
+`SHA256SUMS` in a checkpoint says what its other files are to be. A disk that has let a bit of them
+turn is found out before anything is loaded: see `newest`.
 """
 
 from __future__ import annotations
@@ -13,32 +16,88 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tinygrad import Tensor
 
 from tinygpt.checkpoints import safetensors_file
-from tinygpt.checkpoints.run_folder import NAMES, checkpoint_in
+from tinygpt.checkpoints.run_folder import NAMES, STEP, checkpoint_in, pointer, steps
 from tinygpt.checkpoints.stored_tensor import read_tensor
 from tinygpt.errors import CheckpointError, InputError, reason, show
 from tinygpt.model import GPT
-from tinygpt.storage import TEMPORARY, read_json, sync_folder, temporary_beside, write_text
+from tinygpt.storage import (
+    DIGESTS,
+    TEMPORARY,
+    check_digests,
+    digests_of_written,
+    read_json,
+    sync_folder,
+    temporary_beside,
+    write_digests,
+    write_text,
+)
 from tinygpt.tokenizer.tokenizer import Tokenizer
+from tinygpt.training.state import State
 
-_STATE, _TENSORS, _FORMAT = "state.json", "training.safetensors", "tinygpt training 1"
+_STATE, _TENSORS = "state.json", "training.safetensors"
+# The older format had no digests.
+_FORMAT, _OLDER = "tinygpt training 2", "tinygpt training 1"
 
 
 def newest(run: Path) -> Path:
-    """The checkpoint to go on from.
+    """The checkpoint to go on from, which and the best are found to be as they were written.
 
     Raises:
         InputError: when a run has none, or its `last` names what is not there.
+        CheckpointError: for the first file that is another: which, and how to go on without it.
     """
-    if last := checkpoint_in(run, "last"):
-        return last
-    raise InputError(f"{run} has no checkpoint to go on from: leave --resume out")
+    if not (last := checkpoint_in(run, "last")):
+        raise InputError(f"{run} has no checkpoint to go on from: leave --resume out")
+    best = checkpoint_in(run, "best")
+    verify(last)
+    if best and best.name != last.name:
+        verify(best)
+    return last
+
+
+def verify(folder: Path) -> bool:
+    """Refuse a checkpoint of which a file is not as it was written.
+
+    Returns:
+        False where it is of an older run, which cannot be checked.
+    Raises:
+        CheckpointError: naming the file, and how to go on.
+    """
+    try:
+        names = check_digests(folder)
+        is_new = bool(names) or read_json(folder / _STATE).get("format") == _FORMAT
+        if is_new and _STATE not in names:  # which is the last to be written
+            raise CheckpointError(f"{folder / DIGESTS}: it is missing or cut")
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}: {_advice(folder)}") from error
+    return is_new
+
+
+def _advice(folder: Path) -> str:
+    """How a run goes on without a checkpoint that is damaged."""
+    run = folder.parent
+    if not _is_named(folder, "last"):
+        best = f" and {run / 'best'}" if _is_named(folder, "best") else ""
+        return f"remove {folder}{best}, and --resume goes on without it"
+    for other in steps(run):
+        with suppress(CheckpointError):
+            if other.name != folder.name and check_digests(other):
+                return f"write {other.name} into {run / 'last'}, and --resume goes on from there"
+    return "the run has no other checkpoint that is whole, train anew"
+
+
+def _is_named(folder: Path, name: str) -> bool:
+    with suppress(CheckpointError):
+        found = checkpoint_in(folder.parent, name)
+        return found is not None and found.name == folder.name
+    return False
 
 
 def save(
@@ -46,26 +105,29 @@ def save(
     model: GPT,
     tokenizer: Tokenizer,
     tensors: Mapping[str, Tensor],
-    state: Mapping[str, Any],
+    state: State,
 ) -> Path:
     """Write a checkpoint and let `last` name it.
 
     Args:
         run: the run's folder, made if need be.
         tensors: float32, what training depends on besides the weights.
-        state: fit for JSON; `step` names the checkpoint.
+        state: its step names the checkpoint.
     Returns:
         the checkpoint's folder.
     Raises:
         InputError: when it cannot be written; the checkpoints before stay as they are.
     """
-    final = run / f"step-{state['step']:08d}"
+    final = run / step_name(state.counters.step)
     temporary = temporary_beside(final)
     try:
-        model.save_pretrained(temporary, tokenizer)
-        layout = {name: ("F32", tensor.shape) for name, tensor in tensors.items()}
-        safetensors_file.write(temporary / _TENSORS, layout, lambda name: tensors[name].numpy())
-        write_text(temporary / _STATE, json.dumps({"format": _FORMAT, **state}, indent=1) + "\n")
+        with digests_of_written() as digests:
+            model.save_pretrained(temporary, tokenizer)
+            layout = {name: ("F32", tensor.shape) for name, tensor in tensors.items()}
+            safetensors_file.write(temporary / _TENSORS, layout, lambda name: tensors[name].numpy())
+            content = {"format": _FORMAT, **state.to_json()}
+            write_text(temporary / _STATE, json.dumps(content, indent=1, allow_nan=False) + "\n")
+        write_digests(temporary, digests)
         # A run killed before `last` named it has left this step, equally complete.
         if final.exists():
             os.rename(final, temporary_beside(final))
@@ -88,7 +150,7 @@ def point(run: Path, name: str, folder: Path) -> None:
     path, temporary = run / name, temporary_beside(run / name)
     try:
         with open(temporary, "xb") as file:
-            file.write(f"{folder.name}\n".encode())
+            file.write(pointer(folder.name).encode())
             file.flush()
             os.fsync(file.fileno())
         if path.is_dir() and not path.is_symlink():  # in a copy whose links were followed
@@ -111,22 +173,47 @@ def prune(run: Path, keep: int) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def load(folder: Path) -> tuple[GPT, dict[str, np.ndarray], dict[str, Any]]:
+def read_state(folder: Path) -> State:
+    """The state in a checkpoint.
+
+    Raises:
+        CheckpointError: when it is missing, or no run can have come to it.
+    """
+    path = folder / _STATE
+    content = read_json(path)
+    if (form := content.pop("format", None)) not in (_FORMAT, _OLDER):
+        raise CheckpointError(
+            f"{path}: its format is {show(form)}, not {_FORMAT!r}: to train a "
+            "model that is not a checkpoint of training, pass it as --model"
+        )
+    try:
+        state = State.of(content)
+        name = step_name(state.counters.step)
+        if STEP.fullmatch(folder.name) and folder.name != name:
+            raise InputError(f"it is of {name}")
+    except InputError as error:
+        raise CheckpointError(f"{path}: {error} ({_advice(folder)})") from error
+    return state
+
+
+def step_name(step: int) -> str:
+    """The name of a checkpoint's folder."""
+    return f"step-{step:08d}"
+
+
+def load(folder: Path) -> tuple[GPT, dict[str, np.ndarray], State]:
     """The model, tensors and state that `save` wrote.
 
     Raises:
         CheckpointError: when something is missing or damaged.
     """
-    path = folder / _STATE
-    state = read_json(path)
-    if state.get("format") != _FORMAT:
-        raise CheckpointError(
-            f"{path}: its format is {show(state.get('format'))}, not {_FORMAT!r}: to train a "
-            "model that is not a checkpoint of training, pass it as --model"
-        )
+    state, model = read_state(folder), GPT.from_pretrained(folder, "float32")
+    if (given := state.config.block_size) > (most := model.config.block_size):
+        fact = f"config.block_size is {given}, but the window of the model has {most}"
+        raise CheckpointError(f"{folder / _STATE}: {fact} ({_advice(folder)})")
     infos, _ = safetensors_file.read_header(folder / _TENSORS)
     arrays = {name: read_tensor(folder / _TENSORS, info) for name, info in infos.items()}
-    return GPT.from_pretrained(folder, "float32"), arrays, state
+    return model, arrays, state
 
 
 def restore(tensors: Mapping[str, Tensor], arrays: Mapping[str, np.ndarray], folder: Path) -> None:
