@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from prepared import TEXT
 from reference import Reference
 from tinygrad import Device, Tensor
 from tinygrad.helpers import NOOPT
@@ -19,6 +21,7 @@ from tinygpt.checkpoints.quantization import DTYPES, supported
 from tinygpt.commands.main import main
 from tinygpt.runtime import device
 from tinygpt.tokenizer.encoding import char_tokenizer, save_tokenizer
+from tinygpt.training import run_files
 
 device.forgive_cache()  # as the command line does when it starts
 device.select()
@@ -112,3 +115,30 @@ def endless(tmp_path) -> list[str]:
     save_tokenizer(char_tokenizer("Hi!"), tmp_path)
     shape = ["--layers", "1", "--heads", "1", "--dim", "16", "--context", "16"]
     return ["Hi", *shape, "--tokenizer", str(tmp_path), "--max-new-tokens", "1000000"]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """A text and a run of two checkpoints, the first of which is said to be the best."""
+    folder = tmp_path_factory.mktemp("trained")
+    text, run = folder / "text.txt", folder / "run"
+    text.write_text(TEXT, encoding="utf-8")
+    settings = (
+        "--n-layer=1 --n-head=1 --n-embd=8 --block-size=8 --batch-size=2 --steps=4 --eval-every=2 "
+        "--eval-batches=1 --sample-tokens=0 --keep=3 --dtype=float16 --tokenizer=bpe:300"
+    )
+    assert main(["train", str(text), "-o", str(run), *settings.split()]) == 0
+    run_files.point(run, "best", run / "step-00000002")
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    """A copy of that run, to be damaged."""
+    return Path(shutil.copytree(trained, tmp_path / "copy")) / "run"
+
+
+@pytest.fixture
+def resume(cli, run):
+    """Goes on with that copy: more arguments -> (exit status, stdout, stderr)."""
+    return lambda *more: cli("train", run.parent / "text.txt", "-o", run, "--resume", *more)

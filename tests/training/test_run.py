@@ -24,7 +24,6 @@ from tinygpt.data.dataset import Dataset
 from tinygpt.tokenizer.encoding import char_tokenizer, encode, save_tokenizer
 from tinygpt.training import run_files
 from tinygpt.training.progress import Progress
-from tinygpt.training.run import _cut_log
 from tinygpt.training.settings import RECIPES, TrainConfig, usual_tokenizer
 from tinygpt.writer import Writer
 
@@ -525,7 +524,7 @@ def test_a_log_with_odd_line_ends_in_a_sample_is_kept_whole(odd, tmp_path):
         json.dumps({"step": step, "sample": f"a{odd}b"}, ensure_ascii=False) for step in range(3)
     ]
     log.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="")
-    _cut_log(log, 1)
+    run_files.cut_log(tmp_path, 1)
     kept = log.read_text(encoding="utf-8")
     assert [json.loads(line)["sample"] for line in kept.split("\n")[:-1]] == [f"a{odd}b"] * 2
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from tinygpt.errors import CheckpointError, InputError, reason, say
 from tinygpt.storage import read_text
 from tinygpt.tokenizer.encoding import same_tokenizer
 from tinygpt.tokenizer.tokenizer import Tokenizer
+from tinygpt.training import run_files
 
 
 def read_log(run: Path) -> dict[str, list[tuple[int, float]]]:
@@ -23,19 +23,15 @@ def read_log(run: Path) -> dict[str, list[tuple[int, float]]]:
         CheckpointError: when it cannot be read, or holds no numbers.
     """
     curves: dict[str, list[tuple[int, float]]] = {}
-    for line in read_text(run / "log.jsonl").split("\n"):  # a sample may hold U+2028 and the like
-        try:
-            entry = json.loads(line)
-        except ValueError:  # a run that was killed may leave half a line
+    for line in read_text(run / run_files.LOG).split("\n"):  # a sample may hold U+2028 and the like
+        if not (entry := run_files.log_entry(line)):  # a killed run may leave half a line
             continue
-        step = entry.pop("step", None) if isinstance(entry, dict) else None
-        if not isinstance(step, int):
-            continue
+        step = entry.pop("step")
         for name, value in entry.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
                 curves.setdefault(name, []).append((step, value))
     if not curves:
-        raise CheckpointError(f"{run / 'log.jsonl'}: it holds no steps of training")
+        raise CheckpointError(f"{run / run_files.LOG}: it holds no steps of training")
     return curves
 
 

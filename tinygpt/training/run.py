@@ -22,7 +22,6 @@ from tinygpt.errors import InputError, reason, say
 from tinygpt.evaluation.losses import Scorer, mean_loss, spread
 from tinygpt.generator import Generator
 from tinygpt.model import GPT
-from tinygpt.storage import write_text
 from tinygpt.tokenizer.encoding import end_token
 from tinygpt.tokenizer.tokenizer import Tokenizer
 from tinygpt.training import run_files
@@ -124,12 +123,12 @@ class Run:
         run.trainer.counters, run.best = counters, state.best
         run.batches.restore(state.data)
         run._name_best()  # in case the program was ended between the two names
-        _cut_log(folder / "log.jsonl", counters.step)
+        run_files.cut_log(folder, counters.step)
         return run
 
     def go(self) -> int | None:
         """Train to the end, or until a signal; the number of that signal."""
-        path, mode = self.folder / "log.jsonl", "a" if self.counters.step else "w"
+        path, mode = self.folder / run_files.LOG, "a" if self.counters.step else "w"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(path, mode, encoding="utf-8", newline="") as log, self._signals():
@@ -212,7 +211,8 @@ class Run:
             how = config.sample_tokens, config.seed
             ids = self.generator.generate([start], *how, temperature=config.sample_temperature)
             self.sample = entry["sample"] = self.tokenizer.decode(ids)
-        if step and (self.best is None or self.val_loss < self.best["val_loss"]):
+        lowest = self.best["val_loss"] if self.best else math.inf
+        if step and self.val_loss < lowest:  # which what is no number is not
             self.best = {"step": step, "val_loss": self.val_loss}
         self._log(log, entry)
         progress.clear()
@@ -277,19 +277,3 @@ class Run:
         finally:
             for number, handler in usual.items():
                 signal.signal(number, handler)
-
-
-def _cut_log(path: Path, step: int) -> None:
-    """Take out of a log what came after a step, and a line that was cut short."""
-    if not path.exists():
-        return
-    kept = []
-    # Not splitlines: samples may hold what that takes for line ends, such as U+2028.
-    for line in path.read_bytes().decode(errors="replace").split("\n"):
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and entry.get("step", math.inf) <= step:
-            kept.append(line)
-    write_text(path, "".join(f"{line}\n" for line in kept))

@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tinygrad import Tensor
@@ -25,7 +26,7 @@ from tinygrad import Tensor
 from tinygpt.checkpoints import safetensors_file
 from tinygpt.checkpoints.run_folder import NAMES, STEP, checkpoint_in, pointer, steps
 from tinygpt.checkpoints.stored_tensor import read_tensor
-from tinygpt.errors import CheckpointError, InputError, reason, show
+from tinygpt.errors import CheckpointError, InputError, reason, say, show
 from tinygpt.model import GPT
 from tinygpt.storage import (
     DIGESTS,
@@ -41,6 +42,7 @@ from tinygpt.storage import (
 from tinygpt.tokenizer.tokenizer import Tokenizer
 from tinygpt.training.state import State
 
+LOG = "log.jsonl"
 _STATE, _TENSORS = "state.json", "training.safetensors"
 # The older format had no digests.
 _FORMAT, _OLDER = "tinygpt training 2", "tinygpt training 1"
@@ -160,6 +162,37 @@ def point(run: Path, name: str, folder: Path) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {reason(error)}") from error
+
+
+def log_entry(line: str) -> dict[str, Any] | None:
+    """One line of a run's log; None where it is damaged."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    step = entry.get("step") if isinstance(entry, dict) else None
+    return entry if type(step) is int and step >= 0 else None
+
+
+def cut_log(run: Path, step: int) -> None:
+    """Take out of a log what came after a step, and what is damaged.
+
+    A last line that was cut short is what a killed run leaves; any other is told of.
+    """
+    if not (path := run / LOG).exists():
+        return
+    # Not splitlines: samples may hold what that takes for line ends, such as U+2028.
+    *lines, _ = path.read_bytes().decode(errors="replace").split("\n")
+    entries = [log_entry(line) for line in lines]
+    if None in entries:
+        more = f" and {count - 1} more are" if (count := entries.count(None)) > 1 else " is"
+        say(f"{path}: line {entries.index(None) + 1}{more} damaged, and taken out")
+    kept = [
+        line
+        for line, entry in zip(lines, entries, strict=True)
+        if entry is not None and entry["step"] <= step
+    ]
+    write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def prune(run: Path, keep: int) -> None:
