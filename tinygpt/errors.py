@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import operator
+import os
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from reprlib import Repr
 from typing import Any
@@ -132,3 +133,16 @@ def _one_line(text: str) -> str:
         half = _LONGEST // 2
         text = f"{text[:half]} ... {text[-half:]}"
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what compilers and drivers write to stderr of their own accord."""
+    errors = os.dup(2)
+    try:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(errors, 2)
+        os.close(errors)

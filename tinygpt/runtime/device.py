@@ -20,7 +20,7 @@ from tinygrad.helpers import CPU_COUNT, DEV, Context
 
 from tinygpt.environment import MOST_THREADS, OLDER
 from tinygpt.errors import InputError
-from tinygpt.runtime import clang, cpu_memory, disk_cache
+from tinygpt.runtime import clang, cpu_memory, disk_cache, webgpu
 from tinygpt.runtime.postpone import postpone
 
 # The compilers for the CPU besides clang, as DEV spells them, the best one first.
@@ -57,6 +57,7 @@ def select() -> None:
     postpone()
     clang.use()
     cpu_memory.use()
+    webgpu.use()
     if DEV.device:  # the user has chosen, in the environment or in Python
         return
     in_use = os.environ.get("DEV")  # tinygrad has set it when a tensor was made before
@@ -145,6 +146,7 @@ def check(kernel: bool = True) -> None:
     select()
     chosen = os.environ.get("DEV")  # by the user or `select`; tinygrad may write there, too
     try:
+        _open(Device.DEFAULT)
         # The trial kernel may come from tinygrad's disk cache, which needs no compiler.
         if renderer() == "ClangJIT" and clang.command() is None:
             raise FileNotFoundError(clang.missing())
@@ -160,7 +162,9 @@ def check(kernel: bool = True) -> None:
             instead = OLDER.get(name.partition(":")[0].upper())
             ways.insert(0, f"set DEV to {instead or 'one of ' + ', '.join(ALL_DEVICES)}")
         else:
-            reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+            reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".?")
+            if Device.DEFAULT.startswith("WEBGPU"):
+                ways.insert(0, webgpu.advice())
         if clang.command() is None:
             ways.append(f"`{clang.advice()}` brings a clang")
         ways.append("see `tinygpt doctor` for what this machine has")
@@ -177,11 +181,18 @@ def renderer(device: str | None = None) -> str:
 
 def describe() -> str:
     """The backend in a few words, such as "CPU (clang)"."""
-    device = Device[Device.DEFAULT]
-    if name := getattr(device, "device_name", None):
-        return f"{device.device} ({name})"
+    device = Device.DEFAULT
+    if name := _open(device):
+        return f"{device} ({name})"
     words = {"ClangJIT": "clang", "CPULLVM": "LLVM"}.get(renderer(), renderer())
-    return device.device if words.upper() == device.device else f"{device.device} ({words})"
+    return device if words.upper() == device else f"{device} ({words})"
+
+
+def _open(name: str) -> str | None:
+    """Open a device, and give what it calls itself, if anything."""
+    if name.startswith("WEBGPU"):
+        return webgpu.card(name)
+    return getattr(Device[name], "device_name", None)
 
 
 def cpu_count() -> int:
@@ -217,9 +228,10 @@ def devices() -> dict[str, str]:
     states = {}
     for name in ALL_DEVICES:
         try:
-            states[name] = f"found, {getattr(Device[name], 'device_name', None) or 'opens'}"
+            states[name] = f"found, {_open(name) or 'opens'}"
         except Exception as error:  # whatever a driver that is not there raises
             fault = shorten(str(error) or type(error).__name__, 70, placeholder=" ...")
+            fault += f"; {webgpu.advice()}" if name == "WEBGPU" else ""
             states[name] = f"no ({fault})"
     return states
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ from tinygrad import Tensor, dtypes
 from tinygrad.nn.state import get_state_dict
 
 from tinygpt.config import GPTConfig
-from tinygpt.errors import InputError
+from tinygpt.errors import InputError, quiet
 from tinygpt.model import GPT
 from tinygpt.runtime import buffers, device, memory
 from tinygpt.runtime.capture import capture
@@ -232,16 +231,9 @@ def need_type(name: str) -> None:
     Raises:
         InputError: naming it.
     """
-    errors = os.dup(2)  # what the compiler would say there is no news to the user
-    try:
-        with open(os.devnull, "w", encoding="utf-8") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
+    works = None
+    with suppress(Exception), quiet():  # what the compiler would say there is no news to the user
         works = (Tensor([1.5] * 64).cast(getattr(dtypes, name)).contiguous() + 1).float().tolist()
-    except Exception:
-        works = None
-    finally:
-        os.dup2(errors, 2)
-        os.close(errors)
     if works != [2.5] * 64:
         raise InputError(
             f"compute is {name!r}, which {device.describe()} cannot do: use float32, or another "
