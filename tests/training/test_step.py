@@ -72,7 +72,7 @@ def test_gradients_equal_pytorch(norm, kernels, shape, monkeypatch):
     theirs = torch_model(trainer)
     inputs, targets = batch(1)
     torch_step(theirs, theirs.adamw(0.0), inputs, targets)  # which also clips
-    _, gradients = trainer.gradients([(Tensor(inputs), Tensor(targets))])
+    _, gradients = trainer.gradients(Tensor(inputs), Tensor(targets))
     ours = {name: gradient.numpy() for name, gradient in gradients.items()}
     length = np.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in ours.values()))
     expected = theirs.gradients()
@@ -109,7 +109,7 @@ def test_a_step_is_the_gradients_and_then_the_optimizer_at_the_rates_of_the_sche
         trainer.counters.step = step
         assert trainer.learning_rate == pytest.approx(0.01 * share)
         outcome = trainer.step([batch(step)])
-        loss, gradients = twin.gradients([[Tensor(part) for part in batch(step)]])
+        loss, gradients = twin.gradients(*map(Tensor, batch(step)))
         norm = global_norm(gradients)
         inputs = twin.optimizer.inputs(0.01 * share, 0.05 * share, update)
         given = StepInputs.of(Tensor(inputs.array()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -25,6 +25,7 @@ from tinygpt.training.settings import TrainConfig
 # after so many updates. Source: Micikevicius et al. 2018, "Mixed Precision Training", 3.2.
 _FIRST_SCALE, _SCALE_UP_AFTER = 2.0**16, 2000
 
+_LOSS = "loss"  # beside the weights' names
 
 Batch = tuple[np.ndarray, np.ndarray]  # inputs and targets, each int32 (B, T)
 
@@ -82,7 +83,16 @@ class Trainer:
             config.grad_clip,
         )
         self.counters = Counters(loss_scale=_FIRST_SCALE if config.compute == "float16" else 1.0)
-        self._captured = capture(self._step, self._named, (model, config, type(self)))
+        # Of a step of several batches: what those so far have given.
+        self._sums: dict[str, Tensor] = {}
+        if config.accumulate > 1:
+            shapes = {name: weight.shape for name, weight in self.weights.items()}
+            for name, shape in {**shapes, _LOSS: ()}.items():
+                self._sums[name] = buffers.tensor(np.zeros(shape, np.float32))
+        what = (model, config, type(self))
+        self._whole = capture(self._step, self._named, ("step", *what))
+        self._part = capture(self._add, self._named, ("add", *what))
+        self._end = capture(self._finish, self._named, ("finish", *what))
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -91,7 +101,8 @@ class Trainer:
 
     def _named(self) -> dict[str, Tensor]:
         """All tensors that a step touches and is not given."""
-        return {**self.weights, **self.tensors}
+        sums = {f"sum of {name}": tensor for name, tensor in self._sums.items()}
+        return {**self.weights, **self.tensors, **sums}
 
     @property
     def learning_rate(self) -> float:
@@ -106,26 +117,30 @@ class Trainer:
             config.min_learning_rate,
         )
 
-    def step(self, batches: Sequence[Batch]) -> Outcome:
+    def step(self, batches: Iterable[Batch]) -> Outcome:
         """Update the weights once. A loss or gradient that is not finite changes nothing.
 
         Args:
-            batches: `accumulate` of them, of one shape in all calls.
+            batches: `accumulate` of them, of one shape in all calls. Each is used before the next
+                is asked for; where that raises an exception, nothing is changed.
         """
         counters, config = self.counters, self.config
         rate = self.learning_rate
         muon_rate = config.muon_learning_rate * rate / (config.learning_rate or 1)  # in proportion
         updates = counters.updates + 1
         inputs = self.optimizer.inputs(rate, muon_rate, updates, counters.loss_scale)
-        rows, keys = 0, []
-        for tokens, _ in batches:  # rows are counted through, so that each has a mask of its own
-            keys.append(np.array([config.seed, counters.step, rows], np.uint32))
+        given, rows = buffers.tensor(inputs.array()), 0
+        for i, (tokens, targets) in enumerate(batches):
+            # Rows are counted through, so that each has a mask of its own.
+            key = np.array([config.seed, counters.step, rows], np.uint32)
             rows += len(tokens)
-        # Each array is an input of its own: a slice of one would be captured where it lies.
-        given = zip(batches, keys, strict=True)
-        arrays = [array for (tokens, targets), key in given for array in (tokens, targets, key)]
-        tensors = [buffers.tensor(array) for array in arrays]
-        result = self._captured(tensors, buffers.tensor(inputs.array()))
+            batch = [buffers.tensor(array) for array in (tokens, targets, key)]
+            if config.accumulate == 1:
+                result = self._whole(*batch, given)
+            else:  # the value is read for the device to be done with it
+                buffers.read(self._part(*batch, given, buffers.tensor(np.array([i > 0]))))
+        if config.accumulate > 1:
+            result = self._end(given)
         loss, norm, good = buffers.read(result).tolist()
         self._count(good > 0)
         return Outcome(loss, norm, good > 0)
@@ -143,62 +158,71 @@ class Trainer:
             elif counters.updates_at_scale == _SCALE_UP_AFTER:
                 counters.loss_scale, counters.updates_at_scale = counters.loss_scale * 2, 0
 
-    def _step(self, arrays: list[Tensor], inputs: Tensor) -> Tensor:
-        """The graph of a step.
+    def _step(self, tokens: Tensor, targets: Tensor, key: Tensor, inputs: Tensor) -> Tensor:
+        """The graph of a step of one batch.
 
         Args:
-            arrays: tokens and targets, int32 (B, T), and a key, uint32 (3,), for each batch.
+            tokens, targets: int32 (B, T).
+            key: what dropout draws from, uint32 (3,).
             inputs: float32 (5,): see `StepInputs`.
         Returns:
             float32 (3,): loss, the gradients' length, and whether both were finite.
         """
         step = StepInputs.of(inputs)
-        scale = step.loss_scale if self.config.compute == "float16" else None
-        batches = list(zip(arrays[::3], arrays[1::3], arrays[2::3], strict=True))
-        total, gradients = self.gradients(batches, scale)
+        return self._update(*self.gradients(tokens, targets, key, self._scale(step)), step)
+
+    def _add(
+        self, tokens: Tensor, targets: Tensor, key: Tensor, inputs: Tensor, later: Tensor
+    ) -> Tensor:
+        """The graph of one of several batches, whose shares are added to the sums.
+
+        Args:
+            later: bool (1,), whether it is not the first.
+        Returns:
+            float32 (), the loss so far.
+        """
+        scale = self._scale(StepInputs.of(inputs))
+        loss, gradients = self.gradients(tokens, targets, key, scale)
+        for name, value in {**gradients, _LOSS: loss}.items():
+            total = self._sums[name]
+            total.assign(later.reshape(()).where(total, 0.0) + value / self.config.accumulate)
+        Tensor.realize(*self._sums.values())
+        return self._sums[_LOSS]
+
+    def _finish(self, inputs: Tensor) -> Tensor:
+        """The graph of what follows the last of several batches; float32 (3,) as of `_step`."""
+        sums = {name: buffers.alias(total) for name, total in self._sums.items()}
+        return self._update(sums.pop(_LOSS), sums, StepInputs.of(inputs))
+
+    def _scale(self, step: StepInputs) -> Tensor | None:
+        return step.loss_scale if self.config.compute == "float16" else None
+
+    def _update(self, loss: Tensor, gradients: dict[str, Tensor], step: StepInputs) -> Tensor:
         if self.lora:
             gradients = self.lora.gradients(gradients)
         norm = global_norm(gradients)
-        good = (total.isfinite() & norm.isfinite()).contiguous()
+        good = (loss.isfinite() & norm.isfinite()).contiguous()
         written = self.optimizer.updates(gradients, norm, step, good)
         if self.lora:
             written += self.lora.merge()
-        result = Tensor.stack(total, norm, good.float())
+        result = Tensor.stack(loss, norm, good.float())
         Tensor.realize(result, *written)
         return result
 
     def gradients(
-        self, batches: Sequence[tuple[Tensor, ...]], scale: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean loss of all batches, and its gradient by each weight.
-
-        Args:
-            batches: tokens and targets, each int32 (B, T), and where dropout is wanted the key that
-                it draws from, uint32 (3,).
-            scale: what the loss is multiplied with on the way, None for 1.
-        """
-        count = len(batches)
-        total, sums = None, {}
-        for i, batch in enumerate(batches):
-            loss, gradients = self._batch_gradients(scale, *batch)
-            if count == 1:
-                return loss, gradients
-            # Realised one batch after the other, so that memory is that of one.
-            loss = loss / count
-            total = loss.contiguous() if total is None else total.assign(total + loss)
-            for name, gradient in gradients.items():
-                share = gradient / count
-                sums[name] = sums[name].assign(sums[name] + share) if i else share.contiguous()
-            Tensor.realize(total, *sums.values())
-        return total, sums
-
-    def _batch_gradients(
         self,
-        scale: Tensor | None,
         tokens: Tensor,
         targets: Tensor,
         key: Tensor | None = None,
+        scale: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean loss of a batch, and its gradient by each weight.
+
+        Args:
+            tokens, targets: int32 (B, T).
+            key: where dropout is wanted, what it draws from, uint32 (3,).
+            scale: what the loss is multiplied with on the way, None for 1.
+        """
         masters = [buffers.alias(weight) for weight in self.weights.values()]
         with self._rounded_weights():
             loss = self.model.losses(tokens, targets, key).mean()
