@@ -32,7 +32,7 @@ def _pieces(request, monkeypatch):
 def ids_of(source, out: Path, tokenizer="bytes", **more) -> tuple[Dataset, list[int], list[int]]:
     prepare(source, out, tokenizer, **more)
     data = Dataset.open(out)
-    return data, data.train.tolist(), data.val.tolist()
+    return data, data.train[:].tolist(), data.val[:].tolist()
 
 
 def own(name: str):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 import threading
 from collections import Counter
@@ -13,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinygpt.data.dataset import Batches, Dataset, Header, tokens_folder
+from tinygpt.data.dataset import SPLITS, Batches, Dataset, Header, tokens_folder
 from tinygpt.data.prepare import prepare
 from tinygpt.errors import CheckpointError, InputError
 from tinygpt.tokenizer.encoding import char_tokenizer, named_tokenizer
@@ -85,7 +87,7 @@ def test_the_next_batch_is_made_before_it_is_asked_for():
             return np.asarray(self)[places]
 
     tokens = TOKENS.view(Watched)
-    batches = Batches(tokens, 2, 10, seed=1)
+    batches = Batches(tokens, 1, 10, seed=1)  # each is one part of the tokens
     assert Watched.made.acquire(timeout=60)  # nobody has asked for the first one yet
     next(batches)
     assert Watched.made.acquire(timeout=60)  # nor for the second
@@ -148,12 +150,14 @@ def folder(made, tmp_path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "data"))
 
 
-def test_open_maps_what_is_in_the_files(made):
+def test_open_gives_what_is_in_the_files(made):
     data = Dataset.open(made)
-    np.testing.assert_array_equal(data.train, np.fromfile(made / "train.bin", "<u2"))
-    assert not data.train.flags.writeable
-    assert isinstance(data.train.base, np.memmap)
-    assert data.tokenizer().decode(data.val.tolist()) == ("hello there, general\n" * 20)[-42:]
+    expected = np.fromfile(made / "train.bin", "<u2")
+    assert len(data.train) == len(expected) == 378
+    for start, stop in ((0, 378), (0, 1), (5, 70), (377, 378), (300, 999), (7, 7)):
+        np.testing.assert_array_equal(data.train[start:stop], expected[start:stop])
+    assert data.train.highest == expected.max()
+    assert data.tokenizer().decode(data.val[:].tolist()) == ("hello there, general\n" * 20)[-42:]
 
 
 def test_a_folder_is_known_by_any_of_its_files(folder, tmp_path):
@@ -167,13 +171,94 @@ def test_a_folder_is_known_by_any_of_its_files(folder, tmp_path):
     assert tokens_folder(folder) is None
 
 
-def test_a_damaged_file_is_named(folder):
-    with open(folder / "train.bin", "ab") as file:
-        file.write(b"\0")
-    with pytest.raises(CheckpointError, match=r"train\.bin: it has 757 bytes, but 378 tokens"):
+def longer(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, 100)
+
+
+def emptied(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def other_ids(path: Path) -> None:
+    np.zeros(path.stat().st_size // 2, "<u2").tofile(path)
+
+
+def unknown_ids(path: Path) -> None:
+    np.full(path.stat().st_size // 2, 60000, "<u2").tofile(path)
+
+
+def one_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[40] ^= 1
+    path.write_bytes(content)
+
+
+def through_a_map(path: Path) -> None:
+    """As a writer does that does not always change the file's time: unknown ids, the time kept."""
+    before = path.stat()
+    np.memmap(path, "<u2", "r+")[:] = 60000
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+DAMAGE = {
+    longer: r"it has \d+ bytes, but \d+ tokens of uint16 have \d+",
+    cut: "it has 100 bytes, but",
+    emptied: "it has 0 bytes, but",
+    other_ids: "its SHA-256 is not that of the tokens that were prepared",
+    unknown_ids: r"it has the id 60000, the vocabulary \d+ ids",
+    one_bit: "its SHA-256|it has the id",
+    through_a_map: "it has the id 60000",
+}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda each: each.__name__)
+def test_a_file_that_is_not_what_was_prepared_is_refused_before_and_while_it_is_read(
+    damage, split, folder, tmp_path
+):
+    if split == "val":  # as long as the other
+        shutil.rmtree(folder)
+        (tmp_path / "text.txt").write_text("hello there, general\n" * 20, encoding="utf-8")
+        prepare(tmp_path / "text.txt", folder, "char", val=0.5)
+    path = folder / f"{split}.bin"
+    os.utime(path, (1, 1))  # clocks of files have ticks, in which two writes are as one
+    data = Dataset.open(folder)
+    before = getattr(data, split)[:]
+    damage(path)
+    words = rf"{split}\.bin: (?:{DAMAGE[damage]}).*: remove \S+ and prepare the text again$"
+    for read in (
+        lambda: Dataset.open(folder),
+        lambda: getattr(data, split)[0:5],  # whichever part is read
+        lambda: getattr(data, split)[len(before) - 1 :],
+        lambda: next(Batches(getattr(data, split), 2, 10, seed=1)),
+    ):
+        with pytest.raises(CheckpointError, match=words) as caught:
+            read()
+        assert "\n" not in str(caught.value)
+    before.tofile(path)  # it is as it was: the time of the file alone is no reason
+    np.testing.assert_array_equal(getattr(data, split)[:], before)
+
+
+def test_ids_beyond_the_vocabulary_are_refused_whatever_the_header_says_of_the_file(folder):
+    ids = np.full(378, 60000, "<u2")
+    ids.tofile(folder / "train.bin")
+    header = Header.read(folder)
+    split = replace(header.splits["train"], sha256=hashlib.sha256(ids).hexdigest())
+    replace(header, splits=header.splits | {"train": split}).write(folder)
+    with pytest.raises(CheckpointError, match=r"train\.bin: it has the id 60000, the vocabulary"):
         Dataset.open(folder)
+
+
+def test_a_file_that_is_none_is_named(folder):
     (folder / "train.bin").unlink()
     with pytest.raises(CheckpointError, match=r"train\.bin: no such file"):
+        Dataset.open(folder)
+    (folder / "train.bin").mkdir()
+    with pytest.raises(CheckpointError, match=r"train\.bin: it is no plain file"):
         Dataset.open(folder)
 
 

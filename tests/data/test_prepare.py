@@ -31,6 +31,7 @@ from tinygpt.data import prepare as module
 from tinygpt.data.corpus import recut
 from tinygpt.data.dataset import Dataset
 from tinygpt.data.prepare import prepare
+from tinygpt.data.token_file import TokenFile
 from tinygpt.errors import InputError
 from tinygpt.tokenizer.encoding import (
     char_tokenizer,
@@ -90,9 +91,9 @@ def fails(tmp_path: Path, match: str, source: str | Path, tokenizer: str = "byte
     assert after == before
 
 
-def documents(data: Dataset, ids: np.ndarray) -> list[str]:
+def documents(data: Dataset, split: TokenFile) -> list[str]:
     """The texts that a split holds, each of which must have been given its end."""
-    tokenizer = data.tokenizer()
+    ids, tokenizer = split[:], data.tokenizer()
     end = end_token(tokenizer)
     if end is None:
         return tokenizer.decode(ids.tolist()).removesuffix("\n").split("\n")
@@ -117,8 +118,8 @@ def test_streamed_tokens_are_those_of_the_whole(kind, seed, keep_crlf, tmp_path)
     while cut < len(raw) and (raw[cut] & 0xC0 == 0x80 or raw[cut - 1 : cut + 1] == b"\r\n"):
         cut += 1
     for part, ids, split in (
-        (raw[:cut].decode(), data.train, header.splits["train"]),
-        (raw[cut:].decode(), data.val, header.splits["val"]),
+        (raw[:cut].decode(), data.train[:], header.splits["train"]),
+        (raw[cut:].decode(), data.val[:], header.splits["val"]),
     ):
         assert ids.tolist() == encode(data.tokenizer(), part)
         assert split.tokens == len(ids)
@@ -159,7 +160,7 @@ def test_a_long_run_of_spaces_is_no_trouble(tmp_path, monkeypatch):
     assert (
         Dataset.open(tmp_path / "out")
         .tokenizer()
-        .decode(Dataset.open(tmp_path / "out").train.tolist())
+        .decode(Dataset.open(tmp_path / "out").train[:].tolist())
         == text
     )
 
@@ -175,14 +176,14 @@ def test_shakespeare_is_nano_gpts(kind, tmp_path, monkeypatch):
     if kind == "char":  # data/shakespeare_char/prepare.py
         text = SHAKESPEARE.read_text(encoding="utf-8")
         numbers = {c: i for i, c in enumerate(sorted(set(text)))}
-        assert data.train.tolist() == [numbers[c] for c in text[: int(len(text) * 0.9)]]
-        assert data.val.tolist() == [numbers[c] for c in text[int(len(text) * 0.9) :]]
+        assert data.train[:].tolist() == [numbers[c] for c in text[: int(len(text) * 0.9)]]
+        assert data.val[:].tolist() == [numbers[c] for c in text[int(len(text) * 0.9) :]]
         assert (header.vocab_size, counts) == (65, [1003854, 111540])
     elif kind == "gpt2":  # data/shakespeare/readme.md
         assert counts == [301966, 36059]
     else:
         text = SHAKESPEARE.read_text(encoding="utf-8")
-        assert data.tokenizer().decode(data.train.tolist()) == text[:1003854]
+        assert data.tokenizer().decode(data.train[:].tolist()) == text[:1003854]
         assert header.vocab_size == (257 if kind == "bytes" else 1000)
     assert header.source == module._SHAKESPEARE[1]
 
@@ -314,7 +315,7 @@ def test_a_tokenizer_of_ones_own_makes_the_ids(form, tmp_path):
     header = prepare(source, out, given, val=0)
     data = Dataset.open(out)
     assert same_tokenizer(data.tokenizer(), own)
-    assert data.train.tolist() == encode(own, text)
+    assert data.train[:].tolist() == encode(own, text)
     assert prepare(source, out, own, val=0) == header  # whatever it is called
     fails(tmp_path, "was prepared with tokenizer .*, not 'bytes'", source, "bytes", val=0)
 
@@ -335,7 +336,7 @@ def test_a_few_characters_beyond_a_given_alphabet_are_left_out_and_said(tmp_path
     """As when a model of characters goes on with another text."""
     source = write(tmp_path / "text.txt", "a b c " * 100 + "é b\n" + "a b c " * 30)
     header = prepare(source, tmp_path / "out", char_tokenizer("abc "))
-    ids = [*Dataset.open(tmp_path / "out").train, *Dataset.open(tmp_path / "out").val]
+    ids = [*Dataset.open(tmp_path / "out").train[:], *Dataset.open(tmp_path / "out").val[:]]
     assert char_tokenizer("abc ").decode(ids) == "a b c " * 100 + " b" + "a b c " * 30
     assert "2 of 784 characters are not in the tokenizer, such as" in capsys.readouterr().err
     assert header.splits["train"].characters + header.splits["val"].bytes == 782
@@ -398,7 +399,7 @@ def test_an_object_on_several_lines_is_looked_for_in_so_much_only(tmp_path, monk
 def test_no_validation_text_when_none_is_wanted(tmp_path):
     header = prepare(write(tmp_path / "text.txt", "abc"), tmp_path / "out", "char", val=0)
     assert header.splits["train"].tokens == 3
-    assert Dataset.open(tmp_path / "out").val.shape == (0,)
+    assert Dataset.open(tmp_path / "out").val[:].shape == (0,)
 
 
 def test_ids_of_a_large_vocabulary_have_four_bytes(tmp_path, monkeypatch):
@@ -406,7 +407,7 @@ def test_ids_of_a_large_vocabulary_have_four_bytes(tmp_path, monkeypatch):
     text = "".join(map(chr, range(0x10000, 0x10000 + 65537)))
     header = prepare(write(tmp_path / "text.txt", text), tmp_path / "out", "char", val=0)
     assert header.dtype == np.dtype("<u4")
-    assert Dataset.open(tmp_path / "out").train.tolist() == list(range(65537))
+    assert Dataset.open(tmp_path / "out").train[:].tolist() == list(range(65537))
 
 
 def test_a_large_text_teaches_a_bpe_through_a_part_of_it(tmp_path, monkeypatch):

@@ -64,7 +64,7 @@ def test_spread_windows_are_whole_and_even():
 
 @pytest.mark.parametrize("stride", [16, 5, None])
 def test_losses_on_data_equal_the_reference(stride, saved, data):
-    reference, tokens = reference_of(saved[1]), data.val.astype(int)
+    reference, tokens = reference_of(saved[1]), data.val[:].astype(int)
     total, done, step = 0.0, 0, stride or 16
     for start in range(0, len(tokens), step):  # by the definition: one window after the other
         start = min(start, len(tokens) - 17)

@@ -1,9 +1,8 @@
-"""Prepared tokens: opened with suspicion, mapped into memory, given out as resumable batches."""
+"""Prepared tokens: opened with suspicion, given out as resumable batches."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -12,8 +11,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tinygpt.errors import CheckpointError, InputError, reason, show, unknown
-from tinygpt.storage import check_digest, read_json, write_text
+from tinygpt.data.token_file import TokenFile
+from tinygpt.errors import CheckpointError, InputError, show, unknown
+from tinygpt.storage import read_json, write_text
 from tinygpt.tokenizer.encoding import folder_tokenizer, same_tokenizer
 from tinygpt.tokenizer.tokenizer import Tokenizer
 
@@ -123,52 +123,27 @@ def tokens_folder(source: str | Path) -> Path | None:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A folder of token files: the header, and for each split its ids, mapped from the disk."""
+    """A folder of token files: the header, and for each split its ids."""
 
     folder: Path
     header: Header
-    train: np.ndarray  # (tokens,), uint16 or uint32
-    val: np.ndarray
+    train: TokenFile
+    val: TokenFile
 
     @classmethod
     def open(cls, folder: str | Path) -> Dataset:
-        """Open what `prepare` made; the header and the files' lengths are checked.
+        """Open what `prepare` made, and see that it is as it was made.
 
         Raises:
-            CheckpointError: when a file is missing, unreadable, or not as long as the header says.
+            CheckpointError: when a file is missing, unreadable, or not what the header says.
         """
         folder = Path(folder)
-        header = Header.read(folder)
-        dtype, arrays = header.dtype, []
+        header, files = Header.read(folder), []
         for name in SPLITS:
-            path, tokens = folder / f"{name}.bin", header.splits[name].tokens
-            try:
-                size = os.stat(path).st_size
-                if size != tokens * dtype.itemsize:
-                    raise OSError(
-                        f"it has {size} bytes, but {tokens} tokens of {dtype.name} have "
-                        f"{tokens * dtype.itemsize}: it is damaged, prepare the text again"
-                    )
-                # An empty file cannot be mapped.
-                ids = np.memmap(path, dtype, "r") if tokens else np.empty(0, dtype)
-            except OSError as error:
-                raise CheckpointError(f"{path}: {reason(error)}") from error
-            arrays.append(np.asarray(ids))
-        return cls(folder, header, *arrays)
-
-    def verify(self) -> None:
-        """Read all ids once, to see that they are those that were written.
-
-        Raises:
-            CheckpointError: naming the first file that is another.
-        """
-        try:
-            for name in SPLITS:
-                check_digest(self.folder / f"{name}.bin", self.header.splits[name].sha256)
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"{error}: remove {self.folder}, and prepare the text again"
-            ) from error
+            split = header.splits[name]
+            about = header.dtype, split.tokens, header.vocab_size, split.sha256
+            files.append(TokenFile(folder / f"{name}.bin", *about))
+        return cls(folder, header, *files)
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the ids.
@@ -208,7 +183,7 @@ class Dataset:
 
     def _highest_id(self) -> int:
         """The highest id that occurs: a pad token, beyond what a model knows, mostly does not."""
-        return max(int(ids.max(initial=0)) for ids in (self.train, self.val))
+        return max(self.train.highest, self.val.highest)
 
 
 class Batches:
@@ -220,7 +195,7 @@ class Batches:
 
     def __init__(
         self,
-        tokens: np.ndarray,
+        tokens: TokenFile | np.ndarray,
         batch_size: int,
         block_size: int,
         seed: int,
@@ -295,9 +270,9 @@ class Batches:
         self._next = self._worker.submit(self._make, self._seed, self._step)
 
     def _make(self, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
-        block_size = self._shape[1]
-        places = self._starts(seed, step)[:, None] + np.arange(block_size + 1)
-        windows = self._tokens[places].astype(np.int32)  # (B, T+1)
+        length = self._shape[1] + 1
+        starts = self._starts(seed, step).tolist()
+        windows = np.stack([self._tokens[i : i + length] for i in starts]).astype(np.int32)
         return windows[:, :-1].copy(), windows[:, 1:].copy()
 
     def _starts(self, seed: int, step: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from tinygrad import Tensor
 from tinygrad.nn.state import get_state_dict
 
 from tinygpt.data.dataset import Dataset
+from tinygpt.data.token_file import TokenFile
 from tinygpt.errors import InputError
 from tinygpt.model import GPT, NOT_NUMBERS
 from tinygpt.runtime import buffers
@@ -88,7 +89,11 @@ def spread(length: int, block_size: int, most: int) -> list[Window]:
 
 
 def mean_loss(
-    losses: Losses, tokens: np.ndarray, places: Sequence[Window], block_size: int, batch_size: int
+    losses: Losses,
+    tokens: TokenFile | np.ndarray,
+    places: Sequence[Window],
+    block_size: int,
+    batch_size: int,
 ) -> float:
     """The mean of the losses that count, in nats a token.
 
@@ -97,11 +102,11 @@ def mean_loss(
         tokens: (N,) ids.
         places: from `windows` or `spread`.
     """
-    total, steps = 0.0, np.arange(block_size + 1)
+    total, length = 0.0, block_size + 1
     for first in range(0, len(places), batch_size):
         group = places[first : first + batch_size]
         rows = [*group, *[group[-1]] * (batch_size - len(group))]  # one shape for all
-        text = np.stack([tokens[window.start + steps] for window in rows]).astype(np.int32)
+        text = np.stack([tokens[row.start : row.start + length] for row in rows]).astype(np.int32)
         found = losses(text[:, :-1].copy(), text[:, 1:].copy())
         for row, window in zip(found, group, strict=False):
             total += row[block_size - window.counted :].sum(dtype=np.float64)

@@ -108,7 +108,6 @@ class Run:
         config, counters, left = state.config, state.counters, state.minutes
         if state.source != data.header.source:
             raise InputError(f"{folder} was trained on other data than {data.folder}: pass those")
-        data.verify()
         tokenizer = load_tokenizer(last)
         data.check(model.config.vocab_size, tokenizer)
         if steps is not None:
