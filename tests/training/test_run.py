@@ -4,6 +4,9 @@ import argparse
 import json
 import os
 import random
+import re
+import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,6 +154,11 @@ def process(*argv) -> subprocess.Popen:
     return subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, encoding="utf-8")
 
 
+def log_steps(run: Path) -> int:
+    path = run / "log.jsonl"
+    return path.read_text(encoding="utf-8").count('"loss"') if path.exists() else 0
+
+
 def wait_for_steps(run: Path, step: int, child: subprocess.Popen, old_log: int | None = None):
     """Until the log, another file than the one of inode `old_log`, has come to a step."""
     path = run / "log.jsonl"
@@ -184,18 +192,166 @@ def test_killed_at_random_moments_and_resumed_the_weights_are_the_same(data, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_ends(number, data, tmp_path):
     child = process(
         data.folder, "-o", tmp_path / "run", *flags(TINY | {"steps": 10**6, "eval_every": 10**6})
     )
     wait_for_steps(tmp_path / "run", 3, child)
     child.send_signal(number)
+    if number != signal.SIGINT:  # systems and shells may tell a program twice
+        child.send_signal(number)
     _, words = child.communicate()
     assert child.returncode == 128 + number, words
     step = log(tmp_path / "run")[-1]["step"]
     assert f"stopped at step {step}" in words
     assert checkpoint_in(tmp_path / "run", "last").name == f"step-{step:08d}"
+
+
+def asked_at(run: train.Run, place: str, count: int) -> list[int]:
+    """Let a signal come in the middle of the call of this number; the calls begun."""
+    owner, _, name = place.rpartition(".")
+    holder = getattr(run, owner) if owner else run
+    usual, calls = getattr(holder, name), []
+
+    def watched(*args, **options):
+        calls.append(len(calls))
+        if len(calls) == count:
+            run.signal = signal.SIGHUP
+        return usual(*args, **options)
+
+    setattr(holder, name, watched)
+    return calls
+
+
+# What is called in the course of a step or an evaluation, at a call of its middle, and the step
+# that is saved then.
+MOMENTS = [
+    ("trainer._part", 10, 3),  # the first of the fourth step's batches
+    ("trainer._part", 11, 3),
+    ("trainer._part", 12, 4),  # its last: it is made, and the evaluation is not begun
+    ("scorer.losses", 8, 8),  # the second batch of the evaluation of step 8
+    ("scorer.losses", 1, 0),
+    ("trainer._end", 12, 12),  # the last step, whose evaluation is still to come
+]
+
+
+@pytest.mark.parametrize(("place", "count", "saved"), MOMENTS)
+def test_a_signal_amid_a_step_or_an_evaluation_keeps_the_last_whole_step(
+    place, count, saved, data, tmp_path
+):
+    settings = TINY | {"accumulate": 3, "batch_size": 2, "dropout": 0.2, "sample_tokens": 2}
+    run = train.start(tmp_path / "run", data, settings)
+    calls = asked_at(run, place, count)
+    assert run.go() == signal.SIGHUP
+    assert len(calls) == count  # nothing more was begun
+    assert run.counters.step == saved
+    if saved:
+        assert checkpoint_in(tmp_path / "run", "last").name == f"step-{saved:08d}"
+        assert train.Run.resume(tmp_path / "run", data).go() is None
+    else:
+        assert checkpoint_in(tmp_path / "run", "last") is None
+        assert train.start(tmp_path / "run", data, settings).go() is None
+    assert train.start(tmp_path / "whole", data, settings).go() is None
+    same_files(tmp_path / "whole", tmp_path / "run")
+    assert timeless(log(tmp_path / "whole")) == timeless(log(tmp_path / "run"))
+    whole, other = (checkpoint_in(tmp_path / name, "best").name for name in ("whole", "run"))
+    assert whole == other
+
+
+def test_a_signal_ends_a_sample_that_would_never_end(data, tmp_path):
+    run = train.start(tmp_path / "run", data, TINY | {"sample_tokens": 10**8})
+    usual = run.generator.generate
+
+    def generate(*args, **options):
+        for i, token in enumerate(usual(*args, **options)):
+            run.signal = signal.SIGTERM if i == 3 else None
+            yield token
+
+    run.generator.generate = generate
+    assert run.go() == signal.SIGTERM
+
+
+@pytest.mark.slow
+def test_a_step_of_endless_batches_is_ended_by_a_signal(data, tmp_path):
+    """It has no more memory than one of a few, and a checkpoint is what it was before."""
+    child = process(data.folder, "-o", tmp_path / "run", *flags(TINY | {"accumulate": 10**9}))
+    while child.poll() is None and not (tmp_path / "run" / "log.jsonl").exists():
+        time.sleep(0.01)
+    time.sleep(1)
+    child.send_signal(signal.SIGTERM)
+    _, words = child.communicate()
+    assert child.returncode == 128 + signal.SIGTERM, words
+    assert "stopped at step 0, nothing to save" in words
+    assert "Traceback" not in words
+
+
+def test_a_terminal_that_is_closed_saves_and_ends(data, tmp_path):
+    """What is written to it from then on fails, and the program is told by SIGHUP."""
+    master, slave = os.openpty()
+    settings = TINY | {"steps": 10**6, "eval_every": 10**6}
+    argv = [sys.executable, "-c", PROGRAM, data.folder, "-o", tmp_path / "run", *flags(settings)]
+    take = "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(2, termios.TIOCSCTTY, 0); "
+    take += "os.execv(sys.executable, sys.argv[1:])"
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), slave)
+    child = subprocess.Popen([sys.executable, "-c", take, *map(str, argv)], cwd=ROOT, **streams)
+    os.close(slave)
+    while child.poll() is None and log_steps(tmp_path / "run") < 3:
+        if select.select([master], [], [], 0.01)[0]:
+            os.read(master, 65536)
+    os.close(master)
+    assert child.wait() == 128 + signal.SIGHUP
+    step = log(tmp_path / "run")[-1]["step"]
+    assert checkpoint_in(tmp_path / "run", "last").name == f"step-{step:08d}"
+
+
+def test_a_closed_terminal_does_not_end_what_was_told_to_ignore_it(data, tmp_path):
+    settings = flags(TINY | {"steps": 200, "eval_every": 200})
+    ignoring = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + PROGRAM
+    argv = [sys.executable, "-c", ignoring, data.folder, "-o", tmp_path / "run", *settings]
+    child = subprocess.Popen(list(map(str, argv)), cwd=ROOT, stderr=subprocess.PIPE)
+    wait_for_steps(tmp_path / "run", 3, child)
+    child.send_signal(signal.SIGHUP)
+    _, words = child.communicate()
+    assert child.returncode == 0, words
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, 10)
+
+
+def other_numbers(path: Path) -> None:
+    np.full(path.stat().st_size // 2, 65535, np.uint16).tofile(path)
+
+
+def zeros(path: Path) -> None:
+    np.zeros(path.stat().st_size // 2, np.uint16).tofile(path)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("damage", [cut, other_numbers, zeros], ids=lambda each: each.__name__)
+def test_tokens_that_are_damaged_in_a_run_end_it_in_a_line_with_the_last_step_saved(
+    damage, split, whole, tmp_path
+):
+    """It is a process of its own: a file that is cut while it is mapped ends one by SIGBUS."""
+    folder = prepared(tmp_path / "data")
+    settings = flags(TINY | {"steps": 10**6, "eval_every": 20, "keep": 10**6})
+    child = process(folder, "-o", tmp_path / "run", *settings)
+    wait_for_steps(tmp_path / "run", 3, child)
+    damage(folder / f"{split}.bin")
+    _, words = child.communicate()
+    step = log(tmp_path / "run")[-1]["step"]
+    assert child.returncode == 2, words
+    (error,) = [line for line in words.split("\n") if line.startswith("error")]
+    assert re.search(rf"{split}\.bin: .*prepare the text again; step {step} is saved", error)
+    assert checkpoint_in(tmp_path / "run", "last").name == f"step-{step:08d}"
+    with pytest.raises(InputError, match=rf"{split}\.bin: .*prepare the text again$"):
+        command(folder, "-o", tmp_path / "run", "--resume")
+    shutil.rmtree(folder)
+    again = train.Run.resume(tmp_path / "run", Dataset.open(prepared(folder)), steps=step + 2)
+    assert again.go() is None
+    same = log(tmp_path / "run")
+    assert [entry["step"] for entry in same if "loss" in entry] == list(range(1, step + 3))
 
 
 def test_a_loss_that_stays_nan_stops_the_run_at_the_last_good_state(data, tmp_path):

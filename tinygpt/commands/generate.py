@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Any
 
 from tinygpt.checkpoints import hub
 from tinygpt.commands.flags import add_flag, add_options, add_shared, given, spelled
-from tinygpt.commands.interrupts import Interrupts
+from tinygpt.commands.interrupts import Ended, Interrupts
 from tinygpt.commands.prompt import read_ids, read_prompt, stop_text, typed_prompts
 from tinygpt.config import PRESETS, SHAPE, GPTConfig
 from tinygpt.errors import InputError, say, visible
@@ -149,27 +150,35 @@ def open_writer(request: Request) -> Writer:
 def run(args: argparse.Namespace) -> int:
     """Write the text, and say on stderr what wrote it and how fast; the exit status."""
     request, writer = parse(args), None
-    with Interrupts(), _backend_is_asked_first():
+    with Interrupts() as interrupts, _backend_is_asked_first():
         writer = open_writer(request)
-    if writer is None:  # Ctrl-C came before there was a model
-        return 130
+    if writer is None:  # a signal came before there was a model
+        return 128 + interrupts.came
     if not request.interactive:
-        return 130 if _write(request, writer, first=True) else 0
+        came = _write(request, writer, first=True)
+        return 128 + came if came else 0
     if request.prompt or request.ids:
-        _write(request, writer, first=True)
+        _need_going_on(_write(request, writer, first=True))
     else:
         introduce(request, writer)
     for number, prompt in enumerate(typed_prompts(), 1):
         seeds = [seed + number * len(request.seeds) for seed in request.seeds]
         try:
-            _write(replace(request, prompt=prompt, ids=None, seeds=seeds), writer)
+            again = replace(request, prompt=prompt, ids=None, seeds=seeds)
+            _need_going_on(_write(again, writer))
         except InputError as error:  # the next line may be better
             say(f"error: {error}")
     return 0
 
 
-def _write(request: Request, writer: Writer, first: bool = False) -> bool:
-    """Continue one prompt, and say how fast; whether Ctrl-C has ended it."""
+def _need_going_on(came: int | None) -> None:
+    """Ctrl-C ends a text that was asked for by typing; any other signal the program too."""
+    if came not in (None, signal.SIGINT):
+        raise Ended(came)
+
+
+def _write(request: Request, writer: Writer, first: bool = False) -> int | None:
+    """Continue one prompt, and say how fast; the signal that has ended it, if one has."""
     output = None
     with Interrupts() as interrupts, _backend_is_asked_first():
         ids = request.ids or writer.encode(request.prompt, request.special_tokens)
@@ -182,7 +191,7 @@ def _write(request: Request, writer: Writer, first: bool = False) -> bool:
         _say_what_is_read(len(ids), writer.model.config.block_size)
         output = _Output(request, writer, ids, interrupts)
         output.follow(steps)
-    if output:  # else Ctrl-C came before anything
+    if output:  # else it was ended before anything
         output.finish()
     return interrupts.came
 

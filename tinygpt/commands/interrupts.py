@@ -1,42 +1,95 @@
-"""Ctrl-C while text is written: what was made is kept."""
+"""Signals that ask for an end: nothing is left half written, and what was made is kept."""
 
 from __future__ import annotations
 
+import _thread
 import signal
 import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
+from typing import Any
+
+
+class Ended(KeyboardInterrupt):
+    """What a signal other than Ctrl-C's raises, to end the program as that one does."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def status(error: KeyboardInterrupt) -> int:
+    """The exit status of a program that was ended so."""
+    return 128 + getattr(error, "number", signal.SIGINT)
+
+
+def asking() -> list[int]:
+    """The signals that ask this process for an end: Ctrl-C, a kill, and a terminal that is closed.
+
+    A shell starts a job in the background with Ctrl-C ignored, and nohup a program with the
+    terminal's end ignored; and so it stays.
+    """
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+@contextmanager
+def handled(handler: Callable[[int, Any], None], numbers: Iterable[int]) -> Iterator[None]:
+    """Let a handler have some signals meanwhile."""
+    usual = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, before in usual.items():
+            signal.signal(number, before)
+
+
+@contextmanager
+def ends_in_order() -> Iterator[None]:
+    """A kill or a closed terminal raises an exception, so that files begun are taken away."""
+    with handled(_end, [number for number in asking() if number != signal.SIGINT]):
+        yield
+
+
+def _end(number: int, _: object = None) -> None:
+    def lost(fault: Any) -> None:
+        # Destructors complain about objects that were only half made, and what is raised inside of
+        # one is lost: once more, then.
+        if isinstance(fault.exc_value, KeyboardInterrupt):
+            threading.Timer(0.1, _thread.interrupt_main, [number]).start()
+
+    sys.unraisablehook = lost
+    raise Ended(number)
 
 
 class Interrupts:
-    """Ctrl-C while this is entered: once there is text, it only asks for an end at the next token.
+    """Signals while this is entered: once there is text, they ask for an end at the next token.
 
-    Before, and if it comes again, it ends what is going on at once; the code behind the `with`
+    Before, and if Ctrl-C comes again, it ends what is going on at once; the code behind the `with`
     goes on. An exception inside tinygrad may be lost in a destructor, or leave it waiting for 30 s.
     """
 
     def __init__(self) -> None:
-        self.came = False
+        self.came: int | None = None  # the first signal
         self.has_text = False  # to be set by whoever has shown the first token
-        self.usual = signal.getsignal(signal.SIGINT)
+        self._stack = ExitStack()
 
     def __enter__(self) -> Interrupts:
-        # A shell starts a job in the background with Ctrl-C ignored, and so it stays.
-        if self.usual is signal.default_int_handler:
-            signal.signal(signal.SIGINT, self._interrupt)
+        self._stack.enter_context(handled(self._interrupt, asking()))
         return self
 
-    def _interrupt(self, *_: object) -> None:
-        again, self.came = self.came, True
+    def _interrupt(self, number: int, _: object) -> None:
+        # A closed terminal tells its programs twice: the system does, and the shell.
+        again = self.came is not None and number == signal.SIGINT
+        self.came = self.came or number
         if again or not self.has_text:
-            # Destructors complain about the objects that were only half made.
-            sys.unraisablehook = lambda _: None
-            raise KeyboardInterrupt
+            _end(number)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
     ) -> bool:
-        if self.usual is signal.default_int_handler:
-            signal.signal(signal.SIGINT, self.usual)
-        if kind is KeyboardInterrupt:
-            self.came = True
-        return kind is KeyboardInterrupt
+        self._stack.close()
+        return isinstance(error, Ended)

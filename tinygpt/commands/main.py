@@ -16,6 +16,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from tinygpt import __version__, environment
+from tinygpt.commands.interrupts import ends_in_order, status
 from tinygpt.errors import InputError, reason, say, unknown
 
 if TYPE_CHECKING:  # tinygrad is imported once the environment is known to suit it
@@ -54,13 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 environment.check()
             else:
                 environment.forget_faults()
-            return _run(argv)
+            with ends_in_order():
+                return _run(argv)
         finally:
             sys.stdout.flush()
     except InputError as error:
         message = str(error)
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as error:
+        return status(error)
     except MemoryError as error:
         message = _out_of_memory(error)
     except OSError as error:

@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from tinygpt.checkpoints.load_tokenizer import GENERATION, load_tokenizer, with_
 from tinygpt.checkpoints.open_checkpoint import Checkpoint, open_checkpoint
 from tinygpt.checkpoints.run_folder import checkpoint_in
 from tinygpt.commands.flags import add_flag, add_options, add_shared, given, spelled
+from tinygpt.commands.interrupts import asking, handled
 from tinygpt.commands.texts import KINDS, TEXTS, add_text_flags, prepared
 from tinygpt.data.dataset import Dataset
 from tinygpt.errors import InputError, say, visible
@@ -204,7 +206,15 @@ def _train(job: Run) -> int:
     say(f"{model.parameter_count:,} parameters on {where}")
     if job.finished:
         say(f"its {config.steps} steps are made: --steps N or --minutes M gives it more")
-    stopped, name = job.go(), job.folder
+
+    def stop(number: int, _: object) -> None:
+        if job.signal is not None and number == signal.SIGINT:  # asked twice: at once
+            raise KeyboardInterrupt
+        job.signal = job.signal or number
+
+    # Ctrl-C always: to go on with a run that was stopped is easy.
+    with handled(stop, {signal.SIGINT, *asking()}):
+        stopped, name = job.go(), job.folder
     if stopped is not None:
         saved = f"saved in {name}: --resume goes on" if job.counters.step else "nothing to save"
         say(f"stopped at step {job.counters.step}, {saved}")

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 from tinygrad import Tensor
 
 from tinygpt.checkpoints.load_tokenizer import load_tokenizer
 from tinygpt.checkpoints.quantization import check_dtype, convert
 from tinygpt.data.dataset import Batches, Dataset
-from tinygpt.errors import InputError, reason, say
+from tinygpt.errors import CheckpointError, InputError, reason, say
 from tinygpt.evaluation.losses import Scorer, mean_loss, spread
 from tinygpt.generator import Generator
 from tinygpt.model import GPT
@@ -28,12 +26,16 @@ from tinygpt.training import run_files
 from tinygpt.training.progress import Progress, duration
 from tinygpt.training.settings import TrainConfig
 from tinygpt.training.state import State
-from tinygpt.training.step import Counters, Trainer, sharing_weights
+from tinygpt.training.step import Batch, Counters, Trainer, sharing_weights
 
 # So many steps in a row without a finite loss end a run. float16 may need some to find its scale.
 _MOST_SKIPPED = 10
 # --minutes fits the schedule after so many steps, of which the first are slower.
 _TIMED, _UNTIMED = 20, 5
+
+
+class _Stopped(Exception):
+    """A signal has asked for an end."""
 
 
 class Run:
@@ -71,7 +73,8 @@ class Run:
         self.sample = ""  # what it wrote at the last evaluation
         self.times: list[float] = []  # seconds of this process's steps
         self.started = time.perf_counter()
-        self.signal: int | None = None
+        self.signal: int | None = None  # set by whoever wants it to end before the next batch
+        self.saved, self.evaluated = 0, False  # the last checkpoint's step; whether this one was
 
     @property
     def config(self) -> TrainConfig:
@@ -121,40 +124,51 @@ class Run:
         run_files.restore(run.tensors, arrays, last)
         run.trainer.counters, run.best = counters, state.best
         run.batches.restore(state.data)
+        run.saved = counters.step
         run._name_best()  # in case the program was ended between the two names
-        run_files.cut_log(folder, counters.step)
+        run.evaluated = run_files.cut_log(folder, counters.step)
         return run
 
     def go(self) -> int | None:
-        """Train to the end, or until a signal; the number of that signal."""
+        """Train to the end, or until `signal` is set; what it was set to.
+
+        Raises:
+            InputError: when something cannot be read or written, or the loss is no number. As after
+                a signal, what can be is saved: the last whole step.
+        """
         path, mode = self.folder / run_files.LOG, "a" if self.counters.step else "w"
+        progress = Progress()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(path, mode, encoding="utf-8", newline="") as log, self._signals():
-                self._go(log)
+            with open(path, mode, encoding="utf-8", newline="") as log:
+                try:
+                    self._go(log, progress)
+                except (_Stopped, InputError) as error:
+                    progress.clear()
+                    if self.saved != self.counters.step:
+                        self._save()
+                    if isinstance(error, CheckpointError) and self.saved:
+                        saved = f"step {self.saved} is saved, from which --resume goes on"
+                        raise CheckpointError(f"{error}; {saved}") from error
+                    if isinstance(error, InputError):
+                        raise
         except OSError as error:
             raise InputError(f"cannot write {self.folder}: {reason(error)}") from error
         return self.signal
 
-    def _go(self, log: TextIO) -> None:
-        progress = Progress()
-        saved = self.counters.step
-        if saved == 0:
-            self._evaluate(log, progress)
-        while not self.finished and self.signal is None:
+    def _go(self, log: TextIO, progress: Progress) -> None:
+        if self._is_due() and not self.evaluated:
+            self._evaluate(log, progress)  # a new run, or one that was stopped before it
+        while not self.finished:
             self._step(log, progress)
-            step = self.counters.step
             fit = self.minutes is not None and len(self.times) == _TIMED
-            if fit or step % self.config.eval_every == 0 or self.finished:
-                begun = time.perf_counter()
+            if fit or self._is_due():
                 self._evaluate(log, progress)
-                if fit:
-                    self._fit(time.perf_counter() - begun)
-                self._save()
-                saved = step
-        if saved != self.counters.step:
-            self._save()
         progress.clear()
+
+    def _is_due(self) -> bool:
+        """Whether a step ends with an evaluation."""
+        return self.finished or self.counters.step % self.config.eval_every == 0
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -176,7 +190,8 @@ class Run:
         start = time.perf_counter()
         config = self.config
         rate = self.trainer.learning_rate
-        outcome = self.trainer.step([next(self.batches) for _ in range(config.accumulate)])
+        outcome = self.trainer.step(self._next() for _ in range(config.accumulate))
+        self.evaluated = False
         self.times.append(time.perf_counter() - start)
         step, recent = self.counters.step, statistics.median(self.times[-20:])
         entry = {"step": step, "loss": outcome.loss, "norm": outcome.norm, "learning_rate": rate}
@@ -189,41 +204,63 @@ class Run:
             say(f"about {duration(left)} left, for {config.steps - step} steps")
         progress.show(step, config.steps, outcome.loss, self.val_loss, tokens / recent, left)
         if self.counters.skipped_in_a_row == _MOST_SKIPPED:
-            self._save()
-            progress.clear()
             raise InputError(
                 f"the loss or its gradient was not finite in {_MOST_SKIPPED} steps in a row, to "
                 f"step {step}: the weights as they were before those are in "
                 f"{self.folder / 'last'}; try a lower --learning-rate"
             )
 
+    def _next(self) -> Batch:
+        self._need_going_on()
+        return next(self.batches)
+
+    def _need_going_on(self) -> None:
+        if self.signal is not None:
+            raise _Stopped
+
+    def _losses(self, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        self._need_going_on()
+        return self.scorer.losses(inputs, targets)
+
     def _evaluate(self, log: TextIO, progress: Progress) -> None:
+        """Measure and sample, save, and then log: what the log has, no resumed run does again."""
+        begun = time.perf_counter()
         config, step = self.config, self.counters.step
         most = config.eval_batches * config.batch_size
         places = spread(len(self.data.val), config.block_size, most)
         self.val_loss = mean_loss(
-            self.scorer.losses, self.data.val, places, config.block_size, config.batch_size
+            self._losses, self.data.val, places, config.block_size, config.batch_size
         )
         entry = {"step": step, "val_loss": self.val_loss}
         if config.sample_tokens:
             start = end_token(self.tokenizer) or 0
             how = config.sample_tokens, config.seed
-            ids = self.generator.generate([start], *how, temperature=config.sample_temperature)
+            ids = []
+            for i in self.generator.generate([start], *how, temperature=config.sample_temperature):
+                self._need_going_on()
+                ids.append(i)
             self.sample = entry["sample"] = self.tokenizer.decode(ids)
         lowest = self.best["val_loss"] if self.best else math.inf
         if step and self.val_loss < lowest:  # which what is no number is not
             self.best = {"step": step, "val_loss": self.val_loss}
+        if self.minutes is not None and len(self.times) == _TIMED:
+            self._fit(time.perf_counter() - begun)
+        if step:
+            self._save()
         self._log(log, entry)
+        self.evaluated = True
         progress.clear()
         say(f"step {step}: validation loss {self.val_loss:.4f}")
         if config.sample_tokens:
             say(f"a sample of {config.sample_tokens} tokens:", below=self.sample)
 
     def _save(self) -> None:
+        # That of the last whole step: a part of the next may be taken.
+        position = {"step": self.counters.step * self.config.accumulate}
         state = State(
             self.counters,
             self.best,
-            self.batches.state(),
+            self.batches.state() | position,
             self.data.header.source,
             self.minutes,
             self.config,
@@ -232,6 +269,7 @@ class Run:
         if self.config.dtype != "float32":
             model = convert(sharing_weights(model, model.config), self.config.dtype)
         run_files.save(self.folder, model, self.tokenizer, self.tensors, state)
+        self.saved = self.counters.step
         self._name_best()
         run_files.prune(self.folder, self.config.keep)
 
@@ -260,19 +298,3 @@ class Run:
         json.dump(entry, log, ensure_ascii=False)
         log.write("\n")
         log.flush()
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM let the step end, and the run after it."""
-
-        def stop(number: int, _: object) -> None:
-            if self.signal is not None:  # asked twice: at once
-                raise KeyboardInterrupt
-            self.signal = number
-
-        usual = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in usual.items():
-                signal.signal(number, handler)

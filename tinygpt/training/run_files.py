@@ -174,13 +174,16 @@ def log_entry(line: str) -> dict[str, Any] | None:
     return entry if type(step) is int and step >= 0 else None
 
 
-def cut_log(run: Path, step: int) -> None:
+def cut_log(run: Path, step: int) -> bool:
     """Take out of a log what came after a step, and what is damaged.
 
     A last line that was cut short is what a killed run leaves; any other is told of.
+
+    Returns:
+        whether it has an evaluation of that step.
     """
     if not (path := run / LOG).exists():
-        return
+        return False
     # Not splitlines: samples may hold what that takes for line ends, such as U+2028.
     *lines, _ = path.read_bytes().decode(errors="replace").split("\n")
     entries = [log_entry(line) for line in lines]
@@ -193,6 +196,7 @@ def cut_log(run: Path, step: int) -> None:
         if entry is not None and entry["step"] <= step
     ]
     write_text(path, "".join(f"{line}\n" for line in kept))
+    return any(entry and entry["step"] == step and "val_loss" in entry for entry in entries)
 
 
 def prune(run: Path, keep: int) -> None:
