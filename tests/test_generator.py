@@ -23,13 +23,18 @@ ONE_ROW = 8 * SMALL.n_layer * SMALL.block_size * SMALL.n_embd  # bytes of its KV
 DRAWN = {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.01}
 
 
-def greedy_reference(model, prompt, count):
-    """What the NumPy reference continues with, read anew each time; and its window."""
+def greedy_reference(model, prompt, count, repetition=1.0, frequency=0.0, presence=0.0):
+    """What the NumPy reference continues with, read anew each time, with penalties."""
     reference, window, ids = reference_of(model), list(prompt), []
+    block_size = model.config.block_size
     for _ in range(count):
-        if len(window) > SMALL.block_size:
-            window = window[-(SMALL.block_size // 2) :]
-        ids.append(int(reference.row(window)[-1].argmax()))
+        if len(window) > block_size:
+            window = window[-max(1, block_size // 2) :]
+        logits = reference.row(window)[-1]
+        for token in {*prompt, *ids}:
+            logits[token] *= 1 / repetition if logits[token] > 0 else repetition
+            logits[token] -= frequency * ids.count(token) + presence * (token in ids)
+        ids.append(int(logits.argmax()))
         window.append(ids[-1])
     return ids
 
@@ -40,6 +45,33 @@ def test_greedy_equals_the_reference_past_the_window(model, generator):
         ids = list(generator.generate(prompt, max_new_tokens=40, temperature=0))
         assert ids == greedy_reference(model, prompt, 40)
         assert len(set(ids)) > 5  # not one token over and over
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3])
+def test_the_smallest_windows_slide_too(block_size):
+    small = randomize(GPT(replace(SMALL, block_size=block_size, tie_word_embeddings=False)))
+    for prompt in PROMPTS:
+        ids = list(Generator(small).generate(prompt, 9, temperature=0))
+        assert ids == greedy_reference(small, prompt, 9)
+
+
+@pytest.mark.parametrize("penalties", [(1.6, 0, 0), (1, 0.8, 0), (1, 0, 0.9), (1.2, 0.3, -0.2)])
+def test_penalties_count_the_prompt_and_the_text_past_the_window(model, generator, penalties):
+    names = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+    given = dict(zip(names, penalties, strict=True))
+    steps = list(generator.generate_batch(PROMPTS[::2], 24, temperature=0, **given))
+    for row, prompt in enumerate(PROMPTS[::2]):
+        ids = [step[row] for step in steps]
+        assert ids == greedy_reference(model, prompt, 24, *penalties)
+        assert ids != greedy_reference(model, prompt, 24)
+
+
+def test_what_is_not_said_is_128_tokens_read_64_at_once_and_none_that_ends(model):
+    assert len(list(Generator(model).generate([1]))) == 128
+    assert len(list(Generator(model).generate_batch([[1]]))) == 128
+    wide = GPT(replace(SMALL, block_size=100))
+    assert Generator(wide).chunk_size == 64
+    assert Generator(wide, 101).chunk_size == 100
 
 
 def test_a_prompt_past_the_window_keeps_its_newer_half(model, generator):
@@ -372,5 +404,9 @@ def test_bad_batches_are_refused_at_once(generator):
         generator.generate_batch([])
     with pytest.raises(InputError, match="3 seeds for 1 prompts"):
         generator.generate_batch([[1]], seed=[1, 2, 3])
+    for seed in (0, 2**64 - 1):
+        assert len(list(generator.generate([1], 2, seed))) == 2
+    with pytest.raises(InputError, match="seed is 18446744073709551616"):
+        generator.generate([1], 2, 2**64)
     with pytest.raises(InputError, match="chunk_size is 0"):
         Generator(generator.model, chunk_size=0)

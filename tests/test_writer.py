@@ -9,7 +9,7 @@ from conftest import randomize, save_with_bytes
 from program import CONFIG
 from tinygrad.nn.state import get_state_dict
 
-from tinygpt import GPT, Generator, GPTConfig, InputError, generate
+from tinygpt import GPT, Generator, GPTConfig, InputError, generate, load_tokenizer
 from tinygpt.tokenizer.encoding import char_tokenizer
 from tinygpt.writer import Writer
 
@@ -53,6 +53,44 @@ def test_an_empty_prompt_is_the_end_token_and_special_tokens_are_none_if_asked(w
     assert writer.encode("") == [256]
     assert writer.encode("<|endoftext|>") == [256]
     assert writer.encode("<|endoftext|>", special_tokens=False) == list(b"<|endoftext|>")
+
+
+def test_an_empty_prompt_of_a_model_without_the_start_token_is_token_0(writer):
+    small = GPT(replace(CONFIG, vocab_size=256))
+    assert Writer(small, writer.tokenizer).encode("") == [0]
+    assert Writer(small, replace(writer.tokenizer, bos=None, eos=None)).encode("") == [0]
+
+
+def test_the_built_in_model_starts_from_a_new_line(writer):
+    named = GPT(CONFIG)
+    named.name = "shakespeare"
+    assert Writer(named, writer.tokenizer).encode("") == list(b"\n")
+
+
+def test_a_new_model_has_the_tokenizer_of_its_vocabularys_size(monkeypatch):
+    asked = []
+    real = load_tokenizer("bytes")
+    monkeypatch.setattr("tinygpt.writer.load_tokenizer", lambda *a: asked.append(a) or real)
+    monkeypatch.setattr("tinygpt.writer.GPT", lambda config, seed: (config, seed))
+    monkeypatch.setattr("tinygpt.writer.convert", lambda made, dtype: GPT(CONFIG))
+    for size in (50257, 50256, 50258):
+        Writer.new(replace(CONFIG, vocab_size=size), 3)
+    assert asked == [("gpt2", 50257), ("bytes", 50256), ("bytes", 50258)]
+
+
+def test_where_a_tokenizer_cannot_be_read_ids_are_the_text_if_asked_for(model, tmp_path, capsys):
+    model.save_pretrained(tmp_path)
+    (tmp_path / "tinygpt_tokenizer.json").write_text('{"kind": "other"}', encoding="utf-8")
+    with pytest.raises(InputError, match="must be of kind"):
+        Writer.open(str(tmp_path))
+    assert Writer.open(str(tmp_path), ids=True).tokenizer.decode([72, 105]).split() == ["72", "105"]
+    assert "the text below is ids" in capsys.readouterr().err
+
+
+def test_what_is_not_said_is_128_tokens_at_temperature_0_8(writer, model):
+    writer.model.tokenizer = replace(writer.tokenizer, eos=None)
+    ids = list(Generator(model).generate(list(b"Hi"), 128, 5, temperature=0.8))
+    assert generate(writer.model, "Hi", seed=5) == writer.tokenizer.decode(ids)
 
 
 def test_a_new_model_has_the_ids_of_its_tokenizer():

@@ -128,6 +128,15 @@ def test_lines_from_a_pipe_are_continued_one_by_one(saved):
     assert out.decode() == "".join(texts)
 
 
+def test_each_line_from_a_pipe_has_the_next_seeds(cli, saved):
+    argv = ["-m", saved[0], "-n", 6, "-t", 1, "--num-samples", 2]
+    process = start("-i", "--seed", 3, *argv, stdin=subprocess.PIPE)
+    out, err = process.communicate(b"Hi\nYou\n", timeout=300)
+    assert process.returncode == 0, err
+    first, second = cli("Hi", *argv, "-s", 5)[1], cli("You", *argv, "-s", 7)[1]
+    assert out.decode(errors="replace") == first + second
+
+
 def test_a_line_from_a_pipe_that_is_not_utf8_is_told_and_the_next_continued(saved):
     process = start("-i", "-m", saved[0], "-n", 0, stdin=subprocess.PIPE)
     out, err = process.communicate(b"Hi\n\xff\nYou\n", timeout=300)
@@ -206,6 +215,9 @@ def test_a_prompt_past_the_window_works_and_says_what_is_read(cli):
     _, out, err = cli("0123456789" * 4, *SHORT, "--max-new-tokens", 2)
     assert re.fullmatch(r"(0123456789){4}.+\n", out, re.DOTALL)
     assert "the prompt has 40 tokens, the model's window 16: only its last 8 are read" in err
+    assert "only its last" not in cli("0123456789abcdef", *SHORT, "--max-new-tokens", 2)[2]
+    _, _, err = cli("Hi", *SHORT, "--context", 1, "--max-new-tokens", 2)
+    assert "the prompt has 2 tokens, the model's window 1: only its last 1 are read" in err
 
 
 def test_a_line_that_ends_as_on_windows_ends_at_a_terminal(cli, monkeypatch):
@@ -322,6 +334,11 @@ BAD = {
     "--temperature nan": "--temperature is nan",
     "--top-p 0": "--top-p is 0.0: it must be a number, above 0 and at most 1",
     "--num-samples 0": "--num-samples is 0: it must be a whole number, 1 or more",
+    "--seed 9223372036854775808": "--seed is 9223372036854775808: it must be a whole number",
+    "--ids 3,x": "--ids is '3,x': it must be like 15496,995",
+    "--ids ,": "--ids is ',': it must be like 15496,995",
+    "--ids 999999999999999": "token 999999999999 is outside the vocabulary",
+    "x --ids 3": "--ids and a prompt are two texts to continue",
     "--seed -1": "--seed is -1: it must be a whole number, 0 or more and below 2**63",
     "--max-new-tokens -1": "--max-new-tokens is -1: it must be a whole number, 0 or more",
     "--stop ''": "--stop is empty",

@@ -307,6 +307,66 @@ def test_a_row_is_dropped_alike_in_whichever_batch_it_stands():
     np.testing.assert_array_equal(part, whole[4:])
 
 
+def test_threads_are_as_many_as_the_work_is_worth(monkeypatch):
+    monkeypatch.setattr(fast.device, "cpu_count", lambda: 4)
+    for flops, most, count in (
+        (0, None, 1), (99_999, None, 1), (100_000, None, 2), (10**9, None, 4),
+        (10**9, 3, 3), (10**9, 9, 4), (10**9, 0, 1), (100_000, 1, 1),
+    ):  # fmt: skip
+        assert fast.count_threads(flops, most) == count
+
+
+def test_what_each_operation_is_said_to_take_grows_with_its_sizes(monkeypatch):
+    """Threads are shared out by it, and a profile shows it."""
+    said = {}
+    real = launch.call
+
+    def call(file, function, tensors, numbers, threads, flops, *others, **named):
+        said[function] = flops, threads
+        return real(file, function, tensors, numbers, threads, flops, *others, **named)
+
+    monkeypatch.setattr(launch, "call", call)
+    monkeypatch.setattr(fast.device, "cpu_count", lambda: 10**6)
+    monkeypatch.setattr(fast, "_THREAD_FLOPS", 1)
+    a, b = Tensor.ones(2, 3, 5).contiguous(), Tensor.ones(2, 5, 7).contiguous()
+    w, row, ids = Tensor.ones(7, 5).contiguous(), Tensor.ones(5).contiguous(), Tensor([[1, 2, 3]])
+    q, cache = Tensor.ones(2, 3, 8).contiguous(), (Tensor.zeros(2, 2, 9, 4).contiguous(),) * 2
+    drop, heads = key_of(0.5), Heads(2, 1.0)
+    inputs, order = Tensor.ones(5).contiguous(), Tensor.zeros(2, 7, dtype=dtypes.uint32)
+    order = order.contiguous()
+    for y, x in (
+        (fast.matmul(a, b, False, False), a), (fast.linear(a, w, None, None, None), a),
+        (fast.activation(a, "relu"), a), (fast.layer_norm(a, row, row, 1e-5), a),
+        (fast.embedding(ids, w, None), w), (fast.attention(q, q, q, heads, None, None), q),
+        (fast.dropout(a, drop, None), a), (fast.sum_of_squares([a, w]), None),
+        (fast.cross_entropy(a, w, Tensor([[1, 2, 3]] * 2, dtype=dtypes.int32), None), None),
+        (fast.attention_cached(q, q, q, heads, cache, 0, None, None), None),
+        (fast.threshold(order, Tensor.ones(2, 7), Tensor([1.0])), None),
+    ):  # fmt: skip
+        if x is not None:
+            y.sum().gradient(x)
+    fast.adamw(a, a.contiguous(), a.contiguous(), a.contiguous(), inputs, 0.1, (0.9, 0.9))
+    assert said == {
+        "matmul": (2 * 2 * 3 * 5 * 7,) * 2,
+        "linear": (2 * 6 * 5 * 7,) * 2,
+        "linear_backward": (4 * 6 * 5 * 7,) * 2,
+        "activation": (20 * 30,) * 2,
+        "activation_backward": (20 * 30,) * 2,
+        "layer_norm": (10 * 30, 6),  # no more threads than rows
+        "layer_norm_backward": (20 * 30, 6),
+        "embedding": (3 * 5, 3),
+        "embedding_backward": (7 * 5 + 3 * 5, 1),  # of 16 columns a thread
+        "attention": (2 * 2 * 3 * 3 * 8, 4),  # no more than heads of texts
+        "attention_backward": (4 * 2 * 3 * 3 * 8, 4),
+        "attention_few": (2 * 2 * 3 * 9 * 8, 4),
+        "dropout": (20 * 30,) * 2,
+        "sum_of_squares": (2 * 35,) * 2,
+        "cross_entropy": (2 * 6 * 5 * 7, 6),
+        "threshold": (64 * 2 * 7, 2),
+        "adamw": (16 * 30,) * 2,
+    }
+
+
 def test_a_call_is_held_against_the_c_signature():
     x, weight = Tensor(draw(2, 3), device="CPU"), Tensor(draw(4, 3), device="CPU")
     with pytest.raises(TypeError, match="weight"):
