@@ -57,33 +57,6 @@ def same_weights(a: Trainer, b: Trainer) -> bool:
     return all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize(
-    ("norm", "kernels", "shape"),
-    [
-        ("pre", "1", {}),
-        ("pre", "0", {}),
-        ("post", "1", {"bias": False, "activation": "relu"}),
-        ("post", "1", {"activation": "gelu"}),
-    ],
-)
-def test_gradients_equal_pytorch(norm, kernels, shape, monkeypatch):
-    monkeypatch.setenv("TINYGPT_KERNELS", kernels)
-    trainer = fresh(replace(TINY, norm=norm, **shape))
-    theirs = torch_model(trainer)
-    inputs, targets = batch(1)
-    torch_step(theirs, theirs.adamw(0.0), inputs, targets)  # which also clips
-    _, gradients = trainer.gradients(Tensor(inputs), Tensor(targets))
-    ours = {name: gradient.numpy() for name, gradient in gradients.items()}
-    length = np.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in ours.values()))
-    expected = theirs.gradients()
-    assert ours.keys() == expected.keys()
-    for name, gradient in ours.items():
-        clipped = gradient * min(1.0, TINY.grad_clip / length)
-        # A key's bias moves all scores of a query alike: its gradient is 0 but for rounding.
-        scale = 1.0 if name.endswith("k_proj.bias") else np.abs(expected[name]).max()
-        np.testing.assert_allclose(clipped, expected[name], atol=1e-4 * scale, err_msg=name)
-
-
 def test_ten_steps_equal_pytorch():
     trainer = fresh()
     theirs = torch_model(trainer)
@@ -266,3 +239,30 @@ def test_lora_trains_only_its_own_and_equals_the_adapter():
     merged = trainer.model.blocks[0].mlp.c_fc(Tensor(x)).numpy() - after["blocks.0.mlp.c_fc.bias"]
     np.testing.assert_allclose(merged, adapter, atol=1e-5)
     assert np.isfinite(trainer.model(Tensor(inputs)).numpy()).all()
+
+
+@pytest.mark.parametrize(
+    ("norm", "kernels", "shape"),
+    [
+        ("pre", "1", {}),
+        ("pre", "0", {}),
+        ("post", "1", {"bias": False, "activation": "relu"}),
+        ("post", "1", {"activation": "gelu"}),
+    ],
+)
+def test_gradients_equal_pytorch(norm, kernels, shape, monkeypatch):
+    monkeypatch.setenv("TINYGPT_KERNELS", kernels)
+    trainer = fresh(replace(TINY, norm=norm, **shape))
+    theirs = torch_model(trainer)
+    inputs, targets = batch(1)
+    torch_step(theirs, theirs.adamw(0.0), inputs, targets)  # which also clips
+    _, gradients = trainer.gradients(Tensor(inputs), Tensor(targets))
+    ours = {name: gradient.numpy() for name, gradient in gradients.items()}
+    length = np.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in ours.values()))
+    expected = theirs.gradients()
+    assert ours.keys() == expected.keys()
+    for name, gradient in ours.items():
+        clipped = gradient * min(1.0, TINY.grad_clip / length)
+        # A key's bias moves all scores of a query alike: its gradient is 0 but for rounding.
+        scale = 1.0 if name.endswith("k_proj.bias") else np.abs(expected[name]).max()
+        np.testing.assert_allclose(clipped, expected[name], atol=1e-4 * scale, err_msg=name)
