@@ -25,8 +25,22 @@ def visible(text: str) -> str:
     return text.replace("\r\n", "\n").translate(_CONTROL)
 
 
+def one_line(text: str, longest: int = _LONGEST) -> str:
+    """What holds no line's end, moves no cursor and fills no screen, whatever is quoted in it.
+
+    All that is printed of names and contents from elsewhere goes through this, or through `show`.
+    """
+    if len(text) > longest:
+        half = longest // 2
+        text = f"{text[:half]} ... {text[-half:]}"
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
 class InputError(ValueError):
     """Something given by the user is wrong. The message is one line, written for that user."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))  # it may quote names and contents from anywhere
 
 
 def unknown(what: str, value: object, allowed: Iterable[object]) -> InputError:
@@ -110,7 +124,7 @@ def reason(error: Exception) -> str:
     cause = getattr(error, "reason", error)  # urllib wraps what happened
     known = getattr(cause, "strerror", None)
     text = known[:1].lower() + known[1:] if isinstance(known, str) else str(cause)
-    return " ".join(text.split()) or type(cause).__name__
+    return one_line(" ".join(text.split()), _LONGEST // 4) or type(cause).__name__
 
 
 def say(text: str, below: str = "") -> None:
@@ -120,19 +134,11 @@ def say(text: str, below: str = "") -> None:
         text: what is said. It may quote names and contents from anywhere, and becomes one line.
         below: a text to show under it, with its own lines.
     """
-    line = f"tinygpt: {_one_line(text)}"
+    line = f"tinygpt: {one_line(text)}"
     if below:
         line += f"\n{visible(below)}\n"
     with suppress(OSError):  # a stderr that nobody reads is no reason to stop
         print(line, file=sys.stderr, flush=True)
-
-
-def _one_line(text: str) -> str:
-    """What holds no line's end, moves no cursor and fills no screen, whatever is quoted in it."""
-    if len(text) > _LONGEST:
-        half = _LONGEST // 2
-        text = f"{text[:half]} ... {text[-half:]}"
-    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 
 @contextmanager

@@ -106,13 +106,17 @@ class Generator:
             raise InputError(f"prompts are {show(prompts)}: give a list of rows of ids") from error
         if len(prompts) == 0:
             raise InputError("no prompts: give at least one")
-        if not self._idle_fits(len(prompts)):  # check before even the prompts are copied
-            self.model.require_cache_memory(len(prompts), self.model.config.block_size)
+        self.require_memory(len(prompts))
         rows = [self._check_prompt(prompt) for prompt in prompts]
         max_new_tokens = _plain(max_new_tokens)
         check_int("max_new_tokens", max_new_tokens, low=0)
         seeds = self._check_seeds(seed, len(rows))
         return self._steps(rows, max_new_tokens, seeds, _ends(stop_tokens), settings)
+
+    def require_memory(self, batch_size: int) -> None:
+        """Refuse a batch that would not fit into memory, before even its prompts are copied."""
+        if not self._idle_fits(batch_size):
+            self.model.require_cache_memory(batch_size, self.model.config.block_size)
 
     def _check_prompt(self, prompt: Sequence[int]) -> list[int]:
         ids = read_ids(prompt)

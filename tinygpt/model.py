@@ -169,6 +169,7 @@ class GPT:
     def require_cache_memory(self, batch_size: int, length: int) -> None:
         """Refuse a cache that would not fit into memory: see `empty_cache`."""
         size_bytes = 8 * self.config.n_layer * math.prod(self._cache_shape(batch_size, length))
+        size_bytes += 4 * batch_size * self.config.vocab_size  # the logits of each
         require_memory(size_bytes, f"the cache for a batch of {batch_size}")
 
     def _cache_shape(self, batch_size: int, length: int) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from tinygpt.errors import CheckpointError, InputError, reason, show
+from tinygpt.errors import CheckpointError, InputError, one_line, reason, show
 
 if TYPE_CHECKING:
     from tinygrad.helpers import tqdm
@@ -37,7 +38,7 @@ def byte_bar(title: str, total: int | None, least: int = 0) -> tqdm:
     from tinygrad.helpers import tqdm
 
     hidden = True if total is not None and total < least else None
-    return tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=hidden)
+    return tqdm(total=total, desc=one_line(title, 100), unit="B", unit_scale=True, disable=hidden)
 
 
 def need(condition: bool, fact: str) -> None:
@@ -49,15 +50,36 @@ def need(condition: bool, fact: str) -> None:
         raise ValueError(fact)
 
 
+def open_plain(path: str | Path) -> BinaryIO:
+    """A plain file opened to be read: no pipe, device or socket, which may wait or never end.
+
+    Raises:
+        OSError: when it cannot be opened, or is none.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # of a folder, open() says so
+        raise OSError("it is no plain file")
+    # They are no files either, though they look like some: a few wait, and some have no end.
+    if os.path.realpath(path).startswith(("/proc/", "/sys/")):
+        raise OSError("it is no plain file: the system makes it up while it is read")
+    file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # it was changed in between
+        file.close()
+        raise OSError("it is no plain file")
+    return file
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
 def read_bytes(path: str | Path, most_bytes: int) -> bytes:
     """What is in a plain file that must not be larger.
 
     Raises:
         OSError, ValueError: when it cannot be read, is none, or has more.
     """
-    pipe = os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))
-    need(not pipe, "it is no plain file")  # open() would wait for a writer
-    with open(path, "rb") as file:
+    with open_plain(path) as file:
         data = file.read(most_bytes + 1)
     need(len(data) <= most_bytes, f"it has more than {most_bytes >> 20} MiB")
     return data.removeprefix(codecs.BOM_UTF8)  # Windows' editors put it before a text
@@ -202,7 +224,7 @@ def check_digest(path: Path, expected: str) -> None:
     """
     try:
         need(path.is_file(), "it is missing")
-        with open(path, "rb") as file:
+        with open_plain(path) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {reason(error)}") from error
@@ -263,7 +285,7 @@ def atomic_folder(path: str | Path, advice: str = "") -> Iterator[Path]:
         yield temporary
         os.rename(temporary, target)  # this replaces an empty folder, and no other
     except InputError as error:  # of a file inside, whose place nobody was told of
-        raise type(error)(str(error).replace(str(temporary), str(path))) from error
+        raise type(error)(str(error).replace(one_line(str(temporary)), str(path))) from error
     except OSError as error:
         raise InputError(f"cannot write {path}: {reason(error)}{advice}") from error
     finally:

@@ -129,6 +129,7 @@ class Writer:
         Raises:
             InputError: for an argument that cannot work, before anything is computed.
         """
+        self.generator.require_memory(len(seeds))
         prompts, ends = [prompt_ids] * len(seeds), self.tokenizer.ends
         return self.generator.generate_batch(prompts, max_new_tokens, seeds, ends, **sampling)
 

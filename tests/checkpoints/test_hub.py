@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import hashlib
 import http.client
 import json
 import os
+import pickle
 import shutil
+import socket
+import subprocess
+import sys
 import threading
+import tracemalloc
+import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
@@ -19,22 +27,43 @@ from urllib.request import Request
 
 import pytest
 
-from tinygpt.checkpoints import download, hub
+from tinygpt.checkpoints import download, hub, watched_http
 from tinygpt.checkpoints.load_tokenizer import load_tokenizer
+from tinygpt.checkpoints.open_checkpoint import open_checkpoint
+from tinygpt.checkpoints.watched_http import Redirects
 from tinygpt.errors import CheckpointError, InputError
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
-SINGLE = {CONFIG: b"{}", "vocab.json": b"{}", "model.safetensors": b"weights" * 1000}
+
+
+def safetensors(count: int) -> bytes:
+    """A file of the form with so many numbers."""
+    entry = {"dtype": "F32", "shape": [count], "data_offsets": [0, 4 * count]}
+    header = json.dumps({"a": entry}).encode()
+    numbers = b"".join(number.to_bytes(4, "little") for number in range(count))
+    return len(header).to_bytes(8, "little") + header + numbers
+
+
+def torch_file(content: bytes = b"") -> bytes:
+    """A state dict without tensors, as torch saves it, beside which something else lies."""
+    out = BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("x/data.pkl", pickle.dumps({}, 2))
+        archive.writestr("x/other", content)
+    return out.getvalue()
+
+
+SINGLE = {CONFIG: b"{}", "vocab.json": b"{}", "model.safetensors": safetensors(2000)}
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 SHARDED = {
     CONFIG: b"{}",
     INDEX: json.dumps({"weight_map": {"a": SHARDS[0], "b": SHARDS[1], "c": SHARDS[0]}}).encode(),
-    SHARDS[0]: b"first",
-    SHARDS[1]: b"second",
+    SHARDS[0]: safetensors(1),
+    SHARDS[1]: safetensors(2),
 }
 
 
-ADAPTER = {"adapter_config.json": b"{}", "vocab.json": b"{}", "adapter_model.bin": b"weights"}
+ADAPTER = {"adapter_config.json": b"{}", "vocab.json": b"{}", "adapter_model.bin": torch_file()}
 
 
 class Server:
@@ -48,6 +77,10 @@ class Server:
         self.chunked: dict[str, int] = {}  # announce no length; hang up after so many bytes
         self.claim: dict[str, int] = {}  # announce this length
         self.stated: dict[str, str] = {}  # state this SHA-256
+        self.headers: dict[str, dict[str, str]] = {}  # send these too
+        self.tags: dict[str, str] = {}  # the ETags of files that can be had in parts
+        self.bare: set[str] = set()  # announce no length, hang up at the end
+        self.ranges: list[tuple[str, str | None, str | None]] = []  # (name, Range, If-Range)
         self.seen: list[tuple[str, str, str | None]] = []  # (host, path, authorization)
         outer = self
 
@@ -71,6 +104,7 @@ class Server:
         self.seen.append((host, path, handler.headers["Authorization"]))
         repo, _, name = path.removeprefix("/").partition("/resolve/main/")
         body = self.files.get(repo, {}).get(name, b"")
+        self.ranges.append((name, handler.headers["Range"], handler.headers["If-Range"]))
         handler.close_connection = True
         if name in self.redirect and host == "127.0.0.1":
             handler.send_response(302)
@@ -78,7 +112,17 @@ class Server:
             body = b""
         else:
             found = 200 if name in self.files.get(repo, {}) else 404
-            handler.send_response(self.status.get(name, found))
+            begin, tag = handler.headers["Range"], self.tags.get(name)
+            if found == 200 and tag and begin and handler.headers["If-Range"] == tag:
+                start, found = int(begin.removeprefix("bytes=").removesuffix("-")), 206
+                end, whole = len(body) - 1, len(body)
+                handler.send_response(206)
+                handler.send_header("Content-Range", f"bytes {start}-{end}/{whole}")
+                body = body[start:]
+            else:
+                handler.send_response(self.status.get(name, found))
+            if found != 404 and tag:
+                handler.send_header("ETag", tag)
         if name in self.stated and host == "127.0.0.1":
             handler.send_header("X-Linked-Etag", self.stated[name])
         if name in self.chunked:
@@ -87,6 +131,12 @@ class Server:
             part = body[: self.chunked[name]]
             end = b"0\r\n\r\n" if part == body else b""
             handler.wfile.write(b"%x\r\n%s\r\n%s" % (len(part), part, end))
+            return
+        for header, value in self.headers.get(name, {}).items():
+            handler.send_header(header, value)
+        if name in self.bare:
+            handler.end_headers()
+            handler.wfile.write(body[: self.cut.get(name, len(body))])
             return
         handler.send_header("Content-Length", str(self.claim.get(name, len(body))))
         handler.end_headers()
@@ -233,10 +283,10 @@ def test_a_stated_sum_is_checked(elsewhere: bool, server: Server, tmp_path: Path
 
 
 def test_a_model_of_torchs_files(server: Server) -> None:
-    files = {CONFIG: b"{}", "pytorch_model.bin": b"weights"}
+    files = {CONFIG: b"{}", "pytorch_model.bin": torch_file()}
     server.files["org/old"] = files
     assert contents(hub.resolve("org/old")) == files
-    shards = {"pytorch_model-1.bin": b"first", "pytorch_model-2.bin": b"second"}
+    shards = {"pytorch_model-1.bin": torch_file(), "pytorch_model-2.bin": torch_file(b"b")}
     index = json.dumps({"weight_map": dict(zip("ab", shards, strict=True))}).encode()
     files = {CONFIG: b"{}", "pytorch_model.bin.index.json": index, **shards}
     server.files["org/big"] = files
@@ -345,9 +395,9 @@ def test_no_redirect_gives_up_encryption() -> None:
     request, body = Request("https://hub.example/a"), BytesIO()
     for url in ("http://hub.example/a", "ftp://hub.example/a"):
         with pytest.raises(InputError, match="redirects from https to"):
-            download._Redirects().redirect_request(request, body, 302, "", Message(), url)
+            Redirects().redirect_request(request, body, 302, "", Message(), url)
     assert body.closed
-    allowed = download._Redirects().redirect_request(
+    allowed = Redirects().redirect_request(
         request, body, 302, "", Message(), "https://cdn.example/a"
     )
     assert allowed is not None
@@ -563,3 +613,423 @@ def test_where_our_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hub.cache_folder() == Path("/caches/tinygpt")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert hub.cache_folder() == Path("/home/someone/.cache/tinygpt")
+
+
+PAGE = b"<!DOCTYPE html>\n<html><body>Log in</body></html>"
+WEIGHTS = "model.safetensors"
+
+
+def kept(tmp_path: Path) -> dict[str, int]:
+    """The sizes of the files that a cut download has left."""
+    folders = (tmp_path / "cache" / "models").glob(".*.part/model")
+    return {path.name: path.stat().st_size for each in folders for path in each.iterdir()}
+
+
+def recovers(server: Server, tmp_path: Path, files: dict[str, bytes]) -> None:
+    """Nothing is left of what went wrong, and once the server is well the model comes."""
+    assert models(tmp_path) == []
+    for wrong in (server.status, server.cut, server.stated, server.headers, server.bare):
+        wrong.clear()
+    server.files["org/tiny"] = files
+    assert contents(hub.resolve("org/tiny")) == files
+
+
+TEXTS = {"merges.txt": b"#version: 0.2\na b\n", "chat_template.jinja": b"{{ a }}"}
+ALL = SINGLE | TEXTS
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_page_of_the_web_in_place_of_a_file_is_not_kept(
+    name: str, server: Server, tmp_path: Path
+) -> None:
+    server.files["org/tiny"] = ALL | {name: PAGE}
+    fails("org/tiny", f"sent {name} as a page of the web, .*login.*: try again", CheckpointError)
+    recovers(server, tmp_path, ALL)
+
+
+DAMAGED = {
+    CONFIG: [b"", b"{", b"[]", gzip.compress(b"{}")],
+    "vocab.json": [b'{"a": 1', b"\0\0"],
+    "merges.txt": [b"", b"\xff\xfe"],
+    WEIGHTS: [b"", SINGLE[WEIGHTS][:-1], SINGLE[WEIGHTS] + b"x", bytes(9000)],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "body"), [(name, body) for name, bodies in DAMAGED.items() for body in bodies]
+)
+def test_a_damaged_file_is_not_kept(name: str, body: bytes, server: Server, tmp_path: Path) -> None:
+    server.files["org/tiny"] = ALL | {name: body}
+    fails("org/tiny", f"sent {name} damaged: .*not kept: try again", CheckpointError)
+    recovers(server, tmp_path, ALL)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "adapter_model.bin"])
+def test_a_damaged_torch_file_is_not_kept(name: str, server: Server, tmp_path: Path) -> None:
+    config = "adapter_config.json" if name[0] == "a" else CONFIG
+    whole = {config: b"{}", name: torch_file(b"x" * 1000)}
+    server.files["org/tiny"] = whole | {name: whole[name][:-100]}
+    fails("org/tiny", f"sent {name} damaged: .*not kept: try again", CheckpointError)
+    recovers(server, tmp_path, whole)
+
+
+@pytest.mark.parametrize("name", [*SINGLE, "merges.txt"])
+def test_half_a_body_without_a_length_is_not_kept(
+    name: str, server: Server, tmp_path: Path
+) -> None:
+    server.files["org/tiny"] = ALL
+    server.bare.add(name)
+    server.cut[name] = len(ALL[name]) // 2
+    fails("org/tiny", f"{name}.*try again")
+    recovers(server, tmp_path, ALL)
+
+
+def test_a_body_without_a_length_is_taken_where_it_can_be_seen_to_be_whole(
+    server: Server, tmp_path: Path
+) -> None:
+    server.files["org/tiny"] = SINGLE
+    server.bare |= {*SINGLE}
+    assert contents(hub.resolve("org/tiny")) == SINGLE
+
+
+@pytest.mark.parametrize("status", [201, 202, 203, 204, 205, 206, 226, 299, 304, 305, 999])
+@pytest.mark.parametrize("name", [CONFIG, "vocab.json", WEIGHTS])
+def test_another_status_than_asked_for_is_refused(
+    name: str, status: int, server: Server, tmp_path: Path
+) -> None:
+    server.files["org/tiny"] = SINGLE
+    server.status[name] = status
+    fails("org/tiny", f"answered HTTP {status} for org/tiny {name}.*: try again")
+    recovers(server, tmp_path, SINGLE)
+
+
+@pytest.mark.parametrize(
+    ("header", "value"),
+    [("Content-Encoding", "gzip"), ("Content-Encoding", "\x1b]0;x"), ("Transfer-Encoding", "gzip")],
+)
+@pytest.mark.parametrize("name", [CONFIG, "merges.txt", WEIGHTS])
+def test_an_encoding_that_was_not_asked_for_is_refused(
+    name: str, header: str, value: str, server: Server, tmp_path: Path
+) -> None:
+    server.files["org/tiny"] = ALL
+    server.headers[name] = {header: value}
+    fails("org/tiny", f"sent {name} in the encoding .*not asked for: try again")
+    recovers(server, tmp_path, ALL)
+
+
+def git_hash(body: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
+
+
+@pytest.mark.parametrize("form", ['"{}"', "{}", 'W/"{}"'])
+@pytest.mark.parametrize("name", ["merges.txt", WEIGHTS])
+def test_the_hash_in_an_etag_is_checked(
+    name: str, form: str, server: Server, tmp_path: Path
+) -> None:
+    """SHA-256 of large files, git's of small ones; of other files the form could not tell."""
+    changed = bytearray(ALL[name])
+    changed[-2] ^= 1
+    server.files["org/tiny"] = ALL | {name: bytes(changed)}
+    for stated in (git_hash(ALL[name]), hashlib.sha256(ALL[name]).hexdigest()):
+        server.headers[name] = {"ETag": form.format(stated)}
+        fails("org/tiny", f"sent {name} with .*, where it states {stated}; .*try again")
+        assert models(tmp_path) == []
+    server.files["org/tiny"] = ALL
+    assert contents(hub.resolve("org/tiny")) == ALL
+
+
+def test_an_etag_that_is_no_hash_is_none(server: Server) -> None:
+    server.files["org/tiny"] = SINGLE
+    server.headers[WEIGHTS] = {"ETag": '"62a-5f1"'}
+    assert contents(hub.resolve("org/tiny")) == SINGLE
+
+
+def test_a_kept_model_that_is_damaged_says_how_to_fetch_it_again(
+    server: Server, tmp_path: Path
+) -> None:
+    server.files["openai-community/gpt2"] = SINGLE
+    folder = hub.resolve("gpt2")
+    (folder / WEIGHTS).write_bytes(PAGE)
+    with pytest.raises(CheckpointError, match="`tinygpt models --remove gpt2` removes it"):
+        open_checkpoint("gpt2")
+    hub.remove("gpt2")
+    assert contents(hub.resolve("gpt2")) == SINGLE
+
+
+def test_a_cut_download_goes_on_where_it_stopped(server: Server, tmp_path: Path) -> None:
+    server.files["org/big"] = SHARDED
+    server.tags = {name: f'"{name}"' for name in SHARDED}
+    server.cut[SHARDS[1]] = 20
+    fails("org/big", f"sent 20 of {len(SHARDED[SHARDS[1]])} bytes of {SHARDS[1]}: try again")
+    assert kept(tmp_path)[SHARDS[1]] == 20
+    assert [model.name for model in hub.local_models()] == [hub.BUILT_IN]
+    server.cut.clear()
+    server.ranges.clear()
+    assert contents(hub.resolve("org/big")) == SHARDED
+    assert (SHARDS[1], "bytes=19-", f'"{SHARDS[1]}"') in server.ranges
+    whole = len(SHARDED[SHARDS[0]]) - 1  # which is asked for its last byte alone
+    assert (SHARDS[0], f"bytes={whole}-", f'"{SHARDS[0]}"') in server.ranges
+    assert models(tmp_path) == ["org--big"]
+
+
+def test_a_cut_download_starts_anew_where_the_file_is_another_now(
+    server: Server, tmp_path: Path
+) -> None:
+    server.files["org/tiny"] = SINGLE
+    server.tags = {WEIGHTS: '"one"'}
+    server.cut[WEIGHTS] = 100
+    fails("org/tiny", "sent 100 of")
+    server.cut.clear()
+    server.tags = {WEIGHTS: '"two"'}
+    other = SINGLE | {WEIGHTS: safetensors(100)}
+    server.files["org/tiny"] = other
+    assert contents(hub.resolve("org/tiny")) == other
+
+
+@pytest.mark.parametrize("answer", ["no ranges", "416", "another part", "another state", "weak"])
+def test_a_cut_download_starts_anew_where_the_server_gives_no_such_part(
+    answer: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.files["org/tiny"] = SINGLE
+    server.tags = {WEIGHTS: 'W/"one"' if answer == "weak" else '"one"'}
+    server.cut[WEIGHTS] = 100
+    fails("org/tiny", "sent 100 of")
+    assert (WEIGHTS in kept(tmp_path)) == (answer != "weak")
+    server.cut.clear()
+    real = server.answer
+
+    def answer_so(handler: BaseHTTPRequestHandler) -> None:
+        if handler.headers["Range"] and answer != "weak":
+            if answer == "416":
+                handler.send_response(416)
+            elif answer == "no ranges":
+                del handler.headers["Range"]
+                return real(handler)
+            else:
+                handler.send_response(206)
+                start = 50 if answer == "another part" else 99
+                whole = len(SINGLE[WEIGHTS])
+                handler.send_header("Content-Range", f"bytes {start}-{whole - 1}/{whole}")
+                handler.send_header("ETag", '"two"' if answer == "another state" else '"one"')
+            handler.send_header("Content-Length", "0")
+            handler.end_headers()
+            return None
+        return real(handler)
+
+    monkeypatch.setattr(server, "answer", answer_so)
+    assert contents(hub.resolve("org/tiny")) == SINGLE
+
+
+def test_what_was_cut_and_does_not_fit_its_end_is_thrown_away(
+    server: Server, tmp_path: Path
+) -> None:
+    """The disk may have lost what was written last, or the server may have lied."""
+    server.files["org/tiny"] = SINGLE
+    server.tags = {WEIGHTS: '"one"'}
+    server.stated[WEIGHTS] = hashlib.sha256(SINGLE[WEIGHTS]).hexdigest()
+    server.cut[WEIGHTS] = 5000
+    fails("org/tiny", "sent 5000 of")
+    (path,) = (tmp_path / "cache" / "models").glob(f".*.part/model/{WEIGHTS}")
+    path.write_bytes(bytes(5000))
+    server.cut.clear()
+    fails("org/tiny", "with SHA-256 .*, where it states .*try again")
+    assert models(tmp_path) == []
+    assert contents(hub.resolve("org/tiny")) == SINGLE
+
+
+def test_files_of_an_earlier_try_that_the_model_has_no_more_do_not_stay(
+    server: Server, tmp_path: Path
+) -> None:
+    server.files["org/tiny"] = ALL
+    server.tags = {name: f'"{name}"' for name in ALL}
+    server.cut[WEIGHTS] = 100
+    fails("org/tiny", "sent 100 of")
+    server.cut.clear()
+    server.files["org/tiny"] = SINGLE
+    assert contents(hub.resolve("org/tiny")) == SINGLE
+
+
+KILLED = """
+import sys
+from tinygpt.checkpoints import hub
+from tinygpt.checkpoints.open_checkpoint import open_checkpoint
+from tinygpt.checkpoints.watched_http import Response
+real = Response.piece
+def piece(self):
+    data = real(self)
+    print("here", flush=True)
+    sys.stdin.readline()  # killed before there is one
+    return data
+Response.piece = piece
+hub.resolve("org/tiny")
+"""
+
+
+def downloading() -> subprocess.Popen:
+    """Another process, which is in the midst of a download."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout
+    assert process.stdout.readline() == b"here\n"
+    return process
+
+
+def test_what_a_killed_download_left_is_swept_and_never_that_of_a_running_one(
+    server: Server, tmp_path: Path
+) -> None:
+    server.files["org/tiny"] = SINGLE
+    folder = tmp_path / "cache" / "models"
+    running = downloading()
+    killed = downloading()
+    try:
+        assert models(tmp_path) == [".org--tiny.0.part", ".org--tiny.1.part"]
+        os.utime(folder / ".org--tiny.0.part", (0, 0))
+        killed.kill()
+        killed.wait()
+        hub.remove("org/tiny")
+        assert models(tmp_path) == [".org--tiny.0.part"]
+        assert contents(hub.resolve("org/tiny")) == SINGLE
+        assert models(tmp_path) == [".org--tiny.0.part", "org--tiny"]
+    finally:
+        running.kill()
+        running.communicate()
+        killed.communicate()
+    server.files["org/other"] = SINGLE
+    hub.resolve("org/other")
+    assert models(tmp_path) == ["org--other", "org--tiny"]
+
+
+def test_what_a_killed_download_of_another_model_left_is_swept_when_it_is_old(
+    server: Server, tmp_path: Path
+) -> None:
+    folder = tmp_path / "cache" / "models"
+    for name in (".org--a.0.part", ".org--b.0.part", ".0123456789abcdef.tmp"):
+        (folder / name / "model").mkdir(parents=True)
+        (folder / name / "model" / CONFIG).write_bytes(b"{}")
+    for path in folder.rglob("*"):
+        if "--b" not in str(path):
+            os.utime(path, (0, 0))
+    server.files["org/tiny"] = SINGLE
+    hub.resolve("org/tiny")
+    assert models(tmp_path) == [".org--b.0.part", "org--tiny"]
+
+
+class Raw:
+    """A server that sends whatever bytes it is told to, one connection after the other."""
+
+    def __init__(self, *parts: bytes, endless: bytes = b"", slowly: bool = False) -> None:
+        self.parts, self.endless, self.slowly = parts, endless, slowly
+        self.sent = 0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        self.thread = threading.Thread(target=self.serve, daemon=True)
+        self.stopped = threading.Event()
+        self.thread.start()
+
+    def serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self.listener.accept()
+            except OSError:
+                return
+            with connection, suppress(OSError):
+                connection.recv(1 << 16)
+                for part in self.parts:
+                    self.send(connection, part)
+                while self.endless and not self.stopped.is_set():
+                    self.send(connection, self.endless)
+
+    def send(self, connection: socket.socket, data: bytes) -> None:
+        connection.sendall(data)
+        self.sent += len(data)
+        if self.slowly:
+            self.stopped.wait(0.02)
+
+    def stop(self) -> None:
+        self.stopped.set()
+        self.listener.close()
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+HOSTILE = {
+    "negative chunk": ([CHUNKED, b"-5\r\nabc"], b""),
+    "chunk of -1 and no end": ([CHUNKED, b"-1\r\n"], b"x" * 65536),
+    "absurd chunk": ([CHUNKED, b"f" * 40 + b"\r\nabc"], b""),
+    "chunk size of letters": ([CHUNKED, b"zz\r\nabc"], b""),
+    "chunk size without end": ([CHUNKED], b"0" * 65536),
+    "endless extension": ([CHUNKED, b"1;"], b"a" * 65536),
+    "endless trailers": ([CHUNKED, b"2\r\n{}\r\n0\r\n"], b"a: b\r\n" * 9999),
+    "endless headers": ([OK], b"a: b\r\n" * 9999),
+    "endless header": ([OK, b"a: "], b"b" * 65536),
+    "endless continue": ([], b"HTTP/1.1 100 Continue\r\n\r\n" * 999),
+    "endless status": ([b"HTTP/1.1 200 "], b"x" * 65536),
+    "endless body": ([OK + b"\r\n"], b" " * 65536),
+    "endless small chunks": ([CHUNKED], b"1\r\n \r\n" * 9999),
+    "negative length": ([OK + b"Content-Length: -5\r\n\r\n"], b""),
+    "absurd length": ([OK + b"Content-Length: " + b"9" * 30 + b"\r\n\r\n{}"], b""),
+    "no HTTP": ([b"\x1b]0;owned\x07\x1b[2J" * 99 + b"\r\n"], b""),
+    "escapes in its reason": ([b"HTTP/1.1 599 \x1b]0;owned\x07\x1b[2J\r\n\r\n"], b""),
+    "escapes in a redirect": ([b"HTTP/1.1 302 x\r\nLocation: \x1b]0;owned\x07://x\r\n\r\n"], b""),
+    "long redirect": ([b"HTTP/1.1 302 x\r\nLocation: q://" + b"x" * 60_000 + b"\r\n\r\n"], b""),
+    "nothing": ([], b""),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_answer_ends_in_one_line(
+    kind: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "MAX_TEXT_BYTES", 4 << 20)
+    parts, endless = HOSTILE[kind]
+    raw = Raw(*parts, endless=endless)
+    monkeypatch.setenv("HF_ENDPOINT", raw.url)
+    try:
+        tracemalloc.start()
+        with pytest.raises(InputError) as caught:
+            hub.resolve("org/tiny")
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    finally:
+        tracemalloc.stop()
+        raw.stop()
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1300
+    assert raw.sent < 64 << 20
+    assert models(tmp_path) == []
+
+
+DRIPS = {
+    "headers": ([OK], b"a"),
+    "continues": ([], b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "body": ([OK + b"Content-Length: 99999999\r\n\r\n"], b" "),
+    "body of no length": ([OK + b"\r\n"], b" "),
+    "chunks": ([CHUNKED], b"1\r\n \r\n"),
+    "trailers": ([CHUNKED, b"2\r\n{}\r\n0\r\n"], b"a"),
+}
+
+
+@pytest.mark.parametrize("kind", DRIPS)
+def test_a_server_that_drips_meets_a_deadline(
+    kind: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watched_http, "_PIECE_S", 0.3)
+    parts, endless = DRIPS[kind]
+    raw = Raw(*parts, endless=endless, slowly=True)
+    monkeypatch.setenv("HF_ENDPOINT", raw.url)
+    try:
+        fails("org/tiny", "the server is too slow")
+    finally:
+        raw.stop()
+    assert models(tmp_path) == []
+
+
+def test_a_file_without_a_length_meets_the_end_of_the_disk_before_it_is_full(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.files["org/tiny"] = SINGLE | {WEIGHTS: safetensors(100_000)}
+    server.bare.add(WEIGHTS)
+    usage = shutil.disk_usage(tmp_path)._replace(free=200_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    fails("org/tiny", "no more than 0 MiB are free")
+    assert models(tmp_path) == []

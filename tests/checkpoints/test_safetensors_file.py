@@ -297,13 +297,16 @@ def test_any_damage_is_noticed_or_harmless(tmp_path: Path) -> None:
     assert 1000 < refused < 2000  # flips in the data alone cannot be noticed
 
 
+NOT_TO_OPEN = r"no such file|is a directory|no plain file|null byte"
+
+
 def test_what_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
     fifo = tmp_path / "pipe"
     os.mkfifo(fifo)  # opening it would wait for a writer
     for path in (tmp_path / "missing", tmp_path, fifo, Path("a\0b")):
-        with pytest.raises(CheckpointError, match="no such file"):
+        with pytest.raises(CheckpointError, match=NOT_TO_OPEN):
             read_header(path)
-    with pytest.raises(CheckpointError, match="no such file"):
+    with pytest.raises(CheckpointError, match=NOT_TO_OPEN):
         read_tensor(tmp_path / "missing", TensorInfo("F32", (2,), 8, 16))
 
 

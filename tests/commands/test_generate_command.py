@@ -18,6 +18,7 @@ from conftest import needs_clang, randomize, save_with_bytes
 from program import CONFIG, ROOT, SHORT, finish, is_refused, start
 
 from tinygpt import GPT, Generator, GPTConfig, load_tokenizer
+from tinygpt.commands import prompt as read_from
 from tinygpt.commands.generate import _Sample
 from tinygpt.commands.prompt import stop_text
 from tinygpt.runtime import device
@@ -311,6 +312,9 @@ BAD = {
     "--layers 999999999": "MiB are free: choose a smaller model",
     f"--dim {'9' * 320}": "it must be a whole number, 1 or more and below 2**31",
     "--num-samples 1000000": "MiB are free",
+    "--num-samples 2147483647": "MiB are free",  # not even a list of their seeds is made
+    "--layers 1 --heads 1 --dim 1 --context 1 --num-samples 2147483647": "MiB are free",
+    "--num-samples 9999999999999999999999": "it must be a whole number, 1 or more and below 2**31",
     "--norm prre": "unknown --norm 'prre': did you mean 'pre'?",
     "--dim 10000000 --heads 1": "MiB are free: choose a smaller model",
     "--dtype flaot32": "unknown --dtype 'flaot32': did you mean 'float32'?",
@@ -345,6 +349,33 @@ BAD = {
     "''": "the prompt is empty",
     "a\udcff": "not valid Unicode",
 }
+
+
+class Long(io.RawIOBase):
+    """A stream of far more than a prompt may have, in one line."""
+
+    def __init__(self) -> None:
+        self.left = 64 << 20
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        count = min(len(buffer), self.left)
+        buffer[:count] = b"a" * count
+        self.left -= count
+        return count
+
+
+@pytest.mark.parametrize("argv", [["-"], ["--interactive"]])
+def test_a_prompt_on_stdin_is_counted_before_it_fills_the_memory(argv, saved, cli, monkeypatch):
+    monkeypatch.setattr(read_from, "MAX_TEXT_BYTES", 1 << 20)
+    stream = Long()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(stream)))
+    status, out, err = cli(*argv, "-m", saved[0], "-n", 1)
+    assert (status, out) == (2, "")
+    assert "error: the prompt on stdin has more than 1 MiB" in err.splitlines()[-1]
+    assert stream.left > 62 << 20  # the rest is not even read
 
 
 @pytest.mark.parametrize("argv", BAD)

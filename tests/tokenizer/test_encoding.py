@@ -767,3 +767,19 @@ def test_long_token_is_refused_at_once(tmp_path: Path) -> None:
     files = pair(vocabulary(*(half + half for half in halves)), merges)
     with pytest.raises(InputError, match="its tokens are too long"):
         load_tokenizer(write(tmp_path, files))
+
+
+def test_a_stop_text_is_compared_no_further_than_the_text_goes():
+    """One of 100,000 letters would else take a minute for each token."""
+    slices = 0
+
+    class Counted(str):
+        def __getitem__(self, key):
+            nonlocal slices
+            slices += 1
+            return str(self)[key]
+
+    stream = TextStream(load_tokenizer("bytes"), Counted("ab" * 5000))
+    text = "".join(map(stream.add, b"an abc of ab"))
+    assert text + stream.end() == "an abc of ab"
+    assert slices < 100

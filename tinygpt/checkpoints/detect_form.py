@@ -29,7 +29,7 @@ from tinygpt.checkpoints.tensor_names import (
 )
 from tinygpt.config import Activation, GPTConfig
 from tinygpt.errors import CheckpointError, InputError, reason, say, show
-from tinygpt.storage import read_json
+from tinygpt.storage import open_plain, read_json
 
 # Name without prefixes -> (file, where in it).
 Tensors = dict[str, tuple[Path, TensorInfo]]
@@ -71,13 +71,11 @@ def file_format(path: Path) -> str:
     Raises:
         CheckpointError: when it cannot be read.
     """
-    start = b""
-    if path.is_file():  # opening a pipe would wait for a writer
-        try:
-            with open(path, "rb") as file:
-                start = file.read(4)
-        except OSError as error:
-            raise CheckpointError(f"{path}: {reason(error)}") from error
+    try:
+        with open_plain(path) as file:
+            start = file.read(4)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {reason(error)}") from error
     if start == gguf_file.MAGIC:
         return "gguf"
     return "torch" if start in (b"PK\3\4", torch_file.OLD_START[:4]) else "safetensors"
@@ -314,7 +312,7 @@ def _same_bytes(one: tuple[Path, TensorInfo], other: tuple[Path, TensorInfo]) ->
     if len({(info.dtype, info.shape, info.strides, info.size_bytes) for info in infos}) > 1:
         return False
     step = 1 << 20
-    with open(one[0], "rb") as first, open(other[0], "rb") as second:
+    with open_plain(one[0]) as first, open_plain(other[0]) as second:
         for at in range(0, infos[0].size_bytes, step):
             size = min(step, infos[0].size_bytes - at)
             first.seek(infos[0].start + at)

@@ -18,7 +18,7 @@ import numpy as np
 
 from tinygpt.checkpoints.stored_tensor import MAX_ELEMENTS, MAX_TENSORS, SIZES, TensorInfo
 from tinygpt.errors import CheckpointError, InputError, reason, show
-from tinygpt.storage import LONG_BYTES, atomic_file, byte_bar, need
+from tinygpt.storage import LONG_BYTES, atomic_file, byte_bar, need, open_plain
 
 MAGIC = b"GGUF"
 _MAX_HEADER_BYTES = 16 << 20  # GPT-2's, with its vocabulary, takes 1.8 MB
@@ -54,8 +54,7 @@ def read_header(path: str | Path) -> tuple[dict[str, TensorInfo], dict[str, Any]
         CheckpointError: when the file cannot be read or any part of its header is wrong.
     """
     try:
-        need(os.path.isfile(path), "no such file")
-        with open(path, "rb") as file:
+        with open_plain(path) as file:
             size = os.fstat(file.fileno()).st_size
             head = _Head(file.read(_MAX_HEADER_BYTES), size)
         need(head.take(4) == MAGIC, "no GGUF file")

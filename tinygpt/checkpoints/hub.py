@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from tinygpt.checkpoints.model_files import ADAPTER_CONFIG, ADAPTER_FILES, FILES, shards
 from tinygpt.checkpoints.run_folder import followed
+from tinygpt.checkpoints.unfinished import sweep, unfinished_folder
 from tinygpt.errors import CheckpointError, InputError, reason, say, show
-from tinygpt.storage import read_json, temporary_beside
+from tinygpt.storage import read_json, read_text, temporary_beside
 
 _NAME = r"([A-Za-z0-9_][\w.-]{0,95}/)?[A-Za-z0-9_][\w.-]{0,95}"
 _GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -78,6 +79,19 @@ def resolve(name_or_path: str | Path) -> Path:
     return found or target
 
 
+@contextmanager
+def advice_if_fetched(path: Path) -> Iterator[None]:
+    """Say of what is wrong in the block with a fetched model how to fetch it again."""
+    try:
+        yield
+    except CheckpointError as error:
+        if path.parent != cache_folder() / "models":
+            raise
+        name = _short(path.name.replace("--", "/", 1))
+        again = f"`tinygpt models --remove {name}` removes it, so that it is fetched again"
+        raise CheckpointError(f"{error}; {again}") from error
+
+
 class LocalModel(NamedTuple):
     """A model that is here under a name."""
 
@@ -97,7 +111,7 @@ def local_models() -> Iterator[LocalModel]:
     for folder in _folders(own):
         if _is_fetched(folder):
             name = _short(folder.name.replace("--", "/", 1))
-            yield LocalModel(name, _size_bytes(folder), show(str(folder))[1:-1])
+            yield LocalModel(name, _size_bytes(folder), str(folder))
     for folder in _folders(_hugging_face_cache()):
         name = folder.name.removeprefix("models--").replace("--", "/", 1)
         if name == folder.name or not re.fullmatch(_NAME, name, re.ASCII):
@@ -122,6 +136,9 @@ def remove(name: str) -> Path:
     repo = _repo(name)
     target = _fetched(repo)
     plain = re.fullmatch(_NAME, name, re.ASCII) and "--" not in name and ".." not in name
+    swept = sweep(target.parent, target.name) if plain else []  # of a fetch that was not finished
+    if swept and not target.is_dir():
+        return swept[0]
     if not plain or not target.is_dir():
         if plain and _in_hugging_face_cache(repo):
             raise InputError(
@@ -188,9 +205,7 @@ def _in_hugging_face_cache(repo: str) -> Path | None:
         # The folder belongs to another program: whatever is wrong in it, we look further.
         with suppress(OSError, ValueError):
             snapshot = (
-                folder
-                / "snapshots"
-                / (folder / "refs" / "main").read_text(encoding="utf-8").strip()
+                folder / "snapshots" / read_text(folder / "refs" / "main", most_bytes=1000).strip()
             )
             if _is_fetched(snapshot) and _is_whole(snapshot):
                 return snapshot
@@ -222,44 +237,57 @@ def _download(repo: str, target: Path) -> None:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         here = f"{repo} is not in {target.parent}"
         raise InputError(f"{here}: unset HF_HUB_OFFLINE to fetch it, or give the model's folder")
-    temporary = temporary_beside(target)
     try:
-        temporary.mkdir(parents=True)
-        _fetch_all(endpoint, repo, temporary)
-        try:
-            os.rename(temporary, target)
-        except OSError:
-            if not _is_fetched(target):  # if it is, another process was faster
-                raise
+        sweep(target.parent)
+        with unfinished_folder(target) as unfinished:
+            _fetch_all(endpoint, repo, unfinished / "model")
+            try:
+                os.rename(unfinished / "model", target)
+            except OSError:
+                if not _is_fetched(target):  # if it is, another process was faster
+                    raise
     except OSError as error:
         fact = f"cannot keep {repo} in {target.parent}: {reason(error)}"
         raise InputError(f"{fact}; TINYGPT_CACHE can name another folder") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _fetch_all(endpoint: str, repo: str, folder: Path) -> None:
-    """Fetch a model's files, the weights last: what is wrong with the small ones shows early."""
+    """Fetch a model's files, and let nothing else stay in the folder."""
     # Imported here, because HTTP and TLS take longer to import than a small model to load.
     from tinygpt.checkpoints.download import fetch_from_hub
 
-    is_adapter = False
-    if not fetch_from_hub(endpoint, repo, "config.json", folder):
-        is_adapter = fetch_from_hub(endpoint, repo, ADAPTER_CONFIG, folder)
-        if not is_adapter:
-            raise InputError(f"no model {repo!r} with a config.json at {endpoint}: check the name")
+    fetched = set[str]()
+
+    def fetch(name: str) -> bool:
+        found = fetch_from_hub(endpoint, repo, name, folder)
+        fetched.update([name] if found else [])
+        return found
+
+    folder.mkdir(exist_ok=True)
+    if not fetch("config.json") and not fetch(ADAPTER_CONFIG):
+        raise InputError(f"no model {repo!r} with a config.json at {endpoint}: check the name")
     for name in _TEXT_FILES:
-        fetch_from_hub(endpoint, repo, name, folder)
-    if is_adapter:
-        if not any(fetch_from_hub(endpoint, repo, name, folder) for name in ADAPTER_FILES):
-            raise InputError(f"{repo} has no {' or '.join(ADAPTER_FILES)}")
-        return
+        fetch(name)
+    # The weights last: what is wrong with the small ones shows early.
+    if ADAPTER_CONFIG in fetched:
+        found, names = any(map(fetch, ADAPTER_FILES)), ADAPTER_FILES
+    else:
+        found, names = _fetch_weights(repo, folder, fetch), tuple(name for name, _ in FILES)
+    if not found:
+        raise InputError(f"{repo} has no {' or '.join(names)}")
+    for path in folder.iterdir():  # of an earlier try, when the model had other files
+        if path.name not in fetched:
+            path.unlink()
+
+
+def _fetch_weights(repo: str, folder: Path, fetch: Callable[[str], bool]) -> bool:
+    """Fetch a model's file of weights or its shards; whether there are any."""
     for whole, index in FILES:
-        if fetch_from_hub(endpoint, repo, whole, folder):
-            return
-        if fetch_from_hub(endpoint, repo, index, folder):
+        if fetch(whole):
+            return True
+        if fetch(index):
             for name in shards(folder / index):
-                if not fetch_from_hub(endpoint, repo, name, folder):
+                if not fetch(name):
                     raise CheckpointError(f"{repo} has no {name}, which its {index} names")
-            return
-    raise InputError(f"{repo} has no {' or '.join(name for name, _ in FILES)}")
+            return True
+    return False

@@ -62,7 +62,8 @@ class Checkpoint:
         """
         if not instead and self.adapter and folder_has_tokenizer(self.adapter.folder):
             instead = self.adapter.folder  # which was trained together with it
-        return model_tokenizer(self.path, self.metadata, self.config.vocab_size, instead)
+        with hub.advice_if_fetched(self.path):
+            return model_tokenizer(self.path, self.metadata, self.config.vocab_size, instead)
 
     def numbers(self) -> Tokenizer:
         """What stands for a tokenizer where none can be read: see `ids_tokenizer`."""
@@ -71,7 +72,8 @@ class Checkpoint:
 
     def load(self, dtype: str | None = None) -> GPT:
         """The model itself, which brings its tokenizer: see `load_weights`."""
-        model = load_weights(self, dtype)
+        with hub.advice_if_fetched(self.path):
+            model = load_weights(self, dtype)
         model.name, model.tokenizer = self.name, self.tokenizer
         return model
 
@@ -91,12 +93,14 @@ def open_checkpoint(name_or_path: str | Path) -> Checkpoint:
         CheckpointError: when it is damaged, incomplete, dangerous, or not a GPT-2.
     """
     name, path = os.fspath(name_or_path), hub.resolve(name_or_path)
-    adapter = read_adapter(path)
-    if adapter is None:
-        return _open(name, path)
+    with hub.advice_if_fetched(path):
+        adapter = read_adapter(path)
+        if adapter is None:
+            return _open(name, path)
     base = adapter.base()
     say(f"{adapter.folder} is an adapter: merged into {base}")
-    return _open(name, base, adapter)
+    with hub.advice_if_fetched(base):
+        return _open(name, base, adapter)
 
 
 def _open(name: str, path: Path, adapter: Adapter | None = None) -> Checkpoint:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from tinygpt.errors import show
+from tinygpt.storage import open_plain
 
 _GIVE = "give a model's folder or file, or a name such as gpt2"
 # How to come from a form that only other programs read to one that is read here.
@@ -72,7 +73,7 @@ _PAGE = re.compile(rb"\s*<(!doctype html|html)", re.IGNORECASE)
 def of_file(path: Path) -> str | None:
     """What a file is that is neither of torch nor GGUF; None where it may be of safetensors."""
     try:
-        with open(path, "rb") as file:
+        with open_plain(path) as file:
             start = file.read(512)
     except OSError:  # its reader says so
         return None
@@ -93,6 +94,12 @@ def of_file(path: Path) -> str | None:
         return f"a text: {_GIVE}"
     # Of safetensors it can only be a damaged one.
     return None if path.suffix == ".safetensors" else f"no model's file that is known: {_GIVE}"
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page of the web, which a server has given in its place."""
+    with open_plain(path) as file:
+        return bool(_PAGE.match(file.read(512)))
 
 
 def is_weights(path: Path) -> bool:

@@ -12,6 +12,7 @@ import zlib
 from pathlib import Path
 
 from tinygpt.errors import CheckpointError, reason, show
+from tinygpt.storage import open_plain
 
 NAMES = ("best", "last")
 STEP = re.compile(r"step-[0-9]{8,18}")
@@ -77,7 +78,7 @@ def _read(path: Path) -> str | None:
         CheckpointError: when it cannot be read, or lies in a run and names no step.
     """
     try:
-        with open(path, "rb") as file:
+        with open_plain(path) as file:
             text = file.read(_MOST_BYTES).decode("ascii", "replace")
     except OSError as error:
         raise CheckpointError(f"{path}: {reason(error)}") from error

@@ -25,7 +25,7 @@ from tinygpt.checkpoints.stored_tensor import (
     to_bfloat16,
 )
 from tinygpt.errors import CheckpointError, InputError, reason, show
-from tinygpt.storage import LONG_BYTES, atomic_file, byte_bar, need, parse_json
+from tinygpt.storage import LONG_BYTES, atomic_file, byte_bar, need, open_plain, parse_json
 
 # The reference implementation reads twelve times as much; as Python objects that is gigabytes.
 _MAX_HEADER_BYTES = 8 << 20
@@ -55,8 +55,7 @@ def read_header(path: str | Path) -> tuple[dict[str, TensorInfo], dict[str, str]
 
 def _read_json(path: str | Path) -> tuple[dict[str, Any], int, int]:
     """The header as JSON, where it ends in the file, and the file's size."""
-    need(os.path.isfile(path), "no such file")  # a pipe would block in open()
-    with open(path, "rb") as file:
+    with open_plain(path) as file:
         size = os.fstat(file.fileno()).st_size
         need(size >= 8, f"{size} bytes are too few for a safetensors file")
         length = int.from_bytes(file.read(8), "little")

@@ -13,6 +13,7 @@ from typing import BinaryIO
 import numpy as np
 
 from tinygpt.errors import CheckpointError, reason
+from tinygpt.storage import open_plain
 
 # The types that a tensor may have in a file, as safetensors spells them -> NumPy's.
 DTYPES = {"BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "F16": "<f2"}
@@ -59,7 +60,7 @@ def read_tensor(source: str | Path | BinaryIO, info: TensorInfo, fresh: bool = T
     """
     try:
         if isinstance(source, str | Path):
-            with open(source, "rb") as file:
+            with open_plain(source) as file:
                 return read_tensor(file, info, fresh)
         raw = _mapped(source, info)
         raw = raw.copy() if fresh else raw

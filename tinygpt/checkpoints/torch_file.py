@@ -20,7 +20,7 @@ from tinygpt.checkpoints import unpickle
 from tinygpt.checkpoints.pickled_names import Record, TorchTensor
 from tinygpt.checkpoints.stored_tensor import MAX_ELEMENTS, MAX_TENSORS, SIZES, TensorInfo
 from tinygpt.errors import CheckpointError, reason, show
-from tinygpt.storage import need
+from tinygpt.storage import need, open_plain
 
 _MAX_LIST_BYTES = 4 << 20  # of the archive's list of contents: some 40,000 entries
 _LOCAL = struct.Struct("<4s5H3I2H")  # stands before each entry's name, extra field and bytes
@@ -43,8 +43,7 @@ def read_header(path: str | Path) -> tuple[dict[str, TensorInfo], dict[str, Any]
             the names that its pickle asks for among them.
     """
     try:
-        need(os.path.isfile(path), "no such file")
-        with open(path, "rb") as file:
+        with open_plain(path) as file:
             old = file.read(len(OLD_START)) == OLD_START
             saved, places = _old_content(file) if old else _zip_content(file)
         state, rest = _state_dict(saved)

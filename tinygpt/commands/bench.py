@@ -34,7 +34,7 @@ from tinygpt.commands.bench_tables import tables
 from tinygpt.commands.flags import add_flag, add_shared
 from tinygpt.commands.peers import Contender, environment
 from tinygpt.config import GPTConfig
-from tinygpt.errors import InputError, say
+from tinygpt.errors import InputError, one_line, say
 from tinygpt.model import GPT
 from tinygpt.runtime import device
 
@@ -152,7 +152,7 @@ def take_turns(
                     reply = contender.ask(prompts, work.count)
                     replies[contender.name][work] += [reply] if number else []
                 except Exception as error:  # other packages may raise anything
-                    reason = " ".join(str(error).split())
+                    reason = one_line(" ".join(str(error).split()))
                     if "No module named" in reason:
                         reason += "; pip install 'tinygpt[bench]' brings it"
                     failures[contender.name] = reason
@@ -274,7 +274,7 @@ def _first_token(found: Checkpoint, failures: dict[str, str]) -> dict[str, float
                 times[name].append(time.perf_counter() - start)
                 _, errors = process.communicate()
             if process.returncode:
-                failures["tinygpt first token"] = errors.decode(errors="replace").strip()
+                failures["tinygpt first token"] = one_line(errors.decode(errors="replace").strip())
                 return {}
     return {name: median(seconds) for name, seconds in times.items()}
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tinygpt.errors import one_line
+
 
 def tables(result: dict[str, Any]) -> str:
     """The result as tables."""
@@ -20,7 +22,7 @@ def tables(result: dict[str, Any]) -> str:
         for peer, ratio in peers.items():
             ratios.append([f"{name} / {peer}", *(f"{ratio[work]:.2f}" for work in works)])
     where = f"{c['threads']} threads of {c['cpu']} (load before: {c['load_before']})"
-    parts = [f"{c['model']}: {where}, tinygrad on {c['device']}"]
+    parts = [f"{one_line(c['model'])}: {where}, tinygrad on {c['device']}"]
     parts += [_table(rows) for rows in (speeds, shares, ratios) if len(rows) > 1]
     if first := result["first_token"]:
         cold, warm = first["cold_s"], first["warm_s"]

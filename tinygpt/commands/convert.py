@@ -14,7 +14,7 @@ from tinygpt.checkpoints.open_checkpoint import Checkpoint, open_checkpoint
 from tinygpt.checkpoints.quantization import DTYPES, check_dtype, dtype_of
 from tinygpt.checkpoints.save_gguf import check_gguf, save_gguf
 from tinygpt.commands.flags import add_flag, add_shared
-from tinygpt.errors import CheckpointError, InputError, say
+from tinygpt.errors import CheckpointError, InputError, one_line, say
 from tinygpt.options import Kind
 from tinygpt.runtime import device
 from tinygpt.storage import atomic_folder
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = _tokenizer(found, args.tokenizer)
     save = {"hf": to_hf, "gguf": to_gguf}[args.to]
     save(found, out, tokenizer, args.dtype)
-    print(out)
+    print(one_line(str(out)))
     return 0
 
 

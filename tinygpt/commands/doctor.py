@@ -26,7 +26,7 @@ from tinygpt.checkpoints.run_folder import NAMES, checkpoint_in, followed, steps
 from tinygpt.commands.flags import add_flag
 from tinygpt.config import GPTConfig
 from tinygpt.data.dataset import Dataset
-from tinygpt.errors import CheckpointError, InputError, reason, show, visible
+from tinygpt.errors import CheckpointError, InputError, one_line, reason, show
 from tinygpt.generator import Generator
 from tinygpt.model import GPT
 from tinygpt.runtime import clang, device, graph, memory
@@ -60,11 +60,11 @@ def run(args: argparse.Namespace) -> int:
         return _report_run(Path(args.run))
     devices = device.devices()
     for name, value in {**_versions(), **_machine(), **_caches()}.items():
-        print(f"{name:<13}{value}")
+        _show(name, value)
     for name, state in devices.items():
-        print(f"{'device':<13}{name}: {state}")
+        _show("device", f"{name}: {state}")
     for advice in _advice():
-        print(f"{'advice':<13}{advice}")
+        _show("advice", advice)
     if not args.backends:
         return 0
     outcomes = [_report_probe(target) for target in _targets(devices)]
@@ -93,8 +93,8 @@ def _report_run(path: Path) -> int:
         try:
             said = check()
         except CheckpointError as error:
-            is_whole, said = False, f"DAMAGED: {visible(str(error))}"
-        print(f"{what:<15}{said}")
+            is_whole, said = False, f"DAMAGED: {error}"
+        print(f"{what:<15}{one_line(said)}")
     return 0 if is_whole else 1
 
 
@@ -112,6 +112,11 @@ def _check_step(folder: Path) -> str:
 def _check_tokens(folder: Path) -> str:
     Dataset.open(folder)
     return "as it was written"
+
+
+def _show(name: str, value: str) -> None:
+    """One line of the report, whatever the environment holds."""
+    print(f"{name:<13}{one_line(value)}")
 
 
 def _versions() -> dict[str, str]:
@@ -221,13 +226,12 @@ def _report_probe(target: str) -> bool | None:
         fault = shorten(run.stderr.strip().rpartition("\n")[2], 70) or f"exit {run.returncode}"
         result = json.loads(run.stdout.splitlines()[-1])
     if result is None:
-        print(f"{'backend':<13}{target}: does not run here ({fault})")
+        _show("backend", f"{target}: does not run here ({fault})")
         return None
     right = result["error"] <= TOLERANCE
-    print(
-        f"{'backend':<13}{target}: {'right' if right else 'WRONG'}, largest error of a logit "
-        f"{result['error']:.1e}, {result['tokens_per_s']:.0f} tokens/s on a toy model"
-    )
+    found = f"largest error of a logit {result['error']:.1e}"
+    speed = f"{result['tokens_per_s']:.0f} tokens/s on a toy model"
+    _show("backend", f"{target}: {'right' if right else 'WRONG'}, {found}, {speed}")
     return right
 
 

@@ -63,7 +63,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     add_flag(group, "--stop", help=words, default=[], many=True)
     words = "how many texts, each with the next seed (default: 1)"
-    add_flag(group, "--num-samples", kind=int, help=words, default=1, low=1)
+    add_flag(group, "--num-samples", kind=int, help=words, default=1, low=1, below=2**31)
     words = "gives the same text again (default: another each time)"
     add_flag(group, "-s", "--seed", kind=int, help=words, low=0, below=2**63)
     group = parser.add_argument_group("sampling")
@@ -86,7 +86,7 @@ class Request:
     special_tokens: bool
     max_new_tokens: int
     stop: list[str]
-    seeds: list[int]  # one for each sample
+    seeds: range  # one for each sample
     sampling: dict[str, Any]
     json: bool
     interactive: bool
@@ -126,7 +126,7 @@ def parse(args: argparse.Namespace) -> Request:
         special_tokens=args.special_tokens,
         max_new_tokens=tokens if args.max_new_tokens is None else args.max_new_tokens,
         stop=[stop_text(text) for text in args.stop],
-        seeds=[seed + number for number in range(args.num_samples)],
+        seeds=range(seed, seed + args.num_samples),
         sampling={**sampling, **given(args, defaults(Sampling))},
         json=bool(args.json),
         interactive=bool(args.interactive),
@@ -162,9 +162,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         introduce(request, writer)
     for number, prompt in enumerate(typed_prompts(), 1):
-        seeds = [seed + number * len(request.seeds) for seed in request.seeds]
+        begin = request.seeds[0] + number * args.num_samples
         try:
-            again = replace(request, prompt=prompt, ids=None, seeds=seeds)
+            again = replace(
+                request, prompt=prompt, ids=None, seeds=range(begin, begin + args.num_samples)
+            )
             _need_going_on(_write(again, writer))
         except InputError as error:  # the next line may be better
             say(f"error: {error}")

@@ -6,6 +6,7 @@ import argparse
 
 from tinygpt.checkpoints import hub
 from tinygpt.commands.flags import add_flag
+from tinygpt.errors import one_line
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -17,10 +18,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`tinygpt models`: print a line for each model: its name, its size, and where it is."""
     if args.remove is not None:
-        print(hub.remove(args.remove))
+        print(one_line(str(hub.remove(args.remove))))
         return 0
     found = list(hub.local_models())
     width = max(len(model.name) for model in found)
     for model in found:
-        print(f"{model.name:<{width}}  {model.size_bytes / 1e6:>8.1f} MB  {model.where}")
+        line = f"{model.name:<{width}}  {model.size_bytes / 1e6:>8.1f} MB  {model.where}"
+        print(one_line(line))
     return 0

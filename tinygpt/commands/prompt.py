@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from tinygpt.errors import InputError, say, show
-from tinygpt.storage import read_text
+from tinygpt.storage import MAX_TEXT_BYTES, read_text
 
 _NAMED = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
@@ -30,7 +30,7 @@ def read_prompt(given: str | None, file: str | None = None) -> str:
             mode = os.fstat(sys.stdin.fileno()).st_mode
             piped = stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
     if piped or given == "-":
-        text = _one_text(_decoded(sys.stdin.buffer.read()))
+        text = _one_text(_decoded(_limited(sys.stdin.buffer.read(MAX_TEXT_BYTES + 1))))
     if not text and (given, file) != (None, None):
         raise InputError("the prompt is empty: give some text, or leave it out")
     return text
@@ -39,6 +39,13 @@ def read_prompt(given: str | None, file: str | None = None) -> str:
 def _one_text(text: str) -> str:
     """What was written into a file, without the mark before it, and the end of its last line."""
     return text.removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\n")
+
+
+def _limited(data: bytes) -> bytes:
+    if len(data) > MAX_TEXT_BYTES:
+        most = f"{MAX_TEXT_BYTES >> 20} MiB"
+        raise InputError(f"the prompt on stdin has more than {most}: give its end, or less of it")
+    return data
 
 
 def _decoded(data: bytes) -> str:
@@ -55,7 +62,8 @@ def typed_prompts() -> Iterator[str]:
     Ctrl-C drops a line.
     """
     if not sys.stdin.isatty():
-        for data in sys.stdin.buffer:
+        while data := sys.stdin.buffer.readline(MAX_TEXT_BYTES + 1):
+            _limited(data)  # what stands behind would be no line
             try:
                 text = _one_text(_decoded(data))
             except InputError as error:  # the next line may be better

@@ -17,7 +17,7 @@ from tinygpt.data.find_files import find_files
 from tinygpt.data.records import Records, decoded, text_in
 from tinygpt.errors import InputError, reason
 from tinygpt.options import Checked, option
-from tinygpt.storage import byte_bar
+from tinygpt.storage import byte_bar, open_plain
 
 Piece = tuple[bool, str, bool]  # whether for validation; text; whether a document ends with it
 PIECE_BYTES = 4 << 20
@@ -289,7 +289,7 @@ def _need_text(path: Path, begin: bytes) -> None:
 @contextmanager
 def _reading(path: Path) -> Iterator[BinaryIO]:
     try:
-        with open(path, "rb") as file:
+        with open_plain(path) as file:
             yield file
     except OSError as error:
         raise InputError(f"cannot read {path}: {reason(error)}") from error

@@ -13,8 +13,11 @@ import numpy as np
 from tinygpt.errors import CheckpointError, InputError, reason, show
 from tinygpt.evaluation.losses import Scorer
 from tinygpt.model import NOT_NUMBERS
+from tinygpt.storage import read_bytes
 from tinygpt.tokenizer.encoding import encode
 from tinygpt.tokenizer.tokenizer import Tokenizer
+
+_MOST_BYTES = 256 << 20  # of a test's file: several times the largest
 
 
 class Scored(NamedTuple):
@@ -114,7 +117,7 @@ def _examples(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of a JSON lines file, each with the number of its line; at least one."""
     try:
         # Not splitlines: JSON allows in a text what that takes for line ends, such as U+2028.
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+        lines = read_bytes(path, _MOST_BYTES).decode().split("\n")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {reason(error)}") from error
     lines = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]

@@ -304,7 +304,8 @@ class TextStream:
         if found:  # the first to end decides, however the ids divide the text
             self.stopped = True
             return text[: min(found)[1]]
-        starts = (stop[:n] for stop in self.stops for n in range(1, len(stop)))
+        # A stop text may be far longer than what there is of the text.
+        starts = (s[:n] for s in self.stops for n in range(1, min(len(s), len(text) + 1)))
         keep = len(text) - max((len(start) for start in starts if text.endswith(start)), default=0)
         self._held = text[keep:]
         return text[:keep]
