@@ -384,7 +384,8 @@ def test_bad_input_is_one_line_and_exit_status_2(cli, monkeypatch, argv):
     assert is_refused(cli(*shlex.split(argv)), BAD[argv])
 
 
-def test_ctrl_c_keeps_what_was_made(endless):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_keeps_what_was_made(number, endless):
     # the handler anew, because a shell's background job, as this may be, starts with it ignored
     script = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
@@ -392,9 +393,9 @@ def test_ctrl_c_keeps_what_was_made(endless):
     )
     process = start(*endless, program=["-c", script])
     first = process.stdout.read(4)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     status, rest, err = finish(process)
-    assert status == 130
+    assert status == 128 + number
     assert re.fullmatch(rb"Hi.+\n", first + rest, re.DOTALL)
     assert "Traceback" not in err
     assert re.search(r"\d+ tokens, the first after", err)

@@ -6,9 +6,12 @@ import errno
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 import tomllib
+from importlib import import_module
 from unittest.mock import Mock
 
 import pytest
@@ -16,6 +19,7 @@ from program import ROOT, SHORT, finish, is_refused, start
 
 from tinygpt import __version__
 from tinygpt.commands.main import VERBS, main
+from tinygpt.storage import atomic_file
 
 pytestmark = pytest.mark.usefixtures("no_network")
 
@@ -182,3 +186,44 @@ def test_without_clang_another_compiler_is_taken_and_said(tmp_path):
         assert re.search(
             r"no clang found, so .* \(CPU:\w+\), .* `pip install .*` brings a clang\n", err
         )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("verb", ["prepare", "evaluate", "convert", "bench", "plot"])
+def test_a_kill_or_a_closed_terminal_ends_any_command_with_nothing_half_written(
+    verb, number, cli, monkeypatch, tmp_path
+):
+    def killed(_):
+        with atomic_file(tmp_path / "file") as file:
+            file.write(b"a part")
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+
+    command = import_module(f"tinygpt.commands.{verb}")
+    monkeypatch.setattr(command, "add_flags", lambda parser: None)
+    monkeypatch.setattr(command, "run", killed)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # to be put back
+    usual = signal.signal(number, lambda *_: pytest.fail("nobody takes the signal"))
+    try:
+        assert cli(verb) == (128 + number, "", "")
+    finally:
+        signal.signal(number, usual)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_that_a_destructor_swallows_comes_again(cli, monkeypatch):
+    class Deaf:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+    def killed(_):
+        Deaf()
+        time.sleep(60)
+        return 0
+
+    command = import_module("tinygpt.commands.plot")
+    monkeypatch.setattr(command, "add_flags", lambda parser: None)
+    monkeypatch.setattr(command, "run", killed)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    assert cli("plot")[0] == 128 + signal.SIGTERM

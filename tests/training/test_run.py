@@ -274,7 +274,7 @@ def test_a_signal_ends_a_sample_that_would_never_end(data, tmp_path):
 
 @pytest.mark.slow
 def test_a_step_of_endless_batches_is_ended_by_a_signal(data, tmp_path):
-    """It has no more memory than one of a few, and a checkpoint is what it was before."""
+    """Its batches are made one by one, and none of them is waited for."""
     child = process(data.folder, "-o", tmp_path / "run", *flags(TINY | {"accumulate": 10**9}))
     while child.poll() is None and not (tmp_path / "run" / "log.jsonl").exists():
         time.sleep(0.01)
