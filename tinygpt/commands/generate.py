@@ -58,9 +58,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_flag(group, "--special-tokens", kind=bool, default=True, off=off, help=words)
     words = f"how many at most (default: 128; of the built-in's bytes {_BUILT_IN_TOKENS})"
     add_flag(group, "-n", "--max-new-tokens", kind=int, help=words, low=0)
-    words = (
-        "end just before this text (\\n is a newline; also \\t \\r \\uXXXX \\\\); may be repeated"
-    )
+    words = "end just before this text (\\n is a newline; also \\t \\r \\uXXXX \\\\); repeatable"
     add_flag(group, "--stop", help=words, default=[], many=True)
     words = "how many texts, each with the next seed (default: 1)"
     add_flag(group, "--num-samples", kind=int, help=words, default=1, low=1, below=2**31)
@@ -162,11 +160,10 @@ def run(args: argparse.Namespace) -> int:
     else:
         introduce(request, writer)
     for number, prompt in enumerate(typed_prompts(), 1):
-        begin = request.seeds[0] + number * args.num_samples
+        start = request.seeds[0] + number * args.num_samples
         try:
-            again = replace(
-                request, prompt=prompt, ids=None, seeds=range(begin, begin + args.num_samples)
-            )
+            seeds = range(start, start + args.num_samples)
+            again = replace(request, prompt=prompt, ids=None, seeds=seeds)
             _need_going_on(_write(again, writer))
         except InputError as error:  # the next line may be better
             say(f"error: {error}")
