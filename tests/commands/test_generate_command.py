@@ -79,6 +79,10 @@ def test_a_stop_text_ends_just_before_it(cli):
     (sample,) = json.loads(cli("Hi", *SHORT, "--stop", stop, "--json")[1])["samples"]
     assert sample["text"] == before[2:]
     assert sample["tokens"][-1] == ord(stop)
+    _, out, _ = cli("Hi", *SHORT, "--stop", stop, "--json", "--num-samples", 3)
+    samples = json.loads(out)["samples"]  # one goes on where another has ended
+    assert samples[0] == sample
+    assert len(samples[1]["tokens"]) > len(sample["tokens"])
 
 
 @needs_clang  # tinygrad's assembler without optimisations makes code that crashes
