@@ -68,7 +68,8 @@ def put(folder: Path, arrays: Mapping[str, np.ndarray], **settings: Any) -> Path
     folder.mkdir()
     content = json.dumps(SETTINGS | settings)
     (folder / "adapter_config.json").write_text(content, encoding="utf-8")
-    layout = {name: ("F32", value.shape) for name, value in arrays.items()}
+    kinds = {name: "I32" if value.dtype == np.int32 else "F32" for name, value in arrays.items()}
+    layout = {name: (kinds[name], value.shape) for name, value in arrays.items()}
     safetensors_file.write(folder / "adapter_model.safetensors", layout, arrays.__getitem__)
     return folder
 
@@ -235,6 +236,7 @@ FAULTS: dict[str, tuple[dict[str, Any], dict[str, np.ndarray | None], str]] = {
         {}, {"base_model.model.transformer.wte.weight": ZEROS}, r"wte.weight is \(4, 4\)"
     ),
     "no numbers": ({}, {LORA_A: np.full((4, C), np.nan, np.float32)}, "infinite or not a number"),
+    "whole numbers": ({}, {LORA_A: np.zeros((4, C), np.int32)}, "is I32, no type of floats"),
     "numbers without end": (
         {}, {LORA_A: np.full((4, C), 1e30, np.float32), LORA_B: np.full((3 * C, 4), 1e30, "f4")},
         "makes values of h.0.attn.c_attn.weight that are infinite"

@@ -22,6 +22,7 @@ from tinygrad import Tensor
 from writers import SHAPE, TOKENS, WRITERS
 
 from tinygpt import GPT, Generator, GPTConfig, load_tokenizer
+from tinygpt.checkpoints import gguf_file
 from tinygpt.checkpoints.detect_form import drop_tied_copy
 from tinygpt.checkpoints.open_checkpoint import open_checkpoint
 from tinygpt.checkpoints.safetensors_file import read_header
@@ -142,6 +143,7 @@ BELONG = {
     "a head for each token": ("output_head.weight", "not part of the model: output_head.weight"),
     "a second model": ("teacher.wte.weight", "not part of the model: teacher.wte.weight"),
     "twice": ("wte.weight", "not part of the model: gpt."),
+    "a head twice": ("lm_head.weight", "'lm_head.weight' is there twice, with 'gpt.' before it"),
     "a classifier's": ("gpt.cls_head.dense.weight", r"a classifier \(cls_head.dense.weight\)"),
 }
 
@@ -151,7 +153,7 @@ def test_what_may_belong_to_a_model_is_not_left_out(kind, tmp_path):
     torch = pytest.importorskip("torch")
     name, words = BELONG[kind]
     folder, _ = writers.hf_bin(tmp_path)
-    prefix = "gpt." if name.startswith("gpt.") or kind == "twice" else ""
+    prefix = "gpt." if name.startswith("gpt.") or "twice" in kind else ""
     state = torch.load(folder / "pytorch_model.bin")
     state = {prefix + name: value for name, value in state.items()}
     state[name] = torch.ones(SHAPE["vocab_size"], SHAPE["n_embd"])
@@ -223,6 +225,42 @@ def test_a_shape_that_was_pickled_as_an_object_without_its_fields_is_asked_for(t
         GPT.from_pretrained(path)
 
 
+@pytest.mark.parametrize("name", ["n_layer", "block_size", "vocab_size"])
+def test_a_shape_of_nanogpts_that_lacks_something_is_told(name, tmp_path):
+    torch = pytest.importorskip("torch")
+    path, _ = writers.nanogpt(tmp_path)
+    saved = torch.load(path)
+    del saved["model_args"][name]
+    torch.save(saved, path)
+    with pytest.raises(CheckpointError, match=f"its model_args have no {name}"):
+        GPT.from_pretrained(path)
+
+
+GPT2 = {
+    "general.architecture": "gpt2", "gpt2.block_count": 1, "gpt2.attention.head_count": 1,
+    "gpt2.embedding_length": 4, "gpt2.context_length": 8,
+    "gpt2.attention.layer_norm_epsilon": 1e-5,
+}  # fmt: skip
+TABLE = {"token_embd.weight": ("F32", (9, 4))}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "layout", "words"),
+    [
+        (GPT2 | {"split.count": 2}, TABLE, "one of several parts: join them with llama.cpp's"),
+        (GPT2 | {"split.count": 1}, TABLE, "1 tensors, for 0 layers at most"),
+        (GPT2 | {"gpt2.context_length": ["8"]}, TABLE, "have no number gpt2.context_length"),
+        (GPT2, {"output.weight": ("F32", (9, 4))}, "missing token_embd.weight"),
+        (GPT2, {"token_embd.weight": ("F32", (36,))}, r"is \(36,\): it must have 2 axes"),
+    ],
+)
+def test_a_gguf_that_lacks_what_gpt2_has_is_told(metadata, layout, words, tmp_path):
+    path = tmp_path / "x.gguf"
+    gguf_file.write(path, metadata, layout, lambda name: np.zeros(layout[name][1], np.float32))
+    with pytest.raises(CheckpointError, match=words):
+        open_checkpoint(path)
+
+
 def test_nanogpts_head_is_its_embedding_and_the_books_may_be(tmp_path):
     path, _ = writers.nanogpt(tmp_path)
     config = open_checkpoint(path).config
@@ -237,15 +275,17 @@ def test_nanogpts_head_is_its_embedding_and_the_books_may_be(tmp_path):
     assert open_checkpoint(path).config.tie_word_embeddings
 
 
-@pytest.mark.parametrize("row", [None, 0, 299])
+@pytest.mark.parametrize("row", [None, 0, 299, 300])
 def test_a_head_is_a_copy_only_where_all_its_bytes_are(row, tmp_path):
     """Of more bytes than are compared at a time."""
     wte = np.random.default_rng(0).normal(size=(300, 1024)).astype(np.float32)
     arrays = {"wte.weight": wte, "lm_head.weight": wte.copy()}
-    if row is not None:
+    if row == 300:
+        arrays["lm_head.weight"] = np.r_[wte, wte[:1]]
+    elif row is not None:
         arrays["lm_head.weight"][row, -1 if row else 0] += 1
     path = tmp_path / "x.safetensors"
-    layout = dict.fromkeys(arrays, ("F32", wte.shape))
+    layout = {name: ("F32", value.shape) for name, value in arrays.items()}
     write_safetensors(path, layout, arrays.__getitem__)
     tensors = {name: (path, info) for name, info in read_header(path)[0].items()}
     assert ("lm_head.weight" in drop_tied_copy(tensors, NANOGPT)) == (row is not None)

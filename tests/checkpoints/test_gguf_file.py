@@ -61,6 +61,11 @@ def test_blocks_have_the_values_that_the_reference_finds(kind):
     )
 
 
+def test_no_blocks_have_no_values():
+    info = gguf_file.TensorInfo("Q8_0", (0, 32), 8, 8)
+    assert gguf_file.dequantize(np.zeros(0, np.uint8), info).shape == (0, 32)
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 0.0, 1e-30])
 def test_q8_0_is_made_as_the_reference_makes_it(scale):
     theirs = pytest.importorskip("gguf")

@@ -292,6 +292,23 @@ def test_each_float_type_is_read_exactly(folder, dtype, rounded):
     assert_same(weights_of(held), expected)
 
 
+def test_values_beyond_the_dtype_that_is_asked_for_are_refused(folder):
+    put(folder / WEIGHTS, their_weights() | {"wpe.weight": np.full((6, 8), 1e6)})
+    GPT.from_pretrained(folder, "float16")  # in which positions are not held
+    put(folder / WEIGHTS, their_weights() | {"wte.weight": np.full((11, 8), 1e6)})
+    with pytest.raises(
+        CheckpointError, match=r"model: wte.weight has values too large for float16"
+    ):
+        GPT.from_pretrained(folder, "float16")
+
+
+def test_two_files_of_other_names_are_a_question(tmp_path):
+    for name in ("b.pt", "a.pth"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"none of .*, but a.pth, b.pt: give the one file's"):
+        GPT.from_pretrained(tmp_path)
+
+
 def test_zero_biases_are_let_go_where_config_has_none(folder):
     theirs = their_weights()
     zeroed = {n: np.zeros_like(a) if n.endswith(".bias") else a for n, a in theirs.items()}

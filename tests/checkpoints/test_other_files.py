@@ -78,6 +78,7 @@ FILES = {
     ),
     "gzip": ("model.tar.gz", gzip.compress(b"x" * 99), "it is an archive: unpack it"),
     "tar": ("model.tar", tar(), "it is an archive: unpack it"),
+    "tar by another name": ("model.bin", tar(), "it is an archive: unpack it"),
     "bzip2": ("model.tar.bz2", b"BZh9" + bytes(range(200)), "it is an archive: unpack it"),
     "an empty zip": ("a.zip", b"PK\5\6" + bytes(18), "an archive with nothing in it: give a model"),
     "arrays": ("x.npz", arrays(), "it holds arrays of NumPy, no model"),

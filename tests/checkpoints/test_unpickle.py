@@ -111,6 +111,10 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "an object as a tensor's storage": (
         b"\x80\x02" + REBUILD + b"(ca\nb\n)\x81K\0))tR.", "a tensor's storage is an object of"
     ),
+    "a parameter of no tensor": (
+        b"\x80\x02ctorch._utils\n_rebuild_parameter\nK\x05\x85R.", "a parameter is 5, not a tensor"
+    ),
+    "a name that is no text": (b"\x80\x04K\1\x8c\1x\x93.", "has the name 'x'"),
     "an object as the model": (
         pickle.dumps({"model": Plain()}, 2), "its model is an object of .*Plain"
     ),
