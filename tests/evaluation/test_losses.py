@@ -161,6 +161,22 @@ def test_lambada_equals_transformers(saved, tmp_path):
     assert found["perplexity"] == pytest.approx(math.exp(total / 4), rel=1e-4)
 
 
+class SureOfB(Scorer):
+    """Finds each space and each b the likeliest."""
+
+    def __call__(self, inputs, targets):
+        losses, _ = super().__call__(inputs, targets)
+        return losses, np.isin(targets, [*b" b"])
+
+
+def test_accuracy_is_the_share_of_last_words_that_are_right(saved, tmp_path):
+    file = tmp_path / "lambada.jsonl"
+    lines = [json.dumps({"text": text}) for text in ("a b", "a c", "a bb", "b b")]
+    file.write_text("\n".join(lines), encoding="utf-8")
+    found = tasks.lambada(SureOfB(saved[1]), load_tokenizer("bytes"), file)
+    assert (found["examples"], found["accuracy"]) == (4, 0.75)
+
+
 def test_greedy_is_seen(saved):
     model, scorer = saved[1], Scorer(saved[1])
     context = encode(load_tokenizer("bytes"), "the sea")
