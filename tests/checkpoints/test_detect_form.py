@@ -306,6 +306,11 @@ def test_the_books_heads_are_64_wide_unless_a_config_says_else(tmp_path):
         '{"n_head": 64}', encoding="utf-8"
     )  # which divides no width of GPT-2's
     assert open_checkpoint(tmp_path / "x.safetensors").config.n_head == 64
+    assert open_checkpoint(tmp_path / "x.safetensors").config.n_inner is None
+    layout = {name: (kind, tuple(96 if n == 4 * 128 else n for n in shape))
+              for name, (kind, shape) in layout.items()}  # fmt: skip
+    write_safetensors(tmp_path / "x.safetensors", layout, lambda n: np.zeros(layout[n][1], "f4"))
+    assert open_checkpoint(tmp_path / "x.safetensors").config.n_inner == 96
 
 
 def test_a_configuration_that_asks_for_too_much_is_refused_at_once(tmp_path, ours):
@@ -562,6 +567,15 @@ def test_a_model_of_no_biases_goes_out_with_zeros(tmp_path):
     again = GPT.from_pretrained(tmp_path / "x.gguf")
     np.testing.assert_array_equal(our_logits(again), our_logits(model))
     assert not weights_of(again)["blocks.0.mlp.c_fc.bias"].any()
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_inner": 96}, {"tie_word_embeddings": False}], ids=str)
+def test_a_configuration_comes_back_from_gguf_as_it_was(changes, tmp_path):
+    config = replace(SMALL, n_layer=3, layer_norm_epsilon=1e-3, **changes)
+    save_gguf(GPT(config), tmp_path / "x.gguf")
+    found = open_checkpoint(tmp_path / "x.gguf").config
+    assert replace(found, layer_norm_epsilon=1e-3) == config
+    assert abs(found.layer_norm_epsilon / 1e-3 - 1) < 1e-6  # a float32 there
 
 
 @pytest.mark.parametrize("held", ["float32", "float16", "bfloat16", "int8"])
