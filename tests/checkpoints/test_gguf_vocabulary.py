@@ -80,3 +80,14 @@ def test_more_ends_than_gguf_has_are_told(capsys):
     found = metadata_of_tokenizer(plain, 4)
     assert found[f"{KEY}tokens"] == ["a", "b", "ab", "[PAD3]"]
     assert found[f"{KEY}token_type"] == [1, 1, 1, 5]
+
+
+@pytest.mark.parametrize("before", [(), (0,)])
+@pytest.mark.parametrize("after", [(), (1,)])
+def test_what_stands_around_a_text_is_said(before, after):
+    plain = from_merges({"a": 0, "b": 1}, [], "test")
+    found = metadata_of_tokenizer(replace(plain, before=before, after=after, bos=0, eos=1), 2)
+    assert found[f"{KEY}add_bos_token"] == bool(before)
+    assert found.get(f"{KEY}add_eos_token", False) == bool(after)
+    ids = {"bos": 0, "eos": 1, "unknown": 1}  # GPT-2's unknown token is its end
+    assert {name: found[f"{KEY}{name}_token_id"] for name in ids} == ids

@@ -302,6 +302,20 @@ def test_values_beyond_the_dtype_that_is_asked_for_are_refused(folder):
         GPT.from_pretrained(folder, "float16")
 
 
+@pytest.mark.parametrize(("dtype", "held", "copies"), [("float32", 4, 4), ("int8", 1, 12)])
+def test_the_memory_that_is_asked_for_is_the_models_and_that_of_reading(
+    dtype, held, copies, folder, monkeypatch
+):
+    asked = []
+    where = "tinygpt.checkpoints.load_weights.memory.require_memory"
+    monkeypatch.setattr(where, lambda size, what: asked.append((size, what)))
+    GPT.from_pretrained(folder, dtype)
+    count = [value.size for value in their_weights().values()]
+    # Two tensors are read at a time, each with its bytes as stored.
+    size = held * sum(count) + 2 * (copies + 4) * max(count)
+    assert asked == [(size, f"the model in {folder}")]
+
+
 def test_two_files_of_other_names_are_a_question(tmp_path):
     for name in ("b.pt", "a.pth"):
         (tmp_path / name).write_bytes(b"x")
