@@ -6,7 +6,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from conftest import SMALL, randomize, reference_of, weights_of
-from tinygrad import Tensor, Variable
+from reference import sinusoids
+from tinygrad import Tensor, Variable, dtypes
 from tinygrad.nn.state import get_state_dict
 
 from tinygpt import GPT, GPTConfig, Record, load_tokenizer
@@ -180,6 +181,13 @@ def test_a_record_holds_what_the_forward_pass_computes(norm):
     last = record.hidden_states[-1]
     again = model.logits(model.ln_f(last) if norm == "pre" else last).numpy()
     np.testing.assert_allclose(again, logits, atol=1e-4, rtol=1e-4)
+
+
+def test_waves_of_positions_equal_their_definition():
+    """Closer than logits are, in which a slightly longer wave is lost."""
+    model = GPT(replace(SMALL, position="sinusoidal"), seed=None)
+    found = model.encode_positions(Tensor.arange(SMALL.block_size, dtype=dtypes.int32)).numpy()
+    np.testing.assert_allclose(found, sinusoids(SMALL.block_size, SMALL.n_embd), atol=5e-6)
 
 
 @pytest.mark.parametrize("start", [0, 4])
