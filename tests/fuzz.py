@@ -265,18 +265,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--full", action="store_true")
+    parser.add_argument("--seeds", type=Path, help="a folder that write_seeds has filled")
     args = parser.parse_args(argv)
     if args.full:
         found = run_full()
         print(json.dumps(found, indent=1))
         return int(bool(found["faults"]) or found["peak_memory_bytes"] > MAX_BYTES)
     with tempfile.TemporaryDirectory(prefix="fuzz-seeds-") as seeds:
-        writer = multiprocessing.get_context("spawn").Process(target=write_seeds, args=(seeds,))
-        writer.start()
-        writer.join()
-        if writer.exitcode:
-            return 2
-        found = run(Path(seeds), args.first, args.count, args.seed, args.minutes)
+        if args.seeds is None:
+            writer = multiprocessing.get_context("spawn").Process(target=write_seeds, args=(seeds,))
+            writer.start()
+            writer.join()
+            if writer.exitcode:
+                return 2
+        found = run(args.seeds or Path(seeds), args.first, args.count, args.seed, args.minutes)
     print(json.dumps(found, indent=1))
     return int(bool(found["faults"]) or found["peak_memory_bytes"] > MAX_BYTES)
 

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import writers
+from fuzz import write_seeds
 
 PROGRAM = Path(__file__).parents[1] / "fuzz.py"
 
@@ -22,10 +24,18 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def fuzz(count: int, first: int = 0) -> dict:
+@pytest.fixture
+def seeds(tmp_path, monkeypatch) -> Path:
+    """Written here, since this process mostly has the packages already that it takes."""
     for package in ("torch", "transformers", "safetensors", "gguf"):
         pytest.importorskip(package)
-    done = run("--count", count, "--first", first)
+    monkeypatch.setitem(writers.SHAPE, "n_layer", 1)
+    write_seeds(str(tmp_path))
+    return tmp_path
+
+
+def fuzz(seeds: Path, count: int, first: int = 0) -> dict:
+    done = run("--count", count, "--first", first, "--seeds", seeds)
     assert done.returncode in (0, 1), done.stderr
     found = json.loads(done.stdout)
     assert found["faults"] == []
@@ -35,8 +45,8 @@ def fuzz(count: int, first: int = 0) -> dict:
     return found
 
 
-def test_a_few_hundred_damaged_files():
-    outcomes = fuzz(300, first=10**6)["outcomes"]
+def test_a_few_hundred_damaged_files(seeds):
+    outcomes = fuzz(seeds, 300, first=10**6)["outcomes"]
     assert sum(count for name, count in outcomes.items() if name.endswith("is refused")) > 100
 
 
@@ -46,7 +56,7 @@ def test_files_as_full_as_can_be():
 
 
 @pytest.mark.slow
-def test_twenty_thousand_damaged_files():
-    outcomes = fuzz(20_000)["outcomes"]
+def test_twenty_thousand_damaged_files(seeds):
+    outcomes = fuzz(seeds, 20_000)["outcomes"]
     assert len(outcomes) == 2 * 14  # of each form some load, and some are refused
     assert min(outcomes.values()) >= 20
