@@ -1027,6 +1027,16 @@ def test_a_server_that_drips_meets_a_deadline(
     assert models(tmp_path) == []
 
 
+def test_a_file_that_the_disk_has_no_room_for_is_told_its_size_and_the_room(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.files["org/tiny"] = SINGLE
+    usage = shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    fails("org/tiny", "has 1 MiB, but only 0 MiB are free")
+    assert models(tmp_path) == []
+
+
 def test_a_file_without_a_length_meets_the_end_of_the_disk_before_it_is_full(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,14 +10,17 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import randomize, save_with_bytes
 from program import CONFIG, is_refused
 
 from tinygpt import GPT
 from tinygpt.commands.plot import read_log
+from tinygpt.data.token_file import TokenFile
 from tinygpt.errors import CheckpointError
 from tinygpt.storage import open_plain
+from tinygpt.training.run_files import cut_log
 
 TEXT = "To be, or not to be, that is the question.\n" * 20
 
@@ -158,6 +161,11 @@ def test_nothing_but_a_plain_file_is_read_of_what_is_named(
     ODD[odd](tmp_path / "log.jsonl")
     with pytest.raises(CheckpointError):
         read_log(tmp_path)
+    if (tmp_path / "log.jsonl").exists():
+        with pytest.raises(CheckpointError):
+            cut_log(tmp_path, 1)
+    with pytest.raises(CheckpointError):
+        TokenFile(tmp_path / "log.jsonl", np.dtype("<u2"), 0, 1, "")
 
 
 def test_what_becomes_a_pipe_before_it_is_opened_is_no_plain_file(tmp_path, monkeypatch):

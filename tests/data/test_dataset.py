@@ -258,7 +258,7 @@ def test_a_file_that_is_none_is_named(folder):
     with pytest.raises(CheckpointError, match=r"train\.bin: no such file"):
         Dataset.open(folder)
     (folder / "train.bin").mkdir()
-    with pytest.raises(CheckpointError, match=r"train\.bin: it is no plain file"):
+    with pytest.raises(CheckpointError, match=r"train\.bin: is a directory"):
         Dataset.open(folder)
 
 

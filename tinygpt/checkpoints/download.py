@@ -143,7 +143,8 @@ def _receive(response: Response, endpoint: str, name: str, limit: int, file: Bin
     length, start = response.length, file.tell()  # what the server announced, or None
     free = shutil.disk_usage(os.path.dirname(file.name)).free
     if length and length > free:
-        raise OSError(f"{name} has {length >> 20} MiB, but only {free >> 20} MiB are free")
+        need = -(-length >> 20)  # in whole MiB, up, as what is free goes down
+        raise OSError(f"{name} has {need:,} MiB, but only {free >> 20:,} MiB are free")
     received = 0
     with byte_bar(name, None if length is None else start + length) as bar:
         bar.update(start)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from pathlib import Path
 from threading import Lock
 
 import numpy as np
 
 from tinygpt.errors import CheckpointError, reason
-from tinygpt.storage import LONG_BYTES, byte_bar
+from tinygpt.storage import LONG_BYTES, byte_bar, open_plain
 
 _PART = 1 << 20  # bytes that are checked at a time
 
@@ -38,9 +37,7 @@ class TokenFile:
         self._vocab_size, self._sha256 = vocab_size, sha256
         self._lock = Lock()  # of the place in the file
         try:
-            if not stat.S_ISREG(os.stat(path).st_mode):  # open() would wait for a pipe's writer
-                raise OSError("it is no plain file")
-            self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+            self._file = open_plain(path).detach()  # unbuffered: what is read stands there now
             self._check()
         except OSError as error:
             raise self._error(error) from error

@@ -33,6 +33,7 @@ from tinygpt.storage import (
     TEMPORARY,
     check_digests,
     digests_of_written,
+    open_plain,
     read_json,
     sync_folder,
     temporary_beside,
@@ -181,11 +182,17 @@ def cut_log(run: Path, step: int) -> bool:
 
     Returns:
         whether it has an evaluation of that step.
+    Raises:
+        CheckpointError: when it cannot be read.
     """
     if not (path := run / LOG).exists():
         return False
     # Not splitlines: samples may hold what that takes for line ends, such as U+2028.
-    *lines, _ = path.read_bytes().decode(errors="replace").split("\n")
+    try:
+        with open_plain(path) as file:
+            *lines, _ = file.read().decode(errors="replace").split("\n")
+    except OSError as error:
+        raise CheckpointError(f"{path}: {reason(error)}") from error
     entries = [log_entry(line) for line in lines]
     if None in entries:
         more = f" and {count - 1} more are" if (count := entries.count(None)) > 1 else " is"
