@@ -13,6 +13,7 @@ from tinygrad.nn.state import get_state_dict
 from tinygpt import GPT, GPTConfig, Record, load_tokenizer
 from tinygpt.errors import InputError
 from tinygpt.runtime import buffers
+from tinygpt.tokenizer.encoding import char_tokenizer
 
 TOKENS = np.random.default_rng(1).integers(0, SMALL.vocab_size, (2, 9))
 
@@ -311,6 +312,25 @@ def test_a_model_says_what_it_is_and_what_reads_for_it():
     assert not asked  # until it is needed
     assert model.tokenizer.encode("a") == model.tokenizer.encode("a") == [97]
     assert asked == [1]
+
+
+def test_the_models_own_tokenizer_is_saved_where_none_is_given(tmp_path):
+    def damaged():
+        raise InputError("its tokenizer is damaged")
+
+    model, other = GPT(SMALL), char_tokenizer("To be")
+    own = load_tokenizer("bytes")
+    for place, (tokenizer, given, saved) in enumerate(
+        ((own, None, own), (own, other, other), (damaged, other, other), (damaged, None, None))
+    ):
+        model.tokenizer = tokenizer
+        folder = tmp_path / str(place)
+        model.save_pretrained(folder, given)
+        assert (folder / "model.safetensors").is_file()
+        if saved is not None:
+            assert load_tokenizer(folder).encode("To be") == saved.encode("To be")
+        else:
+            assert not [*folder.glob("tokenizer*")]
 
 
 def test_every_parameter_gets_a_gradient():

@@ -184,6 +184,9 @@ def test_orthogonal_brings_singular_values_near_one(shape):
     assert after.max() < 1.3
     u, _, v = np.linalg.svd(matrix, full_matrices=False)
     assert (found * (u @ v)).sum() > 0.95 * np.linalg.norm(found) * np.linalg.norm(u @ v)
+    tiny = orthogonal(Tensor(matrix * np.float32(1e-9))).numpy()
+    assert (tiny * (u @ v)).sum() > 0
+    assert not orthogonal(Tensor(0 * matrix)).numpy().any()
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
