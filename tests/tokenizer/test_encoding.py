@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -247,6 +248,20 @@ def test_tokenizers_json(trained: Path, transformers, tmp_path: Path) -> None:
     assert encode(ours, text, special=True) == theirs(text)["input_ids"]
 
 
+def test_post_processors_in_a_row_are_those_of_tokenizers(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    tokens = {f"t{n}": n for n in range(5)}
+    first, second = template("t0", "t1", "A", "t2", **tokens), template("t3", "A", "t4", **tokens)
+    level = HF["pre_tokenizer"] | {"trim_offsets": False}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [{"id": 257, "content": END, "special": True, **flags}]
+    for row in ([level, first], [second, level], [first], [level], []):  # two templates panic
+        processor = {"type": "Sequence", "processors": row}
+        write(tmp_path, one(pre_tokenizer=level, added_tokens=added, post_processor=processor))
+        theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        assert load_tokenizer(tmp_path).encode("ab a") == theirs.encode("ab a").ids
+
+
 # Names, folders, saving.
 
 
@@ -257,6 +272,8 @@ def test_bytes() -> None:
         assert tokenizer.decode(encode(tokenizer, text)) == text
     assert encode(tokenizer, f"a{END}", special=True) == [97, end_token(tokenizer)] == [97, 256]
     assert tokenizer.n_vocab == 257
+    beside = encode(tokenizer, f"a{END}b {END} c", special=True)  # it takes nothing beside it
+    assert beside == [97, 256, 98, 32, 256, 32, 99]
 
 
 def test_characters() -> None:
@@ -397,6 +414,26 @@ def test_save_refuses_another_form(
         save_tokenizer(foreign, folder)
     assert "'foreign'" in message(error)
     assert not folder.exists()
+
+
+def test_save_refuses_what_no_file_can_say(small: Tokenizer, tmp_path: Path) -> None:
+    for around in ({"before": (5,)}, {"after": (5, 6)}):
+        with pytest.raises(
+            InputError, match=r"puts ids \(5,.*\) around a text, which tokenizer_con"
+        ):
+            save_tokenizer(replace(small, **around), tmp_path / "saved")
+    write(tmp_path, {"file": ""})
+    with pytest.raises(InputError, match=r"cannot read .*file: not a directory; pass another"):
+        encoding.folder_has_tokenizer(tmp_path / "file")
+
+
+def test_a_template_of_talks_is_kept(tmp_path: Path) -> None:
+    write(tmp_path, pair(vocabulary()) | {"chat_template.jinja": "{{ messages }}"})
+    kept = {"tokenizer_config.json": {"chat_template": "{{ messages }}"}}
+    assert load_tokenizer(tmp_path).kept == kept
+    save_tokenizer(load_tokenizer(tmp_path), tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved").kept["tokenizer_config.json"]
+    assert again["chat_template"] == "{{ messages }}"
 
 
 # Encoding.
@@ -582,6 +619,13 @@ def test_unknown_ids() -> None:
     assert tokenizer.decode([-1, 2**40, 256]) == f"\ufffd\ufffd{END}"
 
 
+def test_nothing_comes_after_a_stop() -> None:
+    stream = TextStream(load_tokenizer("bytes"), "st")
+    assert [stream.add(number) for number in b"a st st"] == ["a", " ", "", "", "", "", ""]
+    assert stream.stopped
+    assert stream.end() == ""
+
+
 def test_empty_stop_is_refused_at_once() -> None:
     with pytest.raises(InputError) as error:
         TextStream(load_tokenizer("bytes"), ["a", ""])
@@ -606,6 +650,16 @@ HF = {
     "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
     "added_tokens": [{"id": 257, "content": END}],
 }
+
+
+def template(*parts: str, **ids: int) -> dict[str, object]:
+    """What a post-processor puts around a text, which is "A"."""
+    single = [
+        {"Sequence" if part == "A" else "SpecialToken": {"id": part, "type_id": 0}}
+        for part in parts
+    ]
+    special = {name: {"id": name, "ids": [n], "tokens": [name]} for name, n in ids.items()}
+    return {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": special}
 
 
 def pair(vocab: object, merges: object = VERSION) -> dict[str, object]:
@@ -689,6 +743,11 @@ BAD_FILES = {
         one(post_processor={"type": "TemplateProcessing", "single": [], "special_tokens": {}}),
         "post_processor",
     ),
+    "one: a template of a token that it does not know": (
+        one(post_processor=template("<x>", "A")),
+        "post_processor",
+    ),
+    "one: a template of two texts": (one(post_processor=template("A", "A")), "post_processor"),
     "one: post-processors in each other": (
         one(post_processor=json.loads('{"type": "Sequence", "processors": [' * 900 + "]}" * 900)),
         "post_processor",
