@@ -648,7 +648,7 @@ def test_a_page_of_the_web_in_place_of_a_file_is_not_kept(
 
 
 DAMAGED = {
-    CONFIG: [b"", b"{", b"[]", gzip.compress(b"{}")],
+    CONFIG: [b"", b"{", b"[]", gzip.compress(b"{}", mtime=0)],
     "vocab.json": [b'{"a": 1', b"\0\0"],
     "merges.txt": [b"", b"\xff\xfe"],
     WEIGHTS: [b"", SINGLE[WEIGHTS][:-1], SINGLE[WEIGHTS] + b"x", bytes(9000)],
