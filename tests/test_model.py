@@ -78,6 +78,13 @@ def test_cached_equals_uncached(model):
     np.testing.assert_allclose(np.concatenate(pieces, 1), whole, atol=1e-5, rtol=1e-5)
 
 
+def test_a_block_alone_begins_where_its_cache_does(model):
+    x = Tensor(np.random.default_rng(2).standard_normal((2, 5, 16)).astype(np.float32))
+    block, cache = model.blocks[0], model.empty_cache(2, SMALL.block_size)[0]
+    for part in (block, block.attn):
+        np.testing.assert_allclose(part(x, cache=cache).numpy(), part(x).numpy(), atol=1e-5)
+
+
 @pytest.mark.parametrize(("norm", "row"), [("pre", 0), ("pre", 8), ("post", 5)])
 def test_one_column_alone_equals_that_of_all(norm, row):
     model = randomize(GPT(replace(SMALL, norm=norm)))
