@@ -518,7 +518,7 @@ def test_a_full_disk_is_noticed_before_writing(
 ) -> None:
     server.files["org/tiny"] = SINGLE
     server.claim["model.safetensors"] = 1 << 60
-    fails("org/tiny", f"model.safetensors has {1 << 40} MiB, but only .* free; TINYGPT_CACHE")
+    fails("org/tiny", f"model.safetensors has {1 << 40:,} MiB, but only .* free; TINYGPT_CACHE")
     assert models(tmp_path) == []
 
 

@@ -220,10 +220,13 @@ def test_a_signal_that_a_destructor_swallows_comes_again(cli, monkeypatch):
     def killed(_):
         Deaf()
         time.sleep(60)
+        heard_late.append(True)
         return 0
 
+    heard_late = []
     command = import_module("tinygpt.commands.plot")
     monkeypatch.setattr(command, "add_flags", lambda parser: None)
     monkeypatch.setattr(command, "run", killed)
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     assert cli("plot")[0] == 128 + signal.SIGTERM
+    assert not heard_late  # it wakes what waits

@@ -17,7 +17,7 @@ SETTINGS = {"NOOPT": None, "PYTHONPATH": "benchmarks"}
 @needs_nvrtc
 @pytest.mark.slow
 def test_every_kernel_compiles_and_none_is_added_unseen():
-    process = start(program=("benchmarks/kernels.py",), env=SETTINGS)
+    process = start(program=("benchmarks/gpu_kernels.py",), env=SETTINGS)
     _, err = process.communicate()
     assert process.returncode == 0, err.decode()
 
@@ -25,7 +25,7 @@ def test_every_kernel_compiles_and_none_is_added_unseen():
 @needs_nvrtc
 def test_a_kernel_that_does_not_compile_ends_the_count():
     script = """
-import kernels
+import gpu_kernels as kernels
 from tinygrad.renderer.cstyle import CUDARenderer
 real = CUDARenderer.render_kernel
 CUDARenderer.render_kernel = lambda *args, **more: real(*args, **more).replace("{", "{ oh dear;", 1)
@@ -40,7 +40,8 @@ kernels.count_all()
 @needs_nvrtc
 def test_a_number_that_grows_and_a_case_that_is_lost_are_told():
     script = """
-import json, kernels
+import json
+import gpu_kernels as kernels
 table = json.loads(kernels.TABLE.read_text(encoding="utf-8"))
 assert len(table) > 20 and kernels.beyond(table, table) == []
 assert kernels.beyond({case: (0, 0) for case in table}, table) == []

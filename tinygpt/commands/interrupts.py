@@ -54,12 +54,20 @@ def ends_in_order() -> Iterator[None]:
         yield
 
 
+def _send(number: int) -> None:
+    """A signal to the thread that handles them, which may be waiting for something."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
+    else:  # Windows, where nothing wakes it
+        _thread.interrupt_main(number)
+
+
 def _end(number: int, _: object = None) -> None:
     def lost(fault: Any) -> None:
         # Destructors complain about objects that were only half made, and what is raised inside of
         # one is lost: once more, then.
         if isinstance(fault.exc_value, KeyboardInterrupt):
-            threading.Timer(0.1, _thread.interrupt_main, [number]).start()
+            threading.Timer(0.1, _send, [number]).start()
 
     sys.unraisablehook = lost
     raise Ended(number)

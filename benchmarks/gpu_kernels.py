@@ -1,13 +1,13 @@
 """Compiles what an NVIDIA GPU would run, without a GPU, and counts it.
 
-    python benchmarks/kernels.py [--write]
+    python benchmarks/gpu_kernels.py [--write]
 
 NVIDIA's own compiler, from the wheel `nvidia-cuda-nvrtc-cu12` (the extra `nvrtc`), takes each
 kernel of generating, training and evaluating, for the processors of ARCHITECTURES, from a device
 of tinygrad's that runs none. What is printed is, for each case, how many kernels one step starts
 and how many bytes they touch, by tinygrad's count: a token of each text, a training step, an
-evaluated batch. With --write that becomes `benchmarks/kernels.json`; without it the exit status is
-1 where a number is larger than there.
+evaluated batch. With --write that becomes `benchmarks/gpu_kernels.json`; without it the exit status
+is 1 where a number is larger than there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 # A100 and H100. tinygrad writes the same text for both (the second has floats of 8 bits besides,
 # which nothing here uses), so it is written once, for the first, and compiled for each.
 ARCHITECTURES = ("sm_80", "sm_90")
-TABLE = Path(__file__).with_name("kernels.json")
+TABLE = Path(__file__).with_name("gpu_kernels.json")
 
 # All of it before tinygrad is imported.
 os.environ["DEV"] = f"NULL:CUDA:{ARCHITECTURES[0]}"
@@ -157,5 +157,5 @@ if __name__ == "__main__":
     if sys.argv[1:]:
         TABLE.write_text(table + "\n", encoding="utf-8")
     elif grown := beyond(counts, json.loads(TABLE.read_text(encoding="utf-8"))):
-        advice = "if that is meant, `python benchmarks/kernels.py --write` makes the table anew"
+        advice = "if that is meant, `python benchmarks/gpu_kernels.py --write` makes the table anew"
         sys.exit("\n".join([*grown, advice]))
