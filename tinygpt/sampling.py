@@ -228,7 +228,13 @@ def gumbel(seeds: Tensor, step: Whole, size: int) -> Tensor:
     # The middle of one of 2**23 equal steps: never 0 or 1, where a logarithm would be infinite.
     # Of 2**24 steps float32 cannot say the middles: the last would be 1.
     uniform = (bits.cast(dtypes.uint32).rshift(9).cast(dtypes.float32) + 0.5) * 2**-23
-    return -(-uniform.log()).log()
+    # Near 1, where the largest noise comes from, a GPU's logarithm may be off by more than its
+    # value: there it is its series.
+    rest = 1 - uniform
+    series = rest / 6 + 1 / 5
+    for n in (4, 3, 2, 1):
+        series = series * rest + 1 / n
+    return -(rest < 1 / 8).where(series * rest, -uniform.log()).log()
 
 
 def _ordered_bits(x: Tensor) -> Tensor:
