@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,10 @@ from tinygpt.commands.main import main
 from tinygpt.runtime import device
 from tinygpt.tokenizer.encoding import char_tokenizer, save_tokenizer
 from tinygpt.training import run_files
+
+if hasattr(signal, "SIGHUP"):
+    # Under nohup it is ignored, also by what a test starts and then ends by it.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 device.forgive_cache()  # as the command line does when it starts
 device.select()

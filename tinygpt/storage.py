@@ -157,7 +157,7 @@ _hashing = ContextVar("hashing", default=None)
 def digests_of_written() -> Iterator[dict[str, Any]]:
     """The SHA-256 of each file that `atomic_file` writes meanwhile: a hash by the file's name.
 
-    A thread computes it while the system writes, so that writing takes hardly longer.
+    A thread computes it while the system writes.
     """
     found: dict[str, Any] = {}
     with ThreadPoolExecutor(1, "digests") as thread:
