@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -35,12 +36,18 @@ def holding(run: Path) -> subprocess.Popen:
     return child
 
 
+def description(run: Path) -> Path:
+    """The file that says who holds a folder."""
+    [file] = (run / ".lock").iterdir()
+    return file
+
+
 def left_behind(run: Path) -> Path:
     """What the lock of a killed process leaves."""
     child = holding(run)
     child.send_signal(signal.SIGKILL)
     child.communicate()
-    return run / ".lock" / "holder.json"
+    return description(run)
 
 
 def test_a_second_training_is_told_who_holds_the_folder(tmp_path):
@@ -61,8 +68,8 @@ def test_the_lock_of_a_killed_process_is_in_nobodys_way(tmp_path):
     file = left_behind(tmp_path)
     assert file.is_file()
     with locked(tmp_path):
-        assert json.loads(file.read_text(encoding="utf-8"))["pid"] == os.getpid()
-    assert not file.exists()
+        assert json.loads(description(tmp_path).read_text(encoding="utf-8"))["pid"] == os.getpid()
+    assert not file.parent.exists()
 
 
 @pytest.mark.parametrize(
@@ -85,9 +92,9 @@ def test_the_lock_of_a_killed_process_is_in_nobodys_way(tmp_path):
     ],
 )
 def test_a_lock_is_believed_while_its_process_can_be_there(change, is_held, tmp_path):
-    file = tmp_path / ".lock" / "holder.json"
     with locked(tmp_path):
-        mine = json.loads(file.read_text(encoding="utf-8"))
+        mine = json.loads(description(tmp_path).read_text(encoding="utf-8"))
+    file = tmp_path / ".lock" / "old.json"
     file.parent.mkdir()
     file.write_text(json.dumps(mine | change), encoding="utf-8")
     if is_held:
@@ -96,8 +103,8 @@ def test_a_lock_is_believed_while_its_process_can_be_there(change, is_held, tmp_
         assert json.loads(file.read_text(encoding="utf-8")) == mine | change
     else:
         with locked(tmp_path):
-            assert json.loads(file.read_text(encoding="utf-8")).keys() == mine.keys()
-        assert not file.exists()
+            assert json.loads(description(tmp_path).read_text(encoding="utf-8")) != mine | change
+        assert not file.parent.exists()
 
 
 def test_the_lock_in_a_copy_of_a_running_run_is_in_nobodys_way(tmp_path):
@@ -120,27 +127,37 @@ def test_a_damaged_lock_is_in_nobodys_way(content, tmp_path):
     assert not (tmp_path / ".lock").exists()
 
 
-def _try(run: Path, start, results) -> None:
-    start.wait()
-    try:
-        with locked(run):
-            results.put(True)
-            start.wait()
-    except InputError:
-        results.put(False)
-        start.wait()
-
-
-def test_of_many_that_find_an_old_lock_one_gets_the_folder(tmp_path):
+@pytest.mark.parametrize("at", range(12))
+def test_of_many_that_find_an_old_lock_one_gets_the_folder(at, tmp_path, monkeypatch):
+    """Whatever others do just before and after one step of one that takes it."""
     left_behind(tmp_path)
-    spawn, count = multiprocessing.get_context("spawn"), 4
-    start, results = spawn.Barrier(count), spawn.Queue()
-    children = [spawn.Process(target=_try, args=(tmp_path, start, results)) for _ in range(count)]
-    for child in children:
-        child.start()
-    assert sorted(results.get() for _ in children) == [False] * (count - 1) + [True]
-    for child in children:
-        child.join()
+    calls, hold, taken = itertools.count(), ExitStack(), []
+
+    def take() -> None:
+        with suppress(InputError):
+            taken.append(hold.enter_context(locked(tmp_path)))
+
+    def among_others(usual):
+        def step(*args, **kwargs):
+            number = next(calls)
+            if number == at:
+                take()
+            try:
+                return usual(*args, **kwargs)
+            finally:
+                if number == at:
+                    take()
+
+        return step
+
+    for name in ("rename", "unlink", "rmdir", "listdir"):
+        monkeypatch.setattr(os, name, among_others(getattr(os, name)))
+    take()
+    assert len(taken) == 1
+    with pytest.raises(InputError, match="in use"), locked(tmp_path):
+        pass
+    hold.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):

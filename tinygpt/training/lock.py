@@ -1,20 +1,23 @@
 """One training at a time in a run's folder, and who it is.
 
-The lock is a folder with a description of its holder. A folder that is not empty is never replaced
-by renaming another, on any system, so whoever renames first has it, and it is never there without
-its description. It needs no links and no locks of the system, which network drives lack.
+The lock is a folder with a description of its holder, in a file whose name is its own. A folder
+that is not empty is never replaced by renaming another, on any system, so whoever renames first has
+it, and it is never there without its description. To take an old lock away is to remove that file
+by its name, and the folder if it is empty then: so nobody can hit a lock that another has put there
+since. It needs no links and no locks of the system, which network drives lack.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from typing import Any
 from tinygpt.errors import CheckpointError, InputError, reason, show
 from tinygpt.storage import read_json, temporary_beside
 
-_FOLDER, _FILE = ".lock", "holder.json"
+_FOLDER = ".lock"
 _KEYS = {"pid", "host", "boot", "started", "at", "folder", "inode"}
 _TRIES = 5
 
@@ -38,60 +41,70 @@ def locked(run: Path) -> Iterator[None]:
     try:
         try:
             run.mkdir(parents=True, exist_ok=True)
-            mine = _take(run)
+            name = _take(run)
         except OSError as error:
             raise InputError(f"cannot write {run}: {reason(error)}; pass another --out") from error
         try:
             yield
         finally:
-            if _holder(run / _FOLDER) == mine:
-                _remove(run / _FOLDER)
+            with suppress(OSError):  # what is wrong there is told of by what could not be saved
+                _remove(run / _FOLDER, [name])
     finally:
         for folder in made:
             with suppress(OSError):  # it is not empty, or was never made
                 folder.rmdir()
 
 
-def _take(run: Path) -> dict[str, Any]:
-    """Put a lock of this process into a folder, in place of one whose holder is gone."""
-    lock, mine = run / _FOLDER, _this_process(run)
+def _take(run: Path) -> str:
+    """Put a lock of this process into a folder, in place of one whose holder is gone.
+
+    Returns:
+        The name of the file that describes this process.
+    """
+    lock, mine, name = run / _FOLDER, _this_process(run), f"{secrets.token_hex(8)}.json"
     for _ in range(_TRIES):
         ready = temporary_beside(lock)
         ready.mkdir()
         try:
-            (ready / _FILE).write_text(json.dumps(mine), encoding="utf-8")
+            (ready / name).write_text(json.dumps(mine), encoding="utf-8")
             os.rename(ready, lock)
-            return mine
+            return name
         except OSError:
             if not lock.is_dir():  # what is in the way is no other lock
                 raise
         finally:
             shutil.rmtree(ready, ignore_errors=True)
-        if (holder := _holder(lock)) is None or not _holds(holder, mine):
-            _remove(lock, holder)
-            continue
-        who = f"process {show(holder['pid'])} on {show(holder['host'])}, since {show(holder['at'])}"
-        raise InputError(
-            f"{run} is in use by another training, {who}: wait for it, stop it, or pass another "
-            f"--out (if that process is gone, remove {lock})"
-        )
+        holders = _holders(lock)
+        for holder in holders.values():
+            if holder is not None and _holds(holder, mine):
+                who = f"process {show(holder['pid'])} on {show(holder['host'])}"
+                raise InputError(
+                    f"{run} is in use by another training, {who}, since {show(holder['at'])}: wait "
+                    f"for it, stop it, or pass another --out (if that process is gone, remove "
+                    f"{lock})"
+                )
+        _remove(lock, holders)
     raise InputError(f"{run} is being taken by other trainings: pass another --out")
 
 
-def _remove(lock: Path, expected: dict[str, Any] | None = None) -> None:
-    """Take a lock away, unless it has become another than the one expected."""
-    aside = temporary_beside(lock)
+def _remove(lock: Path, names: Iterable[str]) -> None:
+    """Take a lock away that is described by these files, unless it has become another."""
+    for name in names:
+        (lock / name).unlink(missing_ok=True)
+    with suppress(OSError):  # another has it now, or took it away
+        lock.rmdir()
+
+
+def _holders(lock: Path) -> dict[str, dict[str, Any] | None]:
+    """What each file of a lock says of its holder, None where nothing that could be understood."""
     with suppress(FileNotFoundError):  # another process was faster
-        os.rename(lock, aside)
-        if expected is not None and _holder(aside) != expected:
-            os.rename(aside, lock)
-    shutil.rmtree(aside, ignore_errors=True)
+        return {name: _holder(lock / name) for name in os.listdir(lock)}
+    return {}
 
 
-def _holder(lock: Path) -> dict[str, Any] | None:
-    """What a lock says of its holder; None where it says nothing that could be understood."""
+def _holder(file: Path) -> dict[str, Any] | None:
     with suppress(CheckpointError):
-        found = read_json(lock / _FILE)
+        found = read_json(file)
         if isinstance(found.get("pid"), int) and found.keys() == _KEYS:
             return found
     return None
