@@ -28,6 +28,9 @@ if hasattr(signal, "SIGHUP"):
     # Under nohup it is ignored, also by what a test starts and then ends by it.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+# As users have it: what Python keeps for stderr is written at exit, where it can fail once more.
+os.environ.pop("PYTHONUNBUFFERED", None)
+
 device.forgive_cache()  # as the command line does when it starts
 device.select()
 

@@ -16,20 +16,23 @@ SHORT = [*SHAPE, "--max-new-tokens", "8", "--seed", "3"]
 
 
 def start(
-    *argv, program=("run.py",), env=None, stdin=None, stdout=subprocess.PIPE
+    *argv,
+    program=("run.py",),
+    env=None,
+    stdin=None,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
 ) -> subprocess.Popen:
     """The program in a process of its own; None in `env` takes a variable away."""
-    env = {**os.environ, "PYTHONUNBUFFERED": None, **(env or {})}
+    env = {**os.environ, **(env or {})}
     env = {name: value for name, value in env.items() if value is not None}
     command = [sys.executable, *program, *map(str, argv)]
-    return subprocess.Popen(
-        command, env=env, stdin=stdin, stdout=stdout, stderr=subprocess.PIPE, cwd=ROOT
-    )
+    return subprocess.Popen(command, env=env, stdin=stdin, stdout=stdout, stderr=stderr, cwd=ROOT)
 
 
 def finish(process: subprocess.Popen) -> tuple[int, bytes, str]:
     out, err = process.communicate(timeout=300)
-    return process.returncode, out, err.decode(errors="replace")
+    return process.returncode, out, (err or b"").decode(errors="replace")
 
 
 def is_refused(run: tuple[int, str | bytes, str], words: str) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from reprlib import Repr
-from typing import Any
+from typing import Any, TextIO
 
 _REPR = Repr()  # a value from a file may be of any length or depth
 _REPR.maxstring = _REPR.maxother = 100
@@ -137,8 +137,25 @@ def say(text: str, below: str = "") -> None:
     line = f"tinygpt: {one_line(text)}"
     if below:
         line += f"\n{visible(below)}\n"
-    with suppress(OSError):  # a stderr that nobody reads is no reason to stop
-        print(line, file=sys.stderr, flush=True)
+    tell(f"{line}\n")
+
+
+def tell(text: str) -> None:
+    """Write to stderr, where one that nobody reads any more is no reason to stop."""
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except OSError:
+        give_up(sys.stderr)
+
+
+def give_up(stream: TextIO) -> None:
+    """Let a stream that cannot be written swallow what it still holds and what comes.
+
+    Python writes it once more at exit, and ends with a status of its own where that fails.
+    """
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextmanager

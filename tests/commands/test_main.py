@@ -150,6 +150,14 @@ def test_a_full_disk_is_one_line():
     assert is_refused((status, "", err.splitlines()[-1]), "no space left on device")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_what_cannot_be_told_on_stderr_changes_no_status():
+    with open("/dev/full", "wb") as full:
+        for argv, expected in ((["Hi", *SHORT], 0), (["--no-such-flag"], 2)):
+            status, out, _ = finish(start(*argv, stderr=full))
+            assert (status, bool(out)) == (expected, expected == 0)
+
+
 def test_closed_standard_streams_are_no_traceback():
     for command, expected in (("run.py --version >&-", 0), ("run.py - <&-", 2)):
         command = f"{shlex.quote(sys.executable)} {command}"

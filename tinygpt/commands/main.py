@@ -9,7 +9,6 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from difflib import get_close_matches
 from importlib import import_module
 from itertools import takewhile
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from tinygpt import __version__, environment
 from tinygpt.commands.interrupts import ends_in_order, status
-from tinygpt.errors import InputError, reason, say, unknown
+from tinygpt.errors import InputError, give_up, reason, say, unknown
 
 if TYPE_CHECKING:  # tinygrad is imported once the environment is known to suit it
     from tinygpt.commands.flags import Parser
@@ -66,8 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError as error:
         message = _out_of_memory(error)
     except OSError as error:
-        with suppress(OSError):  # at exit, Python would try again to write what stdout still holds
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        give_up(sys.stdout)
         if isinstance(error, BrokenPipeError):  # the reader has seen enough
             return 0
         message = f"{error.filename or 'cannot write'}: {reason(error)}"

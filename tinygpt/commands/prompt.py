@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 
-from tinygpt.errors import InputError, say, show
+from tinygpt.errors import InputError, say, show, tell
 from tinygpt.storage import MAX_TEXT_BYTES, read_text
 
 _NAMED = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
@@ -78,10 +78,10 @@ def typed_prompts() -> Iterator[str]:
         try:
             line = input("> " if sys.stdout.isatty() else "")
         except EOFError:
-            print(file=sys.stderr)  # the terminal is still in the line
+            tell("\n")  # the terminal is still in the line
             return
         except (KeyboardInterrupt, UnicodeDecodeError):
-            print(file=sys.stderr)  # the terminal is still in the line
+            tell("\n")  # the terminal is still in the line
             continue
         if text := line.removesuffix("\r"):
             yield text

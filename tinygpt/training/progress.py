@@ -5,9 +5,8 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from contextlib import suppress
 
-from tinygpt.errors import say
+from tinygpt.errors import say, tell
 
 _EVERY_S = 60
 _BAR = 20  # characters at most, at least three
@@ -42,7 +41,7 @@ class Progress:
             bar = min(_BAR, self.width - len(facts) - 1)
             done = bar * step // max(step, steps)
             line = f"{'#' * done}{'-' * (bar - done)} {facts}" if bar >= 3 else facts
-            self._write("\r" + line[: self.width].ljust(self.width))
+            tell("\r" + line[: self.width].ljust(self.width))
         elif time.monotonic() - self.told >= _EVERY_S:
             self.told = time.monotonic()
             say(f"step {facts}")
@@ -50,13 +49,7 @@ class Progress:
     def clear(self) -> None:
         """Take the line away, for another."""
         if self.width:
-            self._write("\r" + " " * self.width + "\r")
-
-    @staticmethod
-    def _write(text: str) -> None:
-        with suppress(OSError):  # a terminal that was closed is no reason to stop
-            sys.stderr.write(text)
-            sys.stderr.flush()
+            tell("\r" + " " * self.width + "\r")
 
 
 def duration(seconds: float) -> str:
