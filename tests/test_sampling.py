@@ -157,23 +157,35 @@ def threefry(counter: np.ndarray, key: int) -> tuple[np.ndarray, np.ndarray]:
     return x, y
 
 
+def noise(seed: int, draw: int, size: int) -> np.ndarray:
+    """Gumbel's, from the upper 23 bits of each word, those of the lower words first."""
+    counter = np.arange((size + 1) // 2, dtype=np.uint64) + np.uint64(draw << 32)
+    bits = np.concatenate(threefry(counter, seed))[:size]
+    return -np.log(-np.log(((bits >> np.uint32(9)) + 0.5) / 2**23))
+
+
 @pytest.mark.backend
 @pytest.mark.parametrize("draw", [0, 1, 2**20 + 3])
 @pytest.mark.parametrize("size", [1, 68, 50257])
 def test_noise_equals_that_of_numpy(size, draw):
-    """Finite wherever it is drawn: seed 35 has 24 ones at the head of a word of its first draw."""
+    """Finite wherever it is drawn: the largest that there is, at one place of seed 35."""
     words = threefry(np.zeros(1, np.uint64), 0)
     assert [int(word[0]) for word in words] == [0x6B200159, 0x99BA4EFE]  # as they publish it
     seeds = [35, 2**40 + 5, 2**64 - 1]
     found = sampling.gumbel(Tensor(np.array(seeds, np.uint64)), draw, size).numpy()
     assert np.isfinite(found).all()
-    counter = np.arange((size + 1) // 2, dtype=np.uint64) + np.uint64(draw << 32)
     for row, seed in zip(found, seeds, strict=True):
-        bits = np.concatenate(threefry(counter, seed))[:size]
-        uniform = ((bits >> np.uint32(9)) + 0.5) / 2**23
-        np.testing.assert_allclose(row, -np.log(-np.log(uniform)), atol=1e-5, rtol=0)
-        if (seed, draw, size) == (35, 0, 50257):
-            assert bits.max() >> 8 == 2**24 - 1
+        np.testing.assert_allclose(row, noise(seed, draw, size), atol=1e-5, rtol=0)
+    if (draw, size) == (0, 50257):
+        assert found[0].max() == pytest.approx(24 * np.log(2), abs=1e-5)
+
+
+def test_a_choice_is_the_largest_sum_of_logit_and_noise():
+    seeds = np.array([3, 4], np.uint64)
+    for given in ((), (0,), (7,)):  # the first draw, unless another is asked for
+        rows = [noise(int(seed), *(given or (0,)), LOGITS.shape[1]) for seed in seeds]
+        found = choose(Tensor(LOGITS), [], Tensor(seeds), *given)
+        assert found.tolist() == (LOGITS + rows).argmax(-1).tolist()
 
 
 @pytest.mark.slow

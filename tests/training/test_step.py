@@ -14,7 +14,7 @@ from tinygpt import GPT, InputError
 from tinygpt.runtime import memory
 from tinygpt.training.optimizers import StepInputs, global_norm
 from tinygpt.training.settings import TrainConfig
-from tinygpt.training.step import Trainer, sharing_weights
+from tinygpt.training.step import Counters, Trainer, sharing_weights
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -78,6 +78,7 @@ def test_a_step_is_the_gradients_and_then_the_optimizer_at_the_rates_of_the_sche
         min_learning_rate=0.001, muon_learning_rate=0.05, grad_clip=0.1,
     )  # fmt: skip
     trainer, twin = fresh(config), fresh(config)
+    assert trainer.counters == Counters(0, 0, 0, 0, 1.0, 0)
     for update, (step, share) in enumerate(((0, 0.5), (2, 0.7)), 1):
         trainer.counters.step = step
         assert trainer.learning_rate == pytest.approx(0.01 * share)
