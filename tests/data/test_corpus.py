@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from test_prepare import documents, fails, write
 
+from tinygpt import load_tokenizer
 from tinygpt.data import convert, corpus
 from tinygpt.data.corpus import recut
 from tinygpt.data.dataset import Dataset, Header
@@ -296,6 +298,14 @@ def test_line_ends_of_windows_in_records(keep_crlf, tmp_path):
     more = {"field": "t", "val": 0, "keep_crlf": keep_crlf}
     data, *_ = ids_of(source, tmp_path / "out", **more)
     assert documents(data, data.train) == ["a\r\nb" if keep_crlf else "a\nb"]
+
+
+def test_an_end_that_is_an_ordinary_token_is_put_behind_each_text_that_lacks_it(tmp_path):
+    files = {"generation_config.json": {"eos_token_id": ord(".")}}
+    tokenizer = replace(load_tokenizer("bytes"), kept=files)
+    source = write(tmp_path / "x.jsonl", [{"t": "A."}, {"t": "B.C"}, {"t": "."}, {"t": "D"}])
+    _, ids, _ = ids_of(source, tmp_path / "out", tokenizer, field="t", val=0)
+    assert bytes(ids) == b"A.B.C..D."
 
 
 def test_plain_texts_beside_records_are_documents_of_their_own(tmp_path):

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from tinygpt.data import prepare as module
 from tinygpt.data.corpus import recut
 from tinygpt.data.dataset import Dataset
 from tinygpt.data.prepare import prepare
+from tinygpt.data.records import Records
 from tinygpt.data.token_file import TokenFile
 from tinygpt.errors import InputError
 from tinygpt.tokenizer.encoding import (
@@ -151,6 +153,10 @@ def test_text_without_a_place_to_cut(monkeypatch):
     assert list(recut(["a b", "c", "d e"])) == ["a", " bcd", " e"]
     monkeypatch.setattr(text_module, "_WORD_LENGTH", 3)
     assert list(recut(["ab", "cd", "e", "fg"])) == ["abcd", "efg"]
+
+
+def test_a_word_without_an_end_is_cut_past_16_mib_so_that_it_fills_no_memory():
+    assert len(next(recut(["a" * (1 << 20)] * 20))) == 17 << 20  # the first piece past it is whole
 
 
 def test_a_long_run_of_spaces_is_no_trouble(tmp_path, monkeypatch):
@@ -387,6 +393,27 @@ def test_a_record_too_long_for_memory(name, content, part, words, tmp_path, monk
     write(source, content % (part * (1_000_000 // len(part))))
     header = prepare(source, tmp_path / "out", "bytes", 0, "text")
     assert header.splits["train"].bytes - 1_000_000 == (name == "x.json")
+
+
+def test_a_line_of_256_mib_is_refused_and_one_a_byte_below_the_limit_is_not(monkeypatch):
+    piece = b"a" * (1 << 20)  # always the same one: no memory is filled
+    with pytest.raises(ValueError, match="it has 256 MiB or more"):
+        list(Records([piece] * 256))
+    monkeypatch.setattr(records, "RECORD_BYTES", 15)
+    assert list(Records([b'{"t": "first"}\n{"t": "other"}'])) == [
+        (0, {"t": "first"}),
+        (15, {"t": "other"}),
+    ]
+    for long in (b'{"t": "first "}\n', b'{"t": "first"}\n{"t": "other "}'):
+        with pytest.raises(ValueError, match="too much for one text"):
+            list(Records([long]))
+
+
+def test_an_object_on_several_lines_is_looked_for_in_64_mib():
+    lines = iter([b"{" + b" " * (1 << 20)] * 100)
+    with pytest.raises(ValueError, match="damaged"):
+        list(Records(chain.from_iterable((line, b"\n") for line in lines)))
+    assert len(list(lines)) == 100 - 64  # the others were not read
 
 
 def test_an_object_on_several_lines_is_looked_for_in_so_much_only(tmp_path, monkeypatch):
