@@ -190,6 +190,9 @@ LAYOUTS: dict[str, Callable[[Path], None]] = {
         special_tokens_map={"eos_token": "<|im_end|>", "pad_token": "<pad>"},
         tokenizer_config={"tokenizer_class": "GPT2Tokenizer", "model_max_length": 64},
     ),
+    "a named token with which a listed one begins": files(
+        added_tokens={"<a>>": 300}, special_tokens_map={"pad_token": "<a>"}
+    ),
     "a map of objects": files(
         special_tokens_map={
             "eos_token": token(END, normalized=True),

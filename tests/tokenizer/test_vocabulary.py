@@ -79,3 +79,12 @@ def test_merges_that_only_look_like_gpt2s_are_refused(files):
         changed = [*merges[:number], bad, *merges[number + 1 :]]
         with pytest.raises(CheckpointError, match="tokenizer 'gpt2': "):
             vocabulary.from_merges(vocab, changed, "gpt2")
+
+
+def test_tokens_are_too_long_from_8_000_001_steps_on():
+    letters = [bytes([byte]) for byte in range(16)]
+    tokens = [*letters, b"a" * 49, b"b" * 2828]  # 16 + 49**2 + 2828**2 steps
+    for first, words in ((0, "its tokens are too long"), (1, "no merge of two earlier tokens")):
+        ranks = {token: number for number, token in enumerate(tokens[first:])}
+        with pytest.raises(CheckpointError, match=words):
+            vocabulary.find_merges(ranks, "own")
