@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import shutil
 import threading
 from collections import Counter
@@ -147,7 +148,9 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(made, tmp_path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "data"))
+    """To be damaged; without digests, which would tell, as in an older version."""
+    ignored = shutil.ignore_patterns("SHA256SUMS")
+    return Path(shutil.copytree(made, tmp_path / "data", ignore=ignored))
 
 
 def test_open_gives_what_is_in_the_files(made):
@@ -158,6 +161,22 @@ def test_open_gives_what_is_in_the_files(made):
         np.testing.assert_array_equal(data.train[start:stop], expected[start:stop])
     assert data.train.highest == expected.max()
     assert data.tokenizer().decode(data.val[:].tolist()) == ("hello there, general\n" * 20)[-42:]
+
+
+def test_every_bit_that_has_turned_is_seen(made, tmp_path):
+    whole, draw = shutil.copytree(made, tmp_path / "data"), random.Random(0)
+    names = {path.name for path in whole.iterdir()}
+    assert names == {"header.json", "tinygpt_tokenizer.json", "train.bin", "val.bin", "SHA256SUMS"}
+    for path in whole.iterdir():
+        content = path.read_bytes()
+        for place in draw.sample(range(len(content)), 40):
+            turned = bytearray(content)
+            turned[place] ^= 1 << draw.randrange(8)
+            path.write_bytes(turned)
+            with pytest.raises(CheckpointError, match=rf"^{tmp_path}.*prepare the text again"):
+                Dataset.open(whole)
+        path.write_bytes(content)
+    assert Dataset.open(whole).header == Header.read(made)
 
 
 def test_a_folder_is_known_by_any_of_its_files(folder, tmp_path):

@@ -13,7 +13,7 @@ import numpy as np
 
 from tinygpt.data.token_file import TokenFile
 from tinygpt.errors import CheckpointError, InputError, show, unknown
-from tinygpt.storage import read_json, write_text
+from tinygpt.storage import check_digests, read_json, write_text
 from tinygpt.tokenizer.encoding import folder_tokenizer, same_tokenizer
 from tinygpt.tokenizer.tokenizer import Tokenizer
 
@@ -138,6 +138,10 @@ class Dataset:
             CheckpointError: when a file is missing, unreadable, or not what the header says.
         """
         folder = Path(folder)
+        try:
+            check_digests(folder)  # of all but the tokens; folders of older versions have none
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}: prepare the text again") from error
         header, files = Header.read(folder), []
         for name in SPLITS:
             split = header.splits[name]

@@ -22,7 +22,7 @@ from tinygpt.data.corpus import Source, TextSettings
 from tinygpt.data.dataset import SPLITS, Dataset, Header, Split, tokens_folder
 from tinygpt.data.find_files import SHAKESPEARE
 from tinygpt.errors import InputError, reason, say, show, unknown
-from tinygpt.storage import atomic_folder
+from tinygpt.storage import atomic_folder, digests_of_written, write_digests
 from tinygpt.tokenizer.encoding import (
     NAMES,
     char_tokenizer,
@@ -91,7 +91,6 @@ def prepare(
         return existing
     with atomic_folder(out, "; pass another -o") as folder:
         encoding = given or _learnt(name, text, names, as_tokens)
-        save_tokenizer(encoding, folder)
         splits, found = _write(folder, Converter(encoding, names, as_tokens), text)
         header = Header(
             vocab_size=encoding.n_vocab,
@@ -99,7 +98,10 @@ def prepare(
             special_tokens_found=found.total(),
             **settings,
         )
-        header.write(folder)
+        with digests_of_written() as digests:
+            save_tokenizer(encoding, folder)
+            header.write(folder)
+        write_digests(folder, digests)
         text.check_unchanged()
     if found:
         _say_found(found, as_tokens, encoding)
