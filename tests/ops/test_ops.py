@@ -376,6 +376,21 @@ def test_a_call_is_held_against_the_c_signature():
     assert isinstance(x.dtype, DType)
 
 
+def test_weights_that_are_narrow_or_scaled_have_no_gradients():
+    x, ids = Tensor(draw(2, 3), device="CPU"), Tensor([0, 1], dtype=dtypes.int32, device="CPU")
+    weight, scale = Tensor(draw(5, 3), device="CPU"), Tensor(draw(5), device="CPU")
+    half = weight.half()
+    for y in (
+        fast.linear(x, half, None, None, None), fast.linear(x, weight, None, scale, None),
+        fast.cross_entropy(x, half, ids, None), fast.cross_entropy(x, weight, ids, scale),
+        fast.matmul(x, half, False, True),
+    ):  # fmt: skip
+        with pytest.raises(AssertionError, match="has no gradient"):
+            y.sum().gradient(x)
+    with pytest.raises(AssertionError, match="has no gradient"):
+        fast.embedding(ids, half, None).sum().gradient(half)
+
+
 @pytest.mark.parametrize(
     "processor", ["arm64,apple-m1", "x86_64,x86-64-v2", "x86_64,icelake-server"]
 )
