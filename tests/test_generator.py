@@ -81,10 +81,10 @@ def test_a_prompt_past_the_window_keeps_its_newer_half(model, generator):
     assert ids == list(generator.generate(prompt[-8:], max_new_tokens=5, temperature=0))
 
 
-@pytest.mark.parametrize("chunk_size", [1, 7, 64])
+@pytest.mark.parametrize("chunk_size", [1, 2, 7, 64])
 def test_chunk_sizes_give_the_same_ids(model, generator, chunk_size):
     other = Generator(model, chunk_size)
-    for prompt in PROMPTS:
+    for prompt in (*PROMPTS, [i * 7 % 67 for i in range(14)]):
         expected = list(generator.generate(prompt, max_new_tokens=20, temperature=0))
         assert list(other.generate(prompt, max_new_tokens=20, temperature=0)) == expected
 
