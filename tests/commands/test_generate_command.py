@@ -386,6 +386,14 @@ def test_a_prompt_on_stdin_is_counted_before_it_fills_the_memory(argv, saved, cl
     assert stream.left > 62 << 20  # the rest is not even read
 
 
+def test_a_prompt_on_stdin_may_be_as_long_as_the_limit_and_no_longer(saved, cli, monkeypatch):
+    monkeypatch.setattr(read_from, "MAX_TEXT_BYTES", 8)
+    for text, expected in ((b"8 bytes!", 0), (b"9 letters", 2)):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+        status, out, _ = cli("-", "-m", saved[0], "-n", 0)
+        assert (status, out) == (expected, "" if expected else "8 bytes!\n")
+
+
 @pytest.mark.parametrize("argv", BAD)
 def test_bad_input_is_one_line_and_exit_status_2(cli, monkeypatch, argv):
     monkeypatch.chdir(ROOT)
