@@ -46,6 +46,20 @@ def test_stdout_is_the_prompt_and_its_continuation_and_stderr_the_rest(cli):
     )
 
 
+def test_a_new_model_writes_at_temperature_1_if_nothing_is_said(cli):
+    argv = ["Hi", *SHORT, "--num-samples", 40]  # it knows so little that few choices differ
+    said = [cli(*argv, "--temperature", temperature)[1] for temperature in (1, 2)]
+    assert cli(*argv)[1] == said[0] != said[1]
+
+
+def test_letters_that_stdout_cannot_write_are_question_marks(cli, monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert cli("Hé", *SHORT)[0] == 0
+    stdout.flush()
+    assert stdout.buffer.getvalue().startswith(b"H?")
+
+
 def test_a_seed_gives_the_same_text_again(cli):
     texts = [cli("Hi", *SHORT, "--seed", seed)[1] for seed in (3, 4, 3)]
     assert texts[0] == texts[2] != texts[1]
@@ -172,6 +186,15 @@ def test_ctrl_c_stops_a_typed_text_and_not_the_program(endless):
     process.stdin = None
     status, _, err = finish(process)
     assert (status, err) == (0, "")
+
+
+@pytest.mark.parametrize("first", [["Hi"], ["--ids", "72,105"], []])
+def test_interactive_continues_what_is_given_and_then_each_line(first, saved, cli, monkeypatch):
+    argv = ["--model", saved[0], "-n", 4, "--temperature", 0]
+    texts = [cli(*each, *argv)[1] for each in (first, ["Yo"], ["Oh"]) if each]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Yo\n\nOh\n")))
+    status, out, _ = cli(*first, *argv, "--interactive")
+    assert (status, out) == (0, "".join(texts))
 
 
 def test_interactive_without_stdin_or_with_a_reader_that_leaves_ends_quietly(saved):
