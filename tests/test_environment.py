@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import os
+import platform
 import re
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from tinygrad.device import Device
 
 from tinygpt import GPTConfig, InputError, environment
 
+ARCH = {"AMD64": "x86_64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
 WAYS = {
     "run.py": ("run.py",),
     "module": ("-m", "tinygpt"),
@@ -40,7 +42,10 @@ def variables(monkeypatch):
     ("variables", "words"),
     [
         ({"CPU": "1"}, "CPU is '1', as tinygrad had it before: unset it and set DEV=CPU instead"),
-        ({"DEBUG": "true"}, "DEBUG is 'true': it must be a whole number; or unset it"),
+        (
+            {"DEBUG": "true"},
+            "DEBUG is 'true': it must be a whole number, -2147483647 to 2147483647; or unset it",
+        ),
         ({"DEV": "A:B:C:D"}, "DEV is 'A:B:C:D': it must be BACKEND, BACKEND:COMPILER or "),
     ],
 )
@@ -71,10 +76,16 @@ def test_the_old_way_to_name_a_backend_is_told_the_new(name, value, instead, var
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
-        *((name, "x", "a whole number; or unset it") for name in ("JIT", "NOOPT", "CACHELEVEL")),
-        ("BEAM", "x", "a whole number, 0 or more; or unset it"),
-        ("JITBEAM", "-1", "a whole number, 0 or more; or unset it"),
-        *(("CPU_COUNT", value, "1 or more and at most 256") for value in ("1.5", "0", "999")),
+        *(
+            (name, "x", "a whole number, -2147483647 to 2147483647;")
+            for name in ("JIT", "NOOPT", "CACHELEVEL")
+        ),
+        ("BEAM", "x", "a whole number, 0 to 2147483647; or unset it"),
+        ("JITBEAM", "-1", "a whole number, 0 to 2147483647; or unset it"),
+        *(
+            ("CPU_COUNT", value, "a whole number, 1 to 256; or unset it")
+            for value in ("1.5", "0", "999")
+        ),
         ("BEAM_MIN_PROGRESS", "x", "a number; or unset it"),
         ("DEFAULT_FLOAT", "half", "computed in float32; unset it"),
         ("SUM_DTYPE", "x", "it must be of bool, int8"),
@@ -82,6 +93,12 @@ def test_the_old_way_to_name_a_backend_is_told_the_new(name, value, instead, var
         ("TYPED", "1", "it must be 0; or unset it"),
         ("CAPTURING", "0", "it must be 1; or unset it"),
         ("CAPTURING", "x", "it must be 1; or unset it"),
+        ("HCQ2", "1", "it must be 0; or unset it"),
+        ("IOCTL", "1", "it must be 0; or unset it"),
+        ("CACHEDB", ":memory:", "the path of a file.*CACHELEVEL=0"),
+        ("CACHEDB", "file:x?mode=ro", "the path of a file.*CACHELEVEL=0"),
+        ("DEV", "MOCK+AMD", "what stands in for a card is in tinygrad's sources"),
+        ("DEV", "MOCK+CPU", "what stands in for a card is in tinygrad's sources"),
         ("DEBUG", "\x1b[2J" + "9" * 9999, r"\\x1b"),
     ],
 )
@@ -93,6 +110,55 @@ def test_what_is_no_number_is_told_what_is_allowed(name, value, allowed, variabl
     assert f"variable {name} is " in str(caught.value)
 
 
+@pytest.mark.parametrize("value", ["9" * 30, "-" + "9" * 30, str(2**31), "9" * 9999])
+def test_a_number_that_no_computer_word_holds_is_refused(value, variables, monkeypatch):
+    for name in environment.NUMBERS:
+        variables(**{name: value})
+        with pytest.raises(InputError, match=f"variable {name} is .*: it must be .*; or unset it"):
+            environment.check()
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    "dev",
+    [
+        *("CPU::sparc", "CPU::sparc,native", "CPU:LLVM:sparc,x", "::sparc,native", "CPU::HERE"),
+        *("CPU::HERE,", "CUDA;CPU::sparc,native", "cpu::sparc,native", "CPU::x,HERE"),
+    ],
+)
+def test_a_processor_that_is_not_here_is_refused(dev, variables):
+    variables(DEV=dev.replace("HERE", ARCH))
+    with pytest.raises(InputError, match=f"the processor here is {ARCH}, .* CPU::{ARCH},native"):
+        environment.check()
+
+
+def test_no_variable_that_lets_tinygrad_import_what_its_package_lacks_is_let_through(
+    variables, monkeypatch
+):
+    folder = Path(tinygrad.__file__).parent
+    found = set()
+    for file in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.If) and re.search(
+                r"(?m)^(from|import) (extra|test|examples)\b",
+                "\n".join(map(ast.unparse, node.body)),
+            ):
+                found |= {*re.findall(r"getenv\('(\w+)'\)$", ast.unparse(node.test))}
+    assert {"HCQ2", "IOCTL"} <= found
+    for name in found:
+        variables(DEV="CPU", **{name: "1"})
+        with pytest.raises(InputError, match=f"variable {name} is "):
+            environment.check()
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize("argument", ["--help", "--version", "models"])
+def test_without_a_path_the_program_runs(argument):
+    status, out, err = finish(start(argument, env={"PATH": None}))
+    assert (status, err) == (0, "")
+    assert out
+
+
 @pytest.mark.parametrize(
     "values",
     [
@@ -100,7 +166,9 @@ def test_what_is_no_number_is_told_what_is_allowed(name, value, allowed, variabl
         {"NO_COLOR": "", "DEBUG": "", "CPU": ""},
         {"DEBUG": " 1 ", "BEAM": "0", "CPU": "0", "TC_SELECT": "-1", "GPU": "a name"},
         {"DEV": "CPU", "CUDA": "1", "CL": "/nologo", "CUDA_CC": "x"},  # DEV has chosen
-        {"DEV": "CPU::x86_64,haswell", "CUDA_PATH": "/opt/cuda"},
+        {"DEV": f"CPU::{ARCH},haswell", "CUDA_PATH": "/opt/cuda"},
+        {"DEV": "CUDA::sm_80", "HCQ2": "0", "BEAM": str(2**31 - 1), "MM_DEBUG": str(1 - 2**31)},
+        {"CACHEDB": "", "IOCTL": " 0"},
         {"DEFAULT_FLOAT": "float32", "EMULATED_DTYPES": "bfloat16,half"},
     ],
 )
@@ -112,7 +180,7 @@ def test_what_tinygrad_can_read_is_let_through(values, variables):
 
 @pytest.mark.parametrize(
     ("given", "read"),
-    [("cpu", "CPU"), ("cpu:X86", "CPU:X86"), ("CPU::x86_64,haswell", "CPU::x86_64,haswell"),
+    [("cpu", "CPU"), ("cpu:X86", "CPU:X86"), (f"cpu::{ARCH},haswell", f"CPU::{ARCH},haswell"),
      ("mock+amd;cpu", "mock+AMD;CPU")],
 )  # fmt: skip
 def test_a_backend_in_small_letters_is_that_in_capitals(given, read, variables):

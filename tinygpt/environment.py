@@ -7,6 +7,7 @@ named as its releases of before 2026 had it. So this is asked first, and imports
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Iterator
 
 from tinygpt.errors import InputError, show
@@ -44,10 +45,14 @@ NUMBERS = (
 )  # fmt: skip
 _FLOATS = ("BEAM_MIN_PROGRESS",)
 MOST_THREADS = 256  # that the graph runner can start
+_MOST = 2**31 - 1  # what tinygrad writes into its cache, and hands to C, may not have more bits
 _LIMITS = {
-    "CPU_COUNT": (1, MOST_THREADS), "BEAM": (0, None), "JITBEAM": (0, None),
+    "CPU_COUNT": (1, MOST_THREADS), "BEAM": (0, _MOST), "JITBEAM": (0, _MOST),
     "CAPTURING": (1, 1), "TYPED": (0, 0),  # without these tinygrad does not run at all
+    "HCQ2": (0, 0), "IOCTL": (0, 0),  # they import what is in its sources, and not in its package
 }  # fmt: skip
+# How tinygrad calls a processor that Python calls otherwise.
+_PROCESSORS = {"amd64": "x86_64", "aarch64": "arm64"}
 _TYPES = (
     "bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float16",
     "bfloat16", "float32", "float64", "half", "float", "double", "fp8e4m3", "fp8e5m2",
@@ -59,6 +64,7 @@ def check() -> None:
     """See whether tinygrad can read what the environment says.
 
     An empty variable is one that is not set. `NO_COLOR` may be anything, as its convention has it.
+    Where there is no PATH, which tinygrad takes for granted, programs are where the system says.
 
     Raises:
         InputError: for the first variable that it cannot read, with what is allowed.
@@ -76,9 +82,10 @@ def forget_faults() -> None:
 
 
 def _tidy() -> None:
+    os.environ.setdefault("PATH", os.defpath)
     if dev := os.environ.get("DEV"):  # tinygrad and this package compare names in capitals
         os.environ["DEV"] = ";".join(map(_in_capitals, dev.split(";")))
-    for name in (*NUMBERS, *_FLOATS, *_BACKENDS, "NO_COLOR"):
+    for name in (*NUMBERS, *_FLOATS, *_BACKENDS, "NO_COLOR", "CACHEDB"):
         if os.environ.get(name) == "":
             del os.environ[name]
     if "NO_COLOR" in os.environ:
@@ -98,29 +105,49 @@ def _faults() -> Iterator[tuple[str, str]]:
         if (value := os.environ.get(name)) is not None and (allowed := _refused(name, value)):
             yield name, f"the environment variable {name} is {show(value)}: it must be {allowed}"
     yield from _type_faults()
+    cache = os.environ.get("CACHEDB", "")
+    if cache == ":memory:" or cache.startswith("file:"):
+        fact = f"the environment variable CACHEDB is {show(cache)}: it must be the path of a file"
+        yield "CACHEDB", f"{fact}, not what SQLite has for other things; CACHELEVEL=0 does without"
     dev = os.environ.get("DEV", "")
     for target in dev.split(";"):
-        if target.count("+") > 1 or target.rpartition("+")[2].count(":") > 2:
-            fact = "it must be BACKEND, BACKEND:COMPILER or BACKEND:COMPILER:PROCESSOR"
-            yield "DEV", f"the environment variable DEV is {show(dev)}: {fact}, such as CPU"
+        if wrong := _target_fault(target):
+            yield "DEV", f"the environment variable DEV is {show(dev)}: {wrong}"
             break
     yield from _old_faults(dev)
 
 
+def _target_fault(target: str) -> str | None:
+    """What is wrong with one of DEV's targets; None where nothing is seen to be."""
+    interface, _, rest = target.rpartition("+")
+    backend, _, compiler = rest.partition(":")
+    if "+" in interface or compiler.count(":") > 1:
+        form = "BACKEND, BACKEND:COMPILER or BACKEND:COMPILER:PROCESSOR"
+        return f"it must be {form}, such as CPU"
+    if interface.startswith("MOCK"):
+        return "what stands in for a card is in tinygrad's sources, and not in its package"
+    processor = compiler.partition(":")[2]
+    if processor and backend in ("", "CPU"):
+        here = _PROCESSORS.get(machine := platform.machine().lower(), machine)
+        kind, _, which = processor.partition(",")
+        if kind != here or not which:
+            return f"the processor here is {here}, so it must be as in CPU::{here},native"
+    return None
+
+
 def _refused(name: str, value: str) -> str | None:
     """What a variable must be instead; None where it is right."""
-    low, most = _LIMITS.get(name, (None, None))
-    if low is not None and low == most:
+    low, most = _LIMITS.get(name, (-_MOST, _MOST))
+    if low == most:
         return None if value.strip() == str(low) else f"{low}; or unset it"
-    with_limits = f", {low} or more" if low is not None else ""
-    with_limits += f" and at most {most}" if most is not None else ""
+    is_float = name in _FLOATS
     try:
-        number = float(value) if name in _FLOATS else int(value)
+        if is_float or low <= int(value) <= most:
+            float(value)
+            return None
     except ValueError:
-        return f"a {'number' if name in _FLOATS else 'whole number'}{with_limits}; or unset it"
-    if (low is not None and number < low) or (most is not None and number > most):
-        return f"a whole number{with_limits}; or unset it"
-    return None
+        pass
+    return "a number; or unset it" if is_float else f"a whole number, {low} to {most}; or unset it"
 
 
 def _type_faults() -> Iterator[tuple[str, str]]:
