@@ -4,6 +4,7 @@ traceback, from each way to start the program; and Ctrl-C while all is still bei
 from __future__ import annotations
 
 import ast
+import json
 import os
 import platform
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import tinygrad
-from program import finish, is_refused, start
+from program import SHORT, finish, is_refused, start
 from tinygrad.device import Device
 
 from tinygpt import GPTConfig, InputError, environment
@@ -187,6 +188,17 @@ def test_a_backend_in_small_letters_is_that_in_capitals(given, read, variables):
     variables(DEV=given)
     environment.check()
     assert os.environ["DEV"] == read
+
+
+@pytest.mark.parametrize(
+    "values", [{"VIZ": "1"}, {"TRACK_MATCH_STATS": "2"}, {"DEBUG": "2"}, {"PROFILE": "1"}], ids=str
+)
+def test_what_tinygrad_prints_is_not_in_the_result(values, tmp_path):
+    env = {**values, "TMPDIR": str(tmp_path)}  # where it puts what it has recorded
+    status, out, err = finish(start("Hi", *SHORT, "--max-new-tokens", "2", "--json", env=env))
+    assert status == 0
+    assert json.loads(out)["prompt"] == "Hi"
+    assert values == {"PROFILE": "1"} or len(err.splitlines()) > 1
 
 
 def test_help_needs_no_environment():

@@ -237,6 +237,7 @@ def _report_probe(target: str) -> bool | None:
 
 def probe() -> None:
     """Print, as JSON, the small model's error against the reference and its speed, on this DEV."""
+    device.keep_stdout()
     model = toy()
     logits = model(Tensor([PROMPT])).numpy()[0, -1]
     steps = Generator(model).generate(PROMPT, max_new_tokens=30, temperature=0)

@@ -84,6 +84,7 @@ def _run(argv: Sequence[str]) -> int:
     from tinygpt.commands.flags import Parser
     from tinygpt.runtime import device
 
+    device.keep_stdout()
     device.forgive_cache()
     device.select()
     verb, rest = "generate", argv

@@ -6,13 +6,17 @@ would be the CPU through a clang that is not installed, this module takes what w
 
 from __future__ import annotations
 
+import builtins
 import os
 import platform
+import sys
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
+import tinygrad
 from tinygrad import Device, Tensor, dtypes
 from tinygrad.device import ALL_DEVICES, Compiler
 from tinygrad.dtype import DType
@@ -39,6 +43,24 @@ def forgive_cache() -> None:
     starts; Python code that wants it calls this.
     """
     disk_cache.forgive()
+
+
+@cache
+def keep_stdout() -> None:
+    """Have tinygrad print to stderr what DEBUG, VIZ and others ask it for: stdout is for results.
+
+    This replaces `print` for tinygrad's modules in this process, those too that come later. The
+    command line does so when it starts.
+    """
+    inside: Any = builtins
+    real, folder = inside.print, os.path.join(os.path.dirname(tinygrad.__file__), "")
+
+    def print_(*words: object, **how: Any) -> None:
+        if how.get("file") is None and sys._getframe(1).f_code.co_filename.startswith(folder):
+            how["file"] = sys.stderr
+        real(*words, **how)
+
+    inside.print = print_
 
 
 @cache
