@@ -400,7 +400,7 @@ class Long(io.RawIOBase):
 
 @pytest.mark.parametrize("argv", [["-"], ["--interactive"]])
 def test_a_prompt_on_stdin_is_counted_before_it_fills_the_memory(argv, saved, cli, monkeypatch):
-    monkeypatch.setattr(read_from, "MAX_TEXT_BYTES", 1 << 20)
+    monkeypatch.setattr(read_from, "MAX_PROMPT_BYTES", 1 << 20)
     stream = Long()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(stream)))
     status, out, err = cli(*argv, "-m", saved[0], "-n", 1)
@@ -410,7 +410,7 @@ def test_a_prompt_on_stdin_is_counted_before_it_fills_the_memory(argv, saved, cl
 
 
 def test_a_prompt_on_stdin_may_be_as_long_as_the_limit_and_no_longer(saved, cli, monkeypatch):
-    monkeypatch.setattr(read_from, "MAX_TEXT_BYTES", 8)
+    monkeypatch.setattr(read_from, "MAX_PROMPT_BYTES", 8)
     for text, expected in ((b"8 bytes!", 0), (b"9 letters", 2)):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
         status, out, _ = cli("-", "-m", saved[0], "-n", 0)

@@ -168,6 +168,19 @@ def test_nothing_but_a_plain_file_is_read_of_what_is_named(
         TokenFile(tmp_path / "log.jsonl", np.dtype("<u2"), 0, 1, "")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc and /sys are Linux's")
+@pytest.mark.parametrize("odd", [name for name in ODD if name != "link to nothing"])
+def test_nothing_but_a_plain_file_is_written_as_a_runs_log(odd, tmp_path, cli):
+    (tmp_path / "text").write_text(TEXT, encoding="utf-8")
+    (tmp_path / "run").mkdir()
+    ODD[odd](tmp_path / "run" / "log.jsonl")
+    shape = ["--n-layer=1", "--n-head=1", "--n-embd=8", "--block-size=4", "--batch-size=2"]
+    run = cli("train", tmp_path / "text", "-o", tmp_path / "run", *shape, "--steps=1")
+    line = run[2].splitlines()[-1]
+    assert is_refused((run[0], "", line), f"cannot write {tmp_path / 'run' / 'log.jsonl'}: ")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["data", "log.jsonl"]
+
+
 def test_what_becomes_a_pipe_before_it_is_opened_is_no_plain_file(tmp_path, monkeypatch):
     (tmp_path / "plain").write_bytes(b"")
     os.mkfifo(tmp_path / "pipe")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 
 import pytest
@@ -45,6 +46,36 @@ def test_runs_are_drawn(tmp_path):
     assert image.count("<path") > 10
     with pytest.raises(InputError, match=r"cannot write .*out\.strange"):
         draw(tmp_path / "a", "-o", tmp_path / "out.strange")
+
+
+def test_what_a_log_and_its_path_may_hold_is_drawn(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    numbers = [10**400, -(10**400), 1e308, math.inf, math.nan, 2, 3]
+    for name in ("$x^{2$", "_a_$", "100%"):
+        entries = [{"step": i, "loss": x, "learning_rate": 10**400} for i, x in enumerate(numbers)]
+        write(tmp_path / name, [*entries, {"step": 10**400, "loss": 1}, {"step": 2**31, "loss": 1}])
+        steps = [step for step, _ in plot.read_log(tmp_path / name)["loss"]]
+        assert steps == [5, 6]
+        assert draw(tmp_path / name, "-o", tmp_path / "out.png") == 0
+    assert draw("_a_$", "-o", "bare") == 0
+    assert (tmp_path / "bare.png").is_file()
+
+
+def test_an_image_that_cannot_be_written_whole_leaves_the_one_that_was_there(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    write(tmp_path / "a", [{"step": 0, "loss": 4}])
+    (tmp_path / "out.png").write_bytes(b"the one before")
+
+    def cut(_, file, **__):
+        file.write(b"a part")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(figure.Figure, "savefig", cut)
+    with pytest.raises(InputError, match=r"cannot write .*out\.png: no space left"):
+        draw(tmp_path / "a", "-o", tmp_path / "out.png")
+    assert (tmp_path / "out.png").read_bytes() == b"the one before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "out.png"]
 
 
 def test_losses_of_other_tokens_are_said_not_to_compare(tmp_path, capsys):

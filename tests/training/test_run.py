@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import argparse
+import builtins
+import errno
+import io
 import json
+import math
 import os
 import random
 import re
@@ -284,6 +288,51 @@ def test_a_step_of_endless_batches_is_ended_by_a_signal(data, tmp_path):
     assert child.returncode == 128 + signal.SIGTERM, words
     assert "stopped at step 0, nothing to save" in words
     assert "Traceback" not in words
+
+
+@pytest.mark.parametrize("room", [0, 70, 1500])
+def test_a_log_that_cannot_be_written_further_loses_no_step(room, data, tmp_path, monkeypatch):
+    """A full disk takes a part of a line, and a checkpoint may yet have a place on another."""
+    run = train.start(tmp_path / "run", data, TINY)
+    usual, left = builtins.open, room
+
+    class Full(io.FileIO):
+        def write(self, line):
+            nonlocal left
+            if not left:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            written = super().write(line[:left])
+            left -= written
+            return written
+
+    def open_(path, mode="r", *args, **kwargs):
+        is_log = Path(path).name == "log.jsonl" and mode != "rb"
+        return Full(path, mode[:1]) if is_log else usual(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "open", open_)
+    with pytest.raises(InputError) as caught:
+        run.go()
+    monkeypatch.undo()
+    step, path = run.counters.step, tmp_path / "run" / "log.jsonl"
+    assert (step > 3) == (room == 1500)
+    saved = f"; step {step} is saved, from which --resume goes on" if step else ""
+    assert str(caught.value) == f"cannot write {path}: no space left on device{saved}"
+    if step:
+        assert train.Run.resume(tmp_path / "run", data).go() is None
+        assert log(tmp_path / "run")[-1]["step"] == 12
+
+
+@pytest.mark.parametrize("minutes", [1e308, 1e9, 527041, 0, -1, math.nan])
+def test_minutes_beyond_a_year_are_refused(minutes, data, tmp_path):
+    with pytest.raises(InputError, match=r"^--minutes is .*: .*above 0 and at most 527040"):
+        command(data.folder, "-o", tmp_path / "run", *flags(TINY), f"--minutes={minutes}")
+
+
+def test_a_year_of_steps_is_as_many_as_there_can_be(data, tmp_path):
+    run = train.start(tmp_path / "run", data, TINY, minutes=527040)
+    run.times = [1e-6] * 20
+    run._fit(0.0)
+    assert run.config.steps == 2**31 - 1
 
 
 def test_a_terminal_that_is_closed_saves_and_ends(data, tmp_path):

@@ -141,7 +141,7 @@ def test_what_is_no_state_at_all_is_one_line(text, run, resume):
         (("best", "step"), "../../x", "best.step is '../../x': it must be a whole number"),
         (("counters", "step"), 10**400, "counters.step is 10000"),
         (("config", "keep"), -1, "config.keep is -1: it must be a whole number, 1 or more"),
-        (("minutes",), NAN, "minutes is nan: it must be a finite number, above 0"),
+        (("minutes",), NAN, "minutes is nan: it must be a number, above 0 and at most"),
         (("config", "batch_size"), 2**31 - 1, "data.batch_size is 2: by the rest"),
     ],
 )

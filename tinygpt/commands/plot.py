@@ -10,7 +10,7 @@ from typing import Any
 from tinygpt.checkpoints.load_tokenizer import load_tokenizer
 from tinygpt.commands.flags import add_flag
 from tinygpt.errors import CheckpointError, InputError, reason, say
-from tinygpt.storage import read_text
+from tinygpt.storage import atomic_file, read_text
 from tinygpt.tokenizer.encoding import same_tokenizer
 from tinygpt.tokenizer.tokenizer import Tokenizer
 from tinygpt.training import run_files
@@ -28,7 +28,8 @@ def read_log(run: Path) -> dict[str, list[tuple[int, float]]]:
             continue
         step = entry.pop("step")
         for name, value in entry.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
+            # What is larger was no loss, nor can it be drawn.
+            if type(value) in (int, float) and abs(value) < 1e30:
                 curves.setdefault(name, []).append((step, value))
     if not curves:
         raise CheckpointError(f"{run / run_files.LOG}: it holds no steps of training")
@@ -55,15 +56,20 @@ def run(args: argparse.Namespace) -> int:
     for number, (path, curves) in enumerate(logs.items()):
         color = f"C{number % 10}"
         _draw(losses, curves.get("loss"), color=color, alpha=0.3)
-        _draw(losses, curves.get("val_loss"), color=color, marker="o", label=path)
+        _draw(losses, curves.get("val_loss"), color=color, marker="o")
+        # A dollar begins a formula, and what begins with an underscore stands in no legend.
+        label = f"./{path}" if path.startswith("_") else path
+        losses.plot([], [], color=color, marker="o", label=label.replace("$", r"\$"))
         _draw(rates, curves.get("learning_rate"), color=color)
     losses.set_ylabel("loss, nats a token (points: validation)")
     rates.set(ylabel="learning rate", xlabel="step")
     losses.legend()
+    out = Path(args.out)
     try:
-        figure.savefig(args.out)
-    except (OSError, ValueError) as error:  # a ValueError is for an ending that it does not know
-        raise InputError(f"cannot write {args.out}: {reason(error)}") from error
+        with atomic_file(out if out.suffix else f"{out}.png") as file:
+            figure.savefig(file, format=out.suffix[1:] or "png")
+    except ValueError as error:  # for an ending that it does not know
+        raise InputError(f"cannot write {out}: {reason(error)}") from error
     return 0
 
 

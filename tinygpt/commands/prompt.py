@@ -10,8 +10,11 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from tinygpt.errors import InputError, say, show, tell
-from tinygpt.storage import MAX_TEXT_BYTES, read_text
+from tinygpt.storage import read_text
 
+# Several books, of which a model reads what its window holds. For one word of this length GPT-2's
+# tokenizer takes seconds and 200 MB, and it ends the process where memory is short.
+MAX_PROMPT_BYTES = 4 << 20
 _NAMED = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 
@@ -24,13 +27,13 @@ def read_prompt(given: str | None, file: str | None = None) -> str:
     """
     text, piped = given or "", False
     if file is not None:
-        text = _one_text(read_text(file))
+        text = _one_text(read_text(file, MAX_PROMPT_BYTES))
     elif given is None:
         with suppress(OSError, ValueError):  # reading from a terminal would only wait
             mode = os.fstat(sys.stdin.fileno()).st_mode
             piped = stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
     if piped or given == "-":
-        text = _one_text(_decoded(_limited(sys.stdin.buffer.read(MAX_TEXT_BYTES + 1))))
+        text = _one_text(_decoded(_limited(sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1))))
     if not text and (given, file) != (None, None):
         raise InputError("the prompt is empty: give some text, or leave it out")
     return text
@@ -42,8 +45,8 @@ def _one_text(text: str) -> str:
 
 
 def _limited(data: bytes) -> bytes:
-    if len(data) > MAX_TEXT_BYTES:
-        most = f"{MAX_TEXT_BYTES >> 20} MiB"
+    if len(data) > MAX_PROMPT_BYTES:
+        most = f"{MAX_PROMPT_BYTES >> 20} MiB"
         raise InputError(f"the prompt on stdin has more than {most}: give its end, or less of it")
     return data
 
@@ -62,7 +65,7 @@ def typed_prompts() -> Iterator[str]:
     Ctrl-C drops a line.
     """
     if not sys.stdin.isatty():
-        while data := sys.stdin.buffer.readline(MAX_TEXT_BYTES + 1):
+        while data := sys.stdin.buffer.readline(MAX_PROMPT_BYTES + 1):
             _limited(data)  # what stands behind would be no line
             try:
                 text = _one_text(_decoded(data))

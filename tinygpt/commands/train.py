@@ -28,6 +28,7 @@ from tinygpt.training import run_files
 from tinygpt.training.lock import locked
 from tinygpt.training.run import Run
 from tinygpt.training.settings import (
+    MINUTES,
     RECIPES,
     SHAPE,
     TrainConfig,
@@ -136,7 +137,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     words = "go on from RUN's last checkpoint, exactly; with --steps or --minutes for longer"
     add_flag(parser, "--resume", kind=bool, help=words)
     words = "make as many steps as fit into this time, with --resume from now on"
-    add_flag(parser, "--minutes", kind=float, metavar="M", help=words, above=0)
+    add_flag(parser, "--minutes", kind=float, metavar="M", help=words, **MINUTES)
     add_text_flags(parser.add_argument_group("how a text is read"))
     words = (
         "by their fields' names, n_layer for --n-layer, these and those below are also the keys "

@@ -6,9 +6,11 @@ import json
 import math
 import statistics
 import time
+from contextlib import suppress
 from dataclasses import replace
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from tinygrad import Tensor
@@ -20,6 +22,7 @@ from tinygpt.errors import CheckpointError, InputError, reason, say
 from tinygpt.evaluation.losses import Scorer, mean_loss, spread
 from tinygpt.generator import Generator
 from tinygpt.model import GPT
+from tinygpt.storage import open_plain
 from tinygpt.tokenizer.encoding import end_token
 from tinygpt.tokenizer.tokenizer import Tokenizer
 from tinygpt.training import run_files
@@ -32,6 +35,7 @@ from tinygpt.training.step import Batch, Counters, Trainer, sharing_weights
 _MOST_SKIPPED = 10
 # --minutes fits the schedule after so many steps, of which the first are slower.
 _TIMED, _UNTIMED = 20, 5
+_MOST_STEPS = 2**31 - 1  # that the settings take
 
 
 class _Stopped(Exception):
@@ -136,27 +140,32 @@ class Run:
             InputError: when something cannot be read or written, or the loss is no number. As after
                 a signal, what can be is saved: the last whole step.
         """
-        path, mode = self.folder / run_files.LOG, "a" if self.counters.step else "w"
+        path, mode = self.folder / run_files.LOG, "ab" if self.counters.step else "wb"
         progress = Progress()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(path, mode, encoding="utf-8", newline="") as log:
+            with suppress(FileNotFoundError):
+                open_plain(path).close()
+            with open(path, mode, buffering=0) as log:  # nothing is kept that fails once more
                 try:
                     self._go(log, progress)
-                except (_Stopped, InputError) as error:
+                except (_Stopped, InputError, OSError) as error:
                     progress.clear()
                     if self.saved != self.counters.step:
                         self._save()
+                    saved = f"; step {self.saved} is saved, from which --resume goes on"
+                    if isinstance(error, OSError):
+                        words = f"cannot write {path}: {reason(error)}{saved * bool(self.saved)}"
+                        raise InputError(words) from error
                     if isinstance(error, CheckpointError) and self.saved:
-                        saved = f"step {self.saved} is saved, from which --resume goes on"
-                        raise CheckpointError(f"{error}; {saved}") from error
+                        raise CheckpointError(f"{error}{saved}") from error
                     if isinstance(error, InputError):
                         raise
         except OSError as error:
-            raise InputError(f"cannot write {self.folder}: {reason(error)}") from error
+            raise InputError(f"cannot write {path}: {reason(error)}") from error
         return self.signal
 
-    def _go(self, log: TextIO, progress: Progress) -> None:
+    def _go(self, log: FileIO, progress: Progress) -> None:
         if self._is_due() and not self.evaluated:
             self._evaluate(log, progress)  # a new run, or one that was stopped before it
         while not self.finished:
@@ -186,7 +195,7 @@ class Run:
         """Whether all of its steps are made."""
         return self.minutes is None and self.counters.step >= self.config.steps
 
-    def _step(self, log: TextIO, progress: Progress) -> None:
+    def _step(self, log: FileIO, progress: Progress) -> None:
         start = time.perf_counter()
         config = self.config
         rate = self.trainer.learning_rate
@@ -222,7 +231,7 @@ class Run:
         self._need_going_on()
         return self.scorer.losses(inputs, targets)
 
-    def _evaluate(self, log: TextIO, progress: Progress) -> None:
+    def _evaluate(self, log: FileIO, progress: Progress) -> None:
         """Measure and sample, save, and then log: what the log has, no resumed run does again."""
         begun = time.perf_counter()
         config, step = self.config, self.counters.step
@@ -284,17 +293,17 @@ class Run:
         took = statistics.median(self.times[_UNTIMED:]) + evaluation_s / self.config.eval_every
         left = self.minutes * 60 - (time.perf_counter() - self.started)
         step = self.counters.step
-        steps = step + max(1, int(left / took))
+        steps = min(step + max(1, int(left / took)), _MOST_STEPS)
         warmup_steps = min(self.config.warmup_steps, max(step, steps // 10))
         self.trainer.config = replace(self.config, steps=steps, warmup_steps=warmup_steps)
         say(f"{steps} steps fit into {self.minutes:g} minutes, at {took * 1e3:.0f} ms each")
         self.minutes = None
 
     @staticmethod
-    def _log(log: TextIO, entry: dict[str, Any]) -> None:
+    def _log(log: FileIO, entry: dict[str, Any]) -> None:
         for name, value in entry.items():  # JSON has no word for what is not finite
             if isinstance(value, float) and not math.isfinite(value):
                 entry = entry | {name: None}
-        json.dump(entry, log, ensure_ascii=False)
-        log.write("\n")
-        log.flush()
+        line = f"{json.dumps(entry, ensure_ascii=False)}\n".encode()
+        while line:  # a disk that is full takes a part, before it says so
+            line = line[log.write(line) :]

@@ -172,7 +172,7 @@ def log_entry(line: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     step = entry.get("step") if isinstance(entry, dict) else None
-    return entry if type(step) is int and step >= 0 else None
+    return entry if type(step) is int and 0 <= step < 2**31 else None
 
 
 def cut_log(run: Path, step: int) -> bool:

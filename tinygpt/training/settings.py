@@ -152,6 +152,9 @@ def fine_tuning(block_size: int, lora: bool) -> dict[str, Any]:
     }
 
 
+# What --minutes can be: a year is longer than anybody waits, and fits into any clock.
+MINUTES = {"above": 0, "most": 366 * 24 * 60}
+
 # nanoGPT's recipes: its README's for characters on a CPU, config/train_shakespeare_char.py, and
 # config/train_gpt2.py, whose eight GPUs' batches are accumulated here on one.
 RECIPES: dict[str, dict[str, Any]] = {

@@ -8,7 +8,7 @@ from typing import Any
 
 from tinygpt.errors import InputError, check_float, check_int, show, unknown
 from tinygpt.options import kinds
-from tinygpt.training.settings import TrainConfig
+from tinygpt.training.settings import MINUTES, TrainConfig
 from tinygpt.training.step import Counters
 
 _DATA = ("seed", "step", "order", "tokens", "batch_size", "block_size")
@@ -57,7 +57,7 @@ class State:
         if minutes is None:
             check_int("step", counters.step, 0, config.steps + 1)
         else:
-            check_float("minutes", minutes, above=0)
+            check_float("minutes", minutes, **MINUTES)
         return cls(counters, best, data, given["source"], minutes, config)
 
 
