@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import argparse
-import builtins
 import errno
 import io
 import json
@@ -294,7 +293,7 @@ def test_a_step_of_endless_batches_is_ended_by_a_signal(data, tmp_path):
 def test_a_log_that_cannot_be_written_further_loses_no_step(room, data, tmp_path, monkeypatch):
     """A full disk takes a part of a line, and a checkpoint may yet have a place on another."""
     run = train.start(tmp_path / "run", data, TINY)
-    usual, left = builtins.open, room
+    left = room
 
     class Full(io.FileIO):
         def write(self, line):
@@ -305,11 +304,7 @@ def test_a_log_that_cannot_be_written_further_loses_no_step(room, data, tmp_path
             left -= written
             return written
 
-    def open_(path, mode="r", *args, **kwargs):
-        is_log = Path(path).name == "log.jsonl" and mode != "rb"
-        return Full(path, mode[:1]) if is_log else usual(path, mode, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "open", open_)
+    monkeypatch.setattr("tinygpt.training.run.FileIO", Full)
     with pytest.raises(InputError) as caught:
         run.go()
     monkeypatch.undo()

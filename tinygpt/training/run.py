@@ -140,13 +140,13 @@ class Run:
             InputError: when something cannot be read or written, or the loss is no number. As after
                 a signal, what can be is saved: the last whole step.
         """
-        path, mode = self.folder / run_files.LOG, "ab" if self.counters.step else "wb"
+        path, mode = self.folder / run_files.LOG, "a" if self.counters.step else "w"
         progress = Progress()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with suppress(FileNotFoundError):
                 open_plain(path).close()
-            with open(path, mode, buffering=0) as log:  # nothing is kept that fails once more
+            with FileIO(path, mode) as log:  # nothing is kept that fails once more
                 try:
                     self._go(log, progress)
                 except (_Stopped, InputError, OSError) as error:
