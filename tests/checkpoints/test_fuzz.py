@@ -50,6 +50,7 @@ def test_a_few_hundred_damaged_files(seeds):
     assert sum(count for name, count in outcomes.items() if name.endswith("is refused")) > 100
 
 
+@pytest.mark.slow
 def test_files_as_full_as_can_be():
     done = run("--full")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -391,6 +391,7 @@ def test_weights_that_are_narrow_or_scaled_have_no_gradients():
         fast.embedding(ids, half, None).sum().gradient(half)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "processor", ["arm64,apple-m1", "x86_64,x86-64-v2", "x86_64,icelake-server"]
 )

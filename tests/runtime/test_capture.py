@@ -346,6 +346,7 @@ def test_generators_can_be_dropped_while_another_goes_on(model, collecting):
         assert list(keep.generate([1, 2, 3], 4, temperature=0)) == want
 
 
+@pytest.mark.slow
 def test_captured_steps_can_be_dropped_in_cycles(collecting):
     keep = capture(lambda x: (x + 1).realize())
     for i in range(200):

@@ -92,6 +92,7 @@ def test_captured_steps_are_kept_by_the_clang_and_not_by_what_cc_says(monkeypatc
 
 
 @needs_clang
+@pytest.mark.slow
 @pytest.mark.parametrize("cc", ["gcc", "ccache clang", "/no/such/compiler"])
 def test_another_compiler_in_cc_computes_the_same_in_c(cc, tmp_path):
     """With no kernel of an earlier run; tinygrad alone would start that compiler, or none."""

@@ -76,6 +76,7 @@ print(len(list(Generator(model).generate([1, 2, 3], max_new_tokens=2, temperatur
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [None, "float32"])
 def test_python_use_works_without_clang(dtype, tmp_path):
     """The first model chooses another compiler, as the command line does when it starts."""
@@ -83,6 +84,7 @@ def test_python_use_works_without_clang(dtype, tmp_path):
     assert python(LOADS.format(before="", dtype=dtype), **env) == "2\n"
 
 
+@pytest.mark.slow
 def test_python_use_works_without_clang_where_a_tensor_came_first(tmp_path):
     """For it tinygrad has chosen a device, as here, which stays, and no compiler yet."""
     env = {"DEV": None, "PATH": str(tmp_path), "CC": None, "NOOPT": "0"}
@@ -162,6 +164,7 @@ def test_the_advice_for_a_backend_that_there_is_not_names_one_that_there_is(
     assert "pip install" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_python_backend_equals_the_reference():
     """tinygrad's own emulator: any backend's arithmetic, far too slowly for more than this."""
     model = doctor.toy()
