@@ -78,6 +78,15 @@ def test_a_special_token_is_not_divided_between_training_and_validation(tmp_path
         assert len(train) == (place if place <= 9 else max(place - len(END), 9) + 1)
 
 
+def test_a_special_token_at_the_start_is_not_divided_either(tmp_path):
+    text = END + "some text, some more of it, and still more"
+    source = write(tmp_path / "text.txt", text)
+    for place in range(1, len(END) + 2):
+        out, val = tmp_path / str(place), 1 - (place + 0.5) / len(text)
+        _, train, _ = ids_of(source, out, special_tokens=True, val=val)
+        assert train == [256] + [ord("s")] * (place > len(END))
+
+
 def test_one_text_has_its_special_tokens_as_text_and_documents_have_them_as_tokens(tmp_path):
     alone = write(tmp_path / "text.txt", f"a{END}b " * 30)
     assert 256 not in ids_of(alone, tmp_path / "1")[1]
