@@ -317,6 +317,12 @@ def test_a_log_that_cannot_be_written_further_loses_no_step(room, data, tmp_path
         assert log(tmp_path / "run")[-1]["step"] == 12
 
 
+def test_a_batch_that_no_machine_holds_is_refused_before_it_is_made(data, tmp_path):
+    with pytest.raises(InputError, match=r"a batch of 2147483647 needs [\d,]+ MiB of memory"):
+        command(data.folder, "-o", tmp_path / "run", *flags(TINY | {"batch_size": 2**31 - 1}))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("minutes", [1e308, 1e9, 527041, 0, -1, math.nan])
 def test_minutes_beyond_a_year_are_refused(minutes, data, tmp_path):
     with pytest.raises(InputError, match=r"^--minutes is .*: .*above 0 and at most 527040"):

@@ -101,8 +101,10 @@ def test_a_step_is_the_gradients_and_then_the_optimizer_at_the_rates_of_the_sche
 def test_memory_for_weights_and_two_moments_is_asked_for(monkeypatch):
     asked = []
     monkeypatch.setattr(memory, "require_memory", lambda size, what: asked.append((size, what)))
-    count = fresh().model.config.parameter_count
+    trainer = fresh()
+    count = trainer.model.config.parameter_count
     assert (3 * 4 * count, "training this model") in asked
+    assert [what for _, what in asked][-1] == f"a batch of {trainer.config.batch_size}"
 
 
 def test_a_model_that_shares_weights_follows_them():

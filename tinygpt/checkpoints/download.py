@@ -18,7 +18,7 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request
 
-from tinygpt.checkpoints import other_files, safetensors_file, torch_file
+from tinygpt.checkpoints import other_files, safetensors_file, small_files, torch_file
 from tinygpt.checkpoints.unfinished import Cut, sweep
 from tinygpt.checkpoints.watched_http import Redirects, Response, open_url
 from tinygpt.errors import CheckpointError, InputError, one_line, reason, show
@@ -28,8 +28,8 @@ from tinygpt.storage import (
     atomic_file,
     byte_bar,
     open_plain,
-    read_json,
-    read_text,
+    read_bytes,
+    remove_unless_plain,
 )
 
 _MOST_BYTES = 64 << 30  # of weights: ten times those of the largest GPT-2
@@ -54,6 +54,8 @@ def fetch_from_hub(endpoint: str, repo: str, name: str, folder: Path) -> bool:
         CheckpointError: when it is no such file as its name says.
     """
     path, note = folder / name, folder.parent / f"{name}.etag"
+    for each in (path, note):
+        remove_unless_plain(each)
     tag, start = _left(path, note)
     response, stated = _open(endpoint, repo, name, tag, start)
     if response is None:
@@ -118,7 +120,7 @@ def _left(path: Path, note: Path) -> tuple[str, int]:
     Its last byte is asked for again, so that of a whole file too there is a part to ask for.
     """
     try:
-        tag, size = note.read_text(encoding="ascii"), path.stat().st_size
+        tag, size = read_bytes(note, 1 << 20).decode("ascii"), path.stat().st_size
     except (OSError, ValueError):
         return "", 0
     return (tag, size - 1) if size > 1 and _STRONG.fullmatch(tag) else ("", 0)
@@ -183,10 +185,10 @@ def _check(path: Path, endpoint: str, stated: str | None) -> None:
     try:
         if path.suffix in _WEIGHTS:
             _WEIGHTS[path.suffix](path)
-        elif path.suffix == ".json":
-            read_json(path)
-        elif not read_text(path) and not stated:
+        elif not path.stat().st_size and not stated:
             raise CheckpointError("it is empty")
+        else:
+            small_files.check(path)
     except CheckpointError as error:
         fact = str(error).replace(one_line(f"{path}: "), "")
         raise CheckpointError(f"{sent} damaged: {fact}; {again}") from error

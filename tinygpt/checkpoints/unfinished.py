@@ -49,7 +49,10 @@ def unfinished_folder(target: Path) -> Iterator[Path]:
 def _free_folder(target: Path) -> Iterator[Path]:
     for number in count():
         folder = target.parent / f".{target.name}.{number}.part"
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:  # it is none
+            continue
         with _held(folder) as mine:
             if mine:
                 yield folder
@@ -90,7 +93,7 @@ def _held(path: Path) -> Iterator[bool | None]:
     except ImportError:  # on Windows
         yield None
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -12,6 +12,7 @@ from email.message import Message
 from http.client import HTTPException, HTTPResponse
 from socket import socket
 from typing import Any
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import (
     HTTPHandler,
@@ -21,7 +22,7 @@ from urllib.request import (
     build_opener,
 )
 
-from tinygpt.errors import InputError
+from tinygpt.errors import InputError, show
 
 _SILENCE_S = 30  # without a byte
 # A piece takes a minute at most, which is 1 KiB/s: a slow download may take as long as it needs,
@@ -38,7 +39,19 @@ def open_url(request: Request, redirects: Redirects) -> Response:
         InputError: for a redirect that is refused.
         OSError, HTTPException, ValueError: when there is none, or one of an error (`HTTPError`).
     """
-    return build_opener(redirects, _Http, _Https).open(request, timeout=_SILENCE_S)
+    try:
+        return build_opener(redirects, _Http, _Https).open(request, timeout=_SILENCE_S)
+    except HTTPError as error:
+        where = error.headers.get("Location")
+        if where is None or error.code not in (301, 302, 303, 307, 308):
+            raise
+        error.close()
+        away = re.match(r"(?i)(?!https?:)[a-z][a-z0-9+.-]*:", where)
+        fact = "where nothing is fetched from" if away else "and so in a circle"
+        asked = urlsplit(request.full_url)
+        name = asked.path.rpartition("/")[2]
+        fact = f"{asked.netloc} redirects {name} to {show(where)}, {fact}"
+        raise InputError(f"{fact}: try again later, or another server") from error
 
 
 class _Watch(io.RawIOBase):
