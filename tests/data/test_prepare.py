@@ -327,8 +327,8 @@ def test_a_tokenizer_of_ones_own_makes_the_ids(form, tmp_path):
 
 
 def test_a_text_beyond_the_alphabet_of_a_given_tokenizer(tmp_path):
-    own = char_tokenizer("abc ")
-    source = write(tmp_path / "text.txt", "a b c d e f g " * 50)
+    own = char_tokenizer("\u044fbc ")
+    source = write(tmp_path / "text.txt", "\u044f b c d e f g " * 50)
     words = r"^200 of 700 characters .*, such as 'd' \(U\+0064\), 'e' [^,]*, 'f' [^,]*: use"
     fails(tmp_path, words, source, own)
     few = from_merges(
