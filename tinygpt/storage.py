@@ -74,6 +74,16 @@ def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
+def remove_unless_plain(path: Path) -> None:
+    """Make room for a file of our own where a folder, a link, a pipe or a device has its name."""
+    with suppress(FileNotFoundError):
+        mode = path.lstat().st_mode
+        if stat.S_ISDIR(mode):
+            shutil.rmtree(path)
+        elif not stat.S_ISREG(mode):
+            path.unlink()
+
+
 def read_bytes(path: str | Path, most_bytes: int) -> bytes:
     """What is in a plain file that must not be larger.
 
