@@ -149,6 +149,6 @@ def require_memory(needed_bytes: int, what: str) -> None:
         on = "" if kind in SHARE_MEMORY else f" on {kind}"
         raise InputError(
             f"{what} needs {-(-needed_bytes >> 20):,} MiB of memory, of which {free >> 20:,} MiB "
-            f"are free{on}: choose a smaller model, close other programs, or raise the limit of "
-            "memory where one is set"
+            f"are free{on}: choose a smaller model or batch, close other programs, or raise the "
+            "limit of memory where one is set"
         )

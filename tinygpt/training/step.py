@@ -69,6 +69,11 @@ class Trainer:
         if config.compute != "float32":
             need_type(config.compute)
         memory.require_memory(12 * model.config.parameter_count, "training this model")
+        # In each block gradients need at least its input, query, key, value, both sublayers'
+        # results and the hidden layer, if only in 16 bits.
+        tokens, shape = config.batch_size * config.block_size, model.config
+        kept = 2 * tokens * shape.n_layer * (6 * shape.n_embd + shape.inner_dim)
+        memory.require_memory(kept, f"a batch of {config.batch_size}")
         self.model, self.config = model, config
         self.weights = get_state_dict(model)
         self.lora = None
