@@ -47,7 +47,7 @@ def words_of_error(*argv) -> str:
         (["--dim", "30", "--n-head", "4"], "--dim 30 is not divisible by --n-head 4"),
         (["--norm", "prre"], "unknown --norm 'prre': did you mean 'pre'?"),
         (["--beta1", "1"], "--beta1 is 1.0: it must be a number, 0 or more and below 1"),
-        (["--minutes", "nan"], "--minutes is nan: it must be a finite number, above 0"),
+        (["--minutes", "nan"], "--minutes is nan: it must be a number, above 0 and at most 527040"),
         (["--config", "file.toml"], "n_embd 30 is not divisible by n_head 4"),
         (["--config", "file.toml", "--heads", "4"], "n_embd 30 is not divisible by --heads 4"),
         (["--resume", "--layers", "1"], "--layers cannot change a run"),
