@@ -409,6 +409,13 @@ def test_a_prompt_on_stdin_is_counted_before_it_fills_the_memory(argv, saved, cl
     assert stream.left > 62 << 20  # the rest is not even read
 
 
+def test_a_prompt_in_a_file_is_counted_too(saved, cli, monkeypatch, tmp_path):
+    monkeypatch.setattr(read_from, "MAX_PROMPT_BYTES", 1 << 20)
+    (tmp_path / "prompt").write_bytes(b"a" * ((1 << 20) + 1))
+    run = cli("--prompt-file", tmp_path / "prompt", "-m", saved[0], "-n", 1)
+    assert is_refused(run, f"{tmp_path / 'prompt'}: it has more than 1 MiB")
+
+
 def test_a_prompt_on_stdin_may_be_as_long_as_the_limit_and_no_longer(saved, cli, monkeypatch):
     monkeypatch.setattr(read_from, "MAX_PROMPT_BYTES", 8)
     for text, expected in ((b"8 bytes!", 0), (b"9 letters", 2)):

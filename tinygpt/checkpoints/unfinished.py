@@ -93,7 +93,9 @@ def _held(path: Path) -> Iterator[bool | None]:
     except ImportError:  # on Windows
         yield None
         return
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
+    descriptor = os.open(
+        path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
+    )  # a pipe would be waited for
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -27,7 +27,7 @@ from tinygpt.tokenizer.encoding import end_token
 from tinygpt.tokenizer.tokenizer import Tokenizer
 from tinygpt.training import run_files
 from tinygpt.training.progress import Progress, duration
-from tinygpt.training.settings import TrainConfig
+from tinygpt.training.settings import MOST, TrainConfig
 from tinygpt.training.state import State
 from tinygpt.training.step import Batch, Counters, Trainer, sharing_weights
 
@@ -35,7 +35,6 @@ from tinygpt.training.step import Batch, Counters, Trainer, sharing_weights
 _MOST_SKIPPED = 10
 # --minutes fits the schedule after so many steps, of which the first are slower.
 _TIMED, _UNTIMED = 20, 5
-_MOST_STEPS = 2**31 - 1  # that the settings take
 
 
 class _Stopped(Exception):
@@ -153,11 +152,12 @@ class Run:
                     progress.clear()
                     if self.saved != self.counters.step:
                         self._save()
-                    saved = f"; step {self.saved} is saved, from which --resume goes on"
+                    saved = ""
+                    if self.saved:
+                        saved = f"; step {self.saved} is saved, from which --resume goes on"
                     if isinstance(error, OSError):
-                        words = f"cannot write {path}: {reason(error)}{saved * bool(self.saved)}"
-                        raise InputError(words) from error
-                    if isinstance(error, CheckpointError) and self.saved:
+                        raise InputError(f"cannot write {path}: {reason(error)}{saved}") from error
+                    if isinstance(error, CheckpointError):
                         raise CheckpointError(f"{error}{saved}") from error
                     if isinstance(error, InputError):
                         raise
@@ -293,7 +293,7 @@ class Run:
         took = statistics.median(self.times[_UNTIMED:]) + evaluation_s / self.config.eval_every
         left = self.minutes * 60 - (time.perf_counter() - self.started)
         step = self.counters.step
-        steps = min(step + max(1, int(left / took)), _MOST_STEPS)
+        steps = min(step + max(1, int(left / took)), MOST)
         warmup_steps = min(self.config.warmup_steps, max(step, steps // 10))
         self.trainer.config = replace(self.config, steps=steps, warmup_steps=warmup_steps)
         say(f"{steps} steps fit into {self.minutes:g} minutes, at {took * 1e3:.0f} ms each")

@@ -41,6 +41,7 @@ from tinygpt.storage import (
     write_text,
 )
 from tinygpt.tokenizer.tokenizer import Tokenizer
+from tinygpt.training.settings import MOST
 from tinygpt.training.state import State
 
 LOG = "log.jsonl"
@@ -172,7 +173,7 @@ def log_entry(line: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     step = entry.get("step") if isinstance(entry, dict) else None
-    return entry if type(step) is int and 0 <= step < 2**31 else None
+    return entry if type(step) is int and 0 <= step <= MOST else None
 
 
 def cut_log(run: Path, step: int) -> bool:

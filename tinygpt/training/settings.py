@@ -16,6 +16,7 @@ from tinygpt.storage import read_text
 
 # What describes a new model; how many token ids it has, the data says.
 SHAPE = tuple(name for name in MODEL_SHAPE if name != "vocab_size")
+MOST = 2**31 - 1  # that a count may be, of steps as of samples
 
 
 def _shape(name: str, default: Any, help: str | None = None) -> Any:
@@ -23,7 +24,7 @@ def _shape(name: str, default: Any, help: str | None = None) -> Any:
 
 
 def _count(default: int, help: str, low: int = 0) -> Any:
-    return option(default, help, limits={"low": low, "below": 2**31})
+    return option(default, help, limits={"low": low, "below": MOST + 1})
 
 
 def _amount(default: float, help: str, **limits: float) -> Any:
