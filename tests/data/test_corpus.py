@@ -101,6 +101,30 @@ def test_one_text_has_its_special_tokens_as_text_and_documents_have_them_as_toke
     assert 256 not in ids_of(lines, tmp_path / "4", field="text", special_tokens=False)[1][:20]
 
 
+@pytest.mark.parametrize("tail", ["", "\n", f"\n{END}", f"\n{END}\n"])
+@pytest.mark.parametrize("kind", ["bytes", "bpe:300"])
+def test_lines_of_the_end_token_separate_documents(kind, tail, tmp_path):
+    """However many, wherever pieces end; the line feeds around them are in no document."""
+    texts = [f"Title {n}\n\n" + f"It said {END} here. " * (n % 3) + "End." * n for n in range(60)]
+    source = write(tmp_path / "text.txt", f"\n{END}\n".join(texts) + tail)
+    prepare(source, tmp_path / "out", kind, val=0)
+    data = Dataset.open(tmp_path / "out")
+    spelt = data.tokenizer().decode([*data.train[:]])
+    assert spelt == END.join(texts) + ("\n" if tail == "\n" else "") + END
+    assert data.header.special_tokens
+    whole = sum(len(text.replace(END, "")) for text in texts)
+    assert data.header.splits["train"].characters == whole + (tail == "\n")
+
+
+def test_documents_may_be_empty_and_a_first_line_is_a_separator(tmp_path):
+    source = write(tmp_path / "text.txt", f"{END}\n{END}\na\n{END}\n{END}\n{END}\nb\n")
+    assert ids_of(source, tmp_path / "1", val=0)[1] == [256, 256, 97, 256, 256, 256, 98, 10, 256]
+    source.write_text(f"a\n{END} b\n{END}\n")  # the first is in a line with more
+    assert ids_of(source, tmp_path / "3", val=0)[1] == [97, 10, 256, 32, 98, 256]
+    _, as_text, _ = ids_of(source, tmp_path / "2", val=0, special_tokens=False)
+    assert bytes(as_text) == source.read_bytes()
+
+
 def test_a_tokenizer_without_special_tokens_says_so(tmp_path, capsys):
     source = write(tmp_path / "text.txt", f"a{END}b " * 30)
     header = prepare(source, tmp_path / "out", "char")

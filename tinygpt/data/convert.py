@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from tinygpt.data.corpus import PIECE_BYTES, Piece
+from tinygpt.data.corpus import END_LINE, PIECE_BYTES, Piece
 from tinygpt.data.dataset import ids_dtype
 from tinygpt.tokenizer.encoding import end_token
-from tinygpt.tokenizer.tokenizer import Tokenizer
+from tinygpt.tokenizer.tokenizer import END, Tokenizer
 
+# One or several lines of the end token alone; no piece ends inside of one.
+_END_LINES = re.compile(rf"(?:(?:\A|\n){re.escape(END)})+(?:\n|\Z)")
 _SPACES = re.compile(r"\s{7}")  # in every 1250th character, where 9999 white ones are in a row
 
 
@@ -71,6 +73,8 @@ class Converter:
         # With a token that takes the white space behind it, no piece may end.
         greedy = [token.content for token in tokenizer.added if token.rstrip]
         self.whole = [*normal, *names, *(name + sign for name in greedy for sign in " \n")]
+        if as_tokens and END in names:
+            self.whole += [END_LINE, f"{END} "]
         ranks = tokenizer.ranks
         # At a byte that a vocabulary lacks, tiktoken panics.
         self._lacking = any(bytes([byte]) not in ranks for byte in range(256))
@@ -93,6 +97,8 @@ class Converter:
         for _, text, ends in group:
             spelt += self._special(text)
             aside = ""
+            if END_LINE in self.whole:
+                text = _END_LINES.sub(lambda found: found[0].replace("\n", ""), text)
             if self._meant(text):
                 for part, token in self.tokenizer.parts(text, self.as_tokens):
                     ids = self._ordinary(part, lost) if token is None else self._one(token.id)

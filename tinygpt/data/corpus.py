@@ -18,10 +18,12 @@ from tinygpt.data.records import Records, decoded, text_in
 from tinygpt.errors import InputError, reason
 from tinygpt.options import Checked, option
 from tinygpt.storage import byte_bar, open_plain
+from tinygpt.tokenizer.tokenizer import END
 
 Piece = tuple[bool, str, bool]  # whether for validation; text; whether a document ends with it
 PIECE_BYTES = 4 << 20
 _WORD_LENGTH = 16 << 20  # characters without white space: no text, but it must not fill memory
+END_LINE = f"\n{END}\n"  # what separates documents; its line feeds belong to none of them
 _MARK = codecs.BOM_UTF8  # Windows puts it in front of a text
 
 # GPT-2's pattern never matches across a change from anything else to white space, nor looks over
@@ -52,7 +54,8 @@ class TextSettings(Checked):
     )
     special_tokens: bool | None = option(
         None,
-        "read <|endoftext|> in the text as that token (default: in JSON, CSV, several files)",
+        f"read {END} in the text as that token (default: in JSON, CSV, several files, and where "
+        "it is a line of its own, which separates documents)",
     )
     keep_crlf: bool = option(False, "leave \\r\\n as it is, instead of reading it as \\n")
 
@@ -84,16 +87,21 @@ class Source:
         """
         paths, several = find_files(sources, leave_out)
         records = any(_needs_field(path, settings.field) for path in paths)
-        documents = records or settings.field is not None or several
+        several |= records or settings.field is not None
+        separated = False
         digest, files, has_crlf = hashlib.sha256(), {}, settings.field is not None
         for path in paths:
             with _reading(path) as file:
                 stat = os.fstat(file.fileno())
                 begin = file.read(8192)
             _need_text(path, begin)
-            if documents:
+            if several:
                 digest.update(b"%d\n" % stat.st_size)
-            size = sum(map(len, _normal(path, False, digest.update)))
+            size, line = 0, b"\n"
+            for chunk in _normal(path, False, digest.update):
+                size += len(chunk)
+                line = line[-len(END_LINE) :] + chunk
+                separated |= END_LINE.encode() in line
             marked = len(_MARK) if begin.startswith(_MARK) else 0
             has_crlf |= size < stat.st_size - marked
             files[path] = stat, stat.st_size - marked if settings.keep_crlf else size
@@ -101,6 +109,7 @@ class Source:
         if total == 0:
             raise InputError(f"{paths[0]} is empty: give some text")
         cut = int(total * (1 - settings.val))
+        documents = several or (separated and settings.special_tokens is not False)
         return cls(files, settings, documents, cut, total, digest.hexdigest(), has_crlf)
 
     def check_unchanged(self) -> None:
