@@ -3,7 +3,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from contextlib import redirect_stdout
 from dataclasses import replace
+from io import StringIO
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from tinygpt.data.dataset import Dataset
 from tinygpt.evaluation import tasks
 from tinygpt.evaluation.losses import Scorer, Window, evaluate_data, spread, windows
 from tinygpt.tokenizer.encoding import char_tokenizer, encode, save_tokenizer
+from tinygpt.tokenizer.tokenizer import END
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=257)
 TEXT = "Ünder the sea, a café was öpen. " * 9
@@ -43,19 +46,21 @@ def command(*argv) -> int:
     return evaluate.run(parser.parse_args([str(word) for word in argv]))
 
 
-@pytest.mark.parametrize(("length", "stride"), [(17, 16), (18, 16), (33, 16), (50, 5), (50, 1)])
+@pytest.mark.parametrize(
+    ("length", "stride"), [(2, 5), (16, 16), (17, 16), (18, 16), (33, 16), (50, 5), (50, 1)]
+)
 def test_every_token_but_the_first_counts_once(length, stride):
     counted = [
         target
-        for start, count in windows(length, 16, stride)
-        for target in range(start + 17 - count, start + 17)
+        for start, before, count in windows(7, 7 + length, 16, stride)
+        for target in range(start + before + 1, start + before + 1 + count)
     ]
-    assert counted == list(range(1, length))
+    assert counted == list(range(8, 7 + length))
 
 
 def test_spread_windows_are_whole_and_even():
-    assert spread(33, 16, 9) == [Window(0, 16), Window(16, 16)]
-    assert spread(32, 16, 9) == spread(17, 16, 9) == [Window(0, 16)]
+    assert spread(33, 16, 9) == [Window(0, 0, 16), Window(16, 0, 16)]
+    assert spread(32, 16, 9) == spread(17, 16, 9) == [Window(0, 0, 16)]
     chosen = spread(16 * 100 + 1, 16, 10)
     assert len(chosen) == 10
     assert (chosen[0].start, chosen[-1].start) == (0, 16 * 99)
@@ -65,7 +70,7 @@ def test_spread_windows_are_whole_and_even():
 @pytest.mark.parametrize("stride", [16, 5, 1, None])
 def test_losses_on_data_equal_the_reference(stride, saved, data):
     reference, tokens = reference_of(saved[1]), data.val[:].astype(int)
-    total, done, step = 0.0, 0, stride or 16
+    total, done, step = 0.0, 0, stride or 8
     for start in range(0, len(tokens), step):  # by the definition: one window after the other
         start = min(start, len(tokens) - 17)
         logits = reference.row(tokens[start : start + 16])
@@ -85,6 +90,40 @@ def test_losses_on_data_equal_the_reference(stride, saved, data):
     assert found["bits_per_byte"] == pytest.approx(bits / len(text.encode()), rel=1e-5)
     assert found["bits_per_character"] == pytest.approx(bits / len(text), rel=1e-5)
     assert found["bits_per_character"] > found["bits_per_byte"]
+
+
+@pytest.mark.parametrize("begins", ["", END])
+@pytest.mark.parametrize("stride", [16, 5, None])
+def test_each_document_is_measured_on_its_own(stride, begins, saved, tmp_path):
+    """As the reference finds it in windows of this document alone, behind the end token."""
+    texts = ["An öpen sea. " * 4, "b", "A café.", "The sea, the sea, the sea, the end"]
+    text, step = tmp_path / "text.txt", stride or 8
+    text.write_text(f"\n{END}\n".join(texts), encoding="utf-8")
+    if begins:
+        text.write_text(f"{END}\n{text.read_text('utf-8')}", encoding="utf-8")
+    reference, total, count = reference_of(saved[1]), 0.0, 0
+    for number, words in enumerate(texts):
+        ids = np.array([256, *words.encode()][0 if number or begins else 1 :])
+        done = 0  # targets that have counted
+        for start in range(0, len(ids), step):
+            start = min(start, max(0, len(ids) - 17))
+            window = ids[start : start + 17]
+            logits = reference.row(window[:-1])
+            logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            for place in range(done - start, len(window) - 1):
+                total, done, count = total - logs[place, window[place + 1]], done + 1, count + 1
+    found = json_of(saved[0], text, *(["--stride", step] if stride else []))
+    assert found["documents"] == len(texts)
+    assert found["tokens"] == count == len("".join(texts).encode()) - (not begins)
+    assert found["loss"] == pytest.approx(total / count, rel=1e-5)
+    bits = total / count / math.log(2) * len("".join(texts).encode())
+    assert found["bits_per_character"] == pytest.approx(bits / len("".join(texts)), rel=1e-5)
+
+
+def json_of(*argv) -> dict:
+    with redirect_stdout(StringIO()) as output:
+        assert command(*argv, "--json") == 0
+    return json.loads(output.getvalue())
 
 
 @pytest.mark.parametrize("length", [2, 3, 16, 17])
@@ -193,7 +232,8 @@ def test_greedy_is_seen(saved):
 def test_the_command_prints_numbers_or_json(saved, data, tmp_path, capsys):
     assert command(saved[0], data.folder, "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert list(found) == ["loss", "perplexity", "bits_per_byte", "bits_per_character", "tokens"]
+    assert list(found) == ["loss", "perplexity", "bits_per_byte", "bits_per_character", "tokens",
+                           "documents"]  # fmt: skip
     assert command(saved[0], data.folder, "--split", "train", "--stride", "8") == 0
     assert "bits per byte  " in capsys.readouterr().out
     file = tmp_path / "lambada.jsonl"

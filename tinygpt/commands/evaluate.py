@@ -33,7 +33,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("data", nargs="+", metavar="DATA", help=words + TEXTS)
     kind = Kind(str, choices=SPLITS)
     add_flag(parser, "--split", kind=kind, help="of prepared tokens (default: val)")
-    words = "move the window by N tokens (default: all of it)"
+    words = "move the window by N tokens (default: half of it)"
     add_flag(parser, "--stride", kind=int, help=words, low=1)
     add_shared(parser, "--tokenizer")
     add_text_flags(parser, leave_out=["val"])

@@ -16,6 +16,7 @@ from tinygpt.errors import InputError
 from tinygpt.model import GPT, NOT_NUMBERS
 from tinygpt.runtime import buffers
 from tinygpt.runtime.capture import CapturedStep, capture
+from tinygpt.tokenizer.encoding import end_token
 from tinygpt.tokenizer.tokenizer import Tokenizer
 
 # int32 (B, T) inputs and targets -> float32 (B, T), the targets' losses in nats.
@@ -59,25 +60,35 @@ class Scorer:
 
 
 class Window(NamedTuple):
-    """A place in a text: where the window starts, and how many targets at its end count."""
+    """A place in a text: where the window starts, and which of its targets count."""
 
     start: int
-    counted: int
+    before: int  # how many targets at its start do not count
+    counted: int  # how many after them do
 
 
-def windows(length: int, block_size: int, stride: int) -> list[Window]:
-    """Windows in which each of a text's tokens but the first is a target that counts, once.
+def windows(start: int, stop: int, block_size: int, stride: int) -> list[Window]:
+    """Windows in which each of a document's tokens but the first is a target that counts, once.
 
     Args:
-        length: of the text in tokens, at least block_size + 1.
-        block_size: of each window; all are whole, so the last may overlap the one before.
+        start, stop: where the document lies, at least two tokens. Where it has more than a window
+            holds, all windows are whole, so the last may overlap the one before by more.
         stride: how far the next window is: tokens that it sees before those that count are
             block_size - stride.
     """
-    found = [Window(0, block_size)]
-    while (done := found[-1].start + block_size) < length - 1:
-        start = min(found[-1].start + stride, length - 1 - block_size)
-        found.append(Window(start, start + block_size - done))
+    last = stop - 1  # which is a target only
+    found = [Window(start, 0, min(block_size, last - start))]
+    while (done := found[-1].start + block_size) < last:
+        begin = min(found[-1].start + stride, last - block_size)
+        found.append(Window(begin, done - begin, begin + block_size - done))
+    return found
+
+
+def places_of(end: int | None, tokens: TokenFile | np.ndarray) -> list[int]:
+    """Where an id stands in a text; None stands nowhere."""
+    found, part = [], 1 << 20
+    for first in range(0, len(tokens) if end is not None else 0, part):
+        found += (first + np.flatnonzero(tokens[first : first + part] == end)).tolist()
     return found
 
 
@@ -85,7 +96,7 @@ def spread(length: int, block_size: int, most: int) -> list[Window]:
     """At most so many windows beside each other, spread evenly over a text."""
     places = (length - 1) // block_size
     chosen = np.linspace(0, places - 1, min(places, most)).astype(int)
-    return [Window(int(place) * block_size, block_size) for place in chosen]
+    return [Window(int(place) * block_size, 0, block_size) for place in chosen]
 
 
 def mean_loss(
@@ -106,10 +117,14 @@ def mean_loss(
     for first in range(0, len(places), batch_size):
         group = places[first : first + batch_size]
         rows = [*group, *[group[-1]] * (batch_size - len(group))]  # one shape for all
-        text = np.stack([tokens[row.start : row.start + length] for row in rows]).astype(np.int32)
+        text = np.zeros((batch_size, length), np.int32)  # what follows a short text changes nothing
+        for ids, row in zip(text, rows, strict=True):
+            found = tokens[row.start : row.start + length]
+            ids[: len(found)] = found
         found = losses(text[:, :-1].copy(), text[:, 1:].copy())
         for row, window in zip(found, group, strict=False):
-            total += row[block_size - window.counted :].sum(dtype=np.float64)
+            last = window.before + window.counted
+            total += row[window.before : last].sum(dtype=np.float64)
     return total / sum(window.counted for window in places)
 
 
@@ -121,36 +136,45 @@ def evaluate_data(
     batch_size: int = 8,
     tokenizer: Tokenizer | None = None,
 ) -> dict[str, Any]:
-    """Loss and what follows from it on a split of prepared tokens.
+    """Loss and what follows from it on a split of prepared tokens, each document on its own.
+
+    A document is what stands between two end tokens. The end token before it is the first token
+    that the model sees of it, as where it begins a text, but is itself no target: so bits per
+    character compare over tokenizers, of which some have none. Of a text that begins with no end
+    token, the first token is no target either.
 
     Args:
         tokenizer: the model's own, where it has one; tokens of another are refused.
-        stride: see `windows`; None is the whole window, the fastest.
+        stride: see `windows`; None is half of the window.
     Returns:
         loss (nats a token), perplexity, bits_per_byte and bits_per_character of the split's text,
-        tokens (how many were predicted).
+        tokens (how many were predicted), documents.
     Raises:
         InputError: when the stride or the data does not fit the model.
     """
     tokens, block_size = getattr(data, split), model.config.block_size
-    stride = block_size if stride is None else stride
+    stride = max(1, block_size // 2) if stride is None else stride
     if not 1 <= stride <= block_size:
         raise InputError(f"stride is {stride}: it must be from 1 to the window, {block_size}")
-    if len(tokens) < 2:
-        raise InputError(f"{data.folder}: {split} has {len(tokens)} tokens: at least 2 are needed")
     data.check(model.config.vocab_size, tokenizer)
-    block_size = min(block_size, len(tokens) - 1)
-    places = windows(len(tokens), block_size, stride)
+    ends = places_of(end_token(data.tokenizer()), tokens)
+    bounds = zip([0, *ends], [*ends, len(tokens)], strict=True)
+    documents = [(start, stop) for start, stop in bounds if stop - start > 1]
+    if not documents:
+        raise InputError(f"{data.folder}: {split} has {len(tokens)} tokens: at least 2 are needed")
+    block_size = min(block_size, max(stop - start for start, stop in documents) - 1)
+    places = [place for bounds in documents for place in windows(*bounds, block_size, stride)]
     batch_size = min(batch_size, len(places))
     loss = mean_loss(Scorer(model).losses, tokens, places, block_size, batch_size)
     if not math.isfinite(loss):
         raise InputError(NOT_NUMBERS)
     text = data.header.splits[split]
-    bits = loss / math.log(2) * text.tokens
+    bits = loss / math.log(2) * (text.tokens - len(ends))
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
         "bits_per_byte": bits / max(1, text.bytes),
         "bits_per_character": bits / max(1, text.characters),
-        "tokens": len(tokens) - 1,
+        "tokens": sum(place.counted for place in places),
+        "documents": len(documents),
     }
