@@ -133,9 +133,11 @@ class Writer:
         prompts, ends = [prompt_ids] * len(seeds), self.tokenizer.ends
         return self.generator.generate_batch(prompts, max_new_tokens, seeds, ends, **sampling)
 
-    def text_stream(self, stop: str | Sequence[str] | None = ()) -> TextStream:
-        """What makes text of the ids of one sample, up to just before the first stop text."""
-        return TextStream(self.tokenizer, stop)
+    def text_stream(
+        self, stop: str | Sequence[str] | None = (), sentence_after: int | None = None
+    ) -> TextStream:
+        """What makes text of the ids of one sample, up to where it is to end: see `TextStream`."""
+        return TextStream(self.tokenizer, stop, sentence_after)
 
 
 @overload

@@ -523,6 +523,73 @@ def decode_stream(
         yield piece
 
 
+def sentence_end(text: str, least: int) -> int:
+    """Where the first sentence ends at or behind a place: the plain definition, by hand."""
+    for end in range(least, len(text)):
+        mark = len(text[:end].rstrip("\"')]"))
+        if not mark or text[mark - 1] not in ".!?" or not text[end].isspace():
+            continue
+        word = re.split(r"\W", text[: mark - 1])[-1]
+        if word in ("Mr", "Mrs", "Dr", "St") or (len(word) == 1 and word.isupper()):
+            continue
+        paragraph, behind = text[:end].rpartition("\n")[2], text[end:].lstrip()
+        if text[end] == "\n" or (
+            behind and not "a" <= behind[0] <= "z" and paragraph.count('"') % 2 == 0
+        ):
+            return end
+    return len(text)
+
+
+def test_a_text_ends_with_the_first_sentence_past_a_length():
+    draw, tokenizer, early = random.Random(5), load_tokenizer("bytes"), 0
+    parts = [
+        "Hans",
+        " cried",
+        " I",
+        " Mr",
+        ".",
+        "!",
+        "?",
+        '"',
+        " ",
+        "  ",
+        "\n",
+        ")",
+        "'",
+        " é",
+        "St",
+    ]
+    for _ in range(2000):
+        text = "".join(draw.choices(parts, k=draw.randrange(1, 40)))
+        data, least = text.encode(), draw.randrange(12)
+        stream, shown = TextStream(tokenizer, (), least), ""
+        for byte in data:
+            shown += stream.add(byte)
+            assert text.startswith(shown)
+            if stream.stopped:
+                break
+        shown += stream.end()
+        # A character of two bytes has its place where the second of them is.
+        place = len(data[:least].decode(errors="ignore"))
+        assert shown == text[: sentence_end(text, place)], (text, least)
+        early += stream.stopped
+    assert 500 < early < 1500
+
+
+def test_a_stop_text_ends_a_text_that_would_end_with_a_sentence():
+    def shown(text, stop, after):
+        stream, found = TextStream(load_tokenizer("bytes"), stop, after), ""
+        for byte in text.encode():
+            found += stream.add(byte)
+        return found + stream.end()
+
+    assert shown("One. Two. Three.", "Two", 1) == "One. "  # complete before a T is shown
+    assert shown("One. Two. Three.", "Twx", 1) == "One."
+    assert shown("One. Two. Three.", "Three", 5) == "One. Two. "
+    assert shown("One two. \nThree.", "\n", 1) == "One two. "
+    assert shown("One two. ", (), 1) == "One two. "  # the end of the ids shows no sentence's
+
+
 def cut(text: str, stops: list[str]) -> str:
     """The text before the stop text that is complete first: the plain definition."""
     for end in range(len(text) + 1):

@@ -30,7 +30,7 @@ from tinygpt.data.dataset import Dataset
 from tinygpt.tokenizer.encoding import char_tokenizer, encode, save_tokenizer
 from tinygpt.training import run_files
 from tinygpt.training.progress import Progress
-from tinygpt.training.settings import RECIPES, TrainConfig, usual_tokenizer
+from tinygpt.training.settings import RECIPES, TrainConfig, usual_text
 from tinygpt.writer import Writer
 
 ROOT = Path(__file__).parents[2]
@@ -770,10 +770,15 @@ def test_a_whole_number_stands_for_a_float(data, tmp_path):
 
 @pytest.mark.parametrize(
     ("recipe", "size", "expected"),
-    [(None, 10**6, "bpe:1024"), (None, 10**4, "char"), ("shakespeare-cpu", 10**6, "char")],
+    [
+        (None, 10**6, {"tokenizer": "bpe:1024"}),
+        (None, 10**4, {"tokenizer": "char"}),
+        ("shakespeare-cpu", 10**6, {"tokenizer": "char"}),
+        ("tales", 10**4, {"tokenizer": "bpe:4096", "val": 0.01}),
+    ],
 )
 def test_a_text_is_read_with_what_suits_its_length_or_the_recipe(recipe, size, expected):
-    assert usual_tokenizer(recipe, size) == expected
+    assert usual_text(recipe, size) == expected
 
 
 @pytest.mark.parametrize("temperature", [0.8, 0.0])

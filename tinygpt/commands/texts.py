@@ -13,7 +13,6 @@ from tinygpt.data.dataset import Header, tokens_folder
 from tinygpt.data.prepare import prepare
 from tinygpt.errors import InputError
 from tinygpt.options import defaults
-from tinygpt.tokenizer.tokenizer import Tokenizer
 
 TEXTS = "UTF-8 text: files, folders, patterns such as 'texts/*.txt', or shakespeare to fetch one"
 KINDS = "char, bytes, gpt2, bpe:N to learn N ids from the text, or a folder or model that has one"
@@ -45,19 +44,18 @@ def prepared_or_none(args: argparse.Namespace, *, refused: Collection[str] = ())
     return folder
 
 
-def prepared(args: argparse.Namespace, tokens: Path, tokenizer: Tokenizer | str) -> Path:
+def prepared(args: argparse.Namespace, tokens: Path, usual: dict[str, Any]) -> Path:
     """The folder of tokens that `train` reads: DATA, or one made of its texts.
 
     Args:
         tokens: where to make it, in the folder of the run.
-        tokenizer: where no other is asked for.
+        usual: the tokenizer, and how texts are read, where no flag says otherwise.
     """
     if folder := prepared_or_none(args, refused=["tokenizer"]):
         return folder
-    settings = text_settings(args)
+    settings = usual | text_settings(args) | given(args, ["tokenizer"])
     if args.resume and (tokens / "header.json").is_file():  # as they were read at first
         header = Header.read(tokens)
         settings = {name: getattr(header, name) for name in defaults(TextSettings)} | settings
-    kind = args.tokenizer or tokenizer
-    prepare(args.data, tokens, kind, **settings, leave_out=tokens.parent)
+    prepare(args.data, tokens, **settings, leave_out=tokens.parent)
     return tokens

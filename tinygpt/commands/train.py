@@ -35,7 +35,7 @@ from tinygpt.training.settings import (
     fine_tuning,
     read_settings,
     settings_of,
-    usual_tokenizer,
+    usual_text,
 )
 from tinygpt.training.step import sharing_weights
 
@@ -176,8 +176,8 @@ def _new(args: argparse.Namespace, folder: Path) -> Run:
     forget()  # what a try has left that was killed before its first checkpoint
     had_tokens = tokens.exists()
     try:
-        words = base.tokenizer() if base else usual_tokenizer(args.recipe, _text_bytes(args.data))
-        source = prepared(args, tokens, words)
+        usual = usual_text(args.recipe, _text_bytes(args.data))
+        source = prepared(args, tokens, usual | ({"tokenizer": base.tokenizer()} if base else {}))
         if source == tokens and not had_tokens:
             mark.touch()
         return begin(folder, Dataset.open(source), config, base, args.minutes)
@@ -197,7 +197,7 @@ def _resumed(args: argparse.Namespace, folder: Path) -> Run:
                 "and --minutes"
             )
     last = run_files.newest(folder)
-    data = Dataset.open(prepared(args, folder / "data", load_tokenizer(last)))
+    data = Dataset.open(prepared(args, folder / "data", {"tokenizer": load_tokenizer(last)}))
     return Run.resume(folder, data, args.steps, args.minutes, last)
 
 

@@ -195,19 +195,27 @@ RECIPES: dict[str, dict[str, Any]] = {
         "eval_batches": 200,
     },
 }
-# What the recipes' texts are read with.
-_TOKENIZERS = {"shakespeare-cpu": "char", "shakespeare-gpu": "char", "gpt2-124m": "gpt2"}
+# How the recipes' texts are read: by which tokenizer, and with which of `TextSettings`.
+_TEXTS: dict[str, dict[str, Any]] = {
+    "tales": {"tokenizer": "bpe:4096", "val": 0.01},
+    "shakespeare-cpu": {"tokenizer": "char"},
+    "shakespeare-gpu": {"tokenizer": "char"},
+    "gpt2-124m": {"tokenizer": "gpt2"},
+}
 _SHORT_TEXT_BYTES = 200_000
 
 
-def usual_tokenizer(recipe: str | None, text_bytes: float) -> str:
-    """The tokenizer of a text for which none is named: a recipe's, or one that suits its length.
+def usual_text(recipe: str | None, text_bytes: float) -> dict[str, Any]:
+    """How a text is read of which nothing is said: as a recipe has it, or as suits its length.
 
     A thousand frequent pieces of words make words much sooner than characters do, but of a short
     text they leave too few tokens to learn from.
+
+    Returns:
+        the tokenizer, and what the recipe changes of `TextSettings`.
     """
     short = text_bytes < _SHORT_TEXT_BYTES
-    return _TOKENIZERS.get(recipe or "", "char" if short else "bpe:1024")
+    return {"tokenizer": "char" if short else "bpe:1024"} | _TEXTS.get(recipe or "", {})
 
 
 def settings_of(recipe: str | None) -> dict[str, Any]:
