@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal, overload
 
-from tinygpt.checkpoints import hub
 from tinygpt.checkpoints.load_tokenizer import GENERATION, load_tokenizer
 from tinygpt.checkpoints.open_checkpoint import open_checkpoint
 from tinygpt.checkpoints.quantization import check_dtype, convert
@@ -20,10 +19,12 @@ from tinygpt.model import GPT
 from tinygpt.options import check_names
 from tinygpt.runtime import device
 from tinygpt.sampling import Sampling
-from tinygpt.tokenizer.encoding import TextStream
+from tinygpt.tokenizer.text_stream import TextStream
 from tinygpt.tokenizer.tokenizer import Tokenizer
 
-_BUILT_IN_START = "\n"  # what the built-in model starts from where there is no prompt
+# What a model whose tokenizer has no end token starts from, where there is no prompt.
+_STARTS = {"shakespeare": "\n"}
+_LONGEST = 128  # tokens, where neither a caller nor the model's files say more
 
 
 class Writer:
@@ -33,7 +34,7 @@ class Writer:
         self.model, self.tokenizer = model, tokenizer
         # The text that stands for an empty prompt; "" is the token alone that a text begins with,
         # in GPT-2 the end token, which stands before each text in training.
-        self.start = _BUILT_IN_START if model.name == hub.BUILT_IN else ""
+        self.start = _STARTS.get(model.name or "", "")
         self.generator = Generator(model)
 
     @property
@@ -43,7 +44,7 @@ class Writer:
         Raises:
             InputError: when they say what cannot be.
         """
-        says = self.tokenizer.kept.get(GENERATION, {})
+        says = self._says
         if says.get("do_sample") is not True:
             return {"temperature": 0.0}
         found = {name: says.get(name) for name in ("temperature", "top_k", "top_p")}
@@ -55,6 +56,16 @@ class Writer:
         except InputError as error:
             raise InputError(f"the model's {GENERATION}: {error}; correct it there") from error
         return {"temperature": 1.0} | said
+
+    @property
+    def max_new_tokens(self) -> int:
+        """How many tokens the model's files have it write at most, where nothing else is asked."""
+        says = self._says.get("max_new_tokens")
+        return says if type(says) is int and 0 < says < 2**31 else _LONGEST
+
+    @property
+    def _says(self) -> dict[str, Any]:
+        return self.tokenizer.kept.get(GENERATION, {})
 
     @classmethod
     def open(

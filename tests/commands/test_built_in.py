@@ -14,7 +14,7 @@ from tinygpt.checkpoints import hub
 from tinygpt.commands.main import main
 from tinygpt.evaluation.losses import Scorer, mean_loss, spread
 
-FOLDER = hub.resolve(hub.BUILT_IN)
+FOLDER = hub.resolve(hub.DEFAULT)
 CORPUS = SHARED / "data" / "tinyshakespeare.txt"
 # The 60 most frequent words of what it was trained on: of that text they are 45%.
 COMMON = """
@@ -60,9 +60,9 @@ def test_it_is_the_default_and_says_so(capsys):
 
 def test_a_folder_of_its_name_does_not_take_its_place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / hub.BUILT_IN).mkdir()
-    assert hub.resolve(hub.BUILT_IN) == FOLDER
-    assert hub.resolve(f"./{hub.BUILT_IN}").resolve() == tmp_path / hub.BUILT_IN
+    (tmp_path / hub.DEFAULT).mkdir()
+    assert hub.resolve(hub.DEFAULT) == FOLDER
+    assert hub.resolve(f"./{hub.DEFAULT}").resolve() == tmp_path / hub.DEFAULT
 
 
 @pytest.mark.parametrize("flags", [["--untrained"], ["--preset", "nano"], ["--layers", "4"]])

@@ -20,7 +20,7 @@ from program import CONFIG, ROOT, SHORT, finish, is_refused, start
 
 from tinygpt import GPT, Generator, GPTConfig, load_tokenizer
 from tinygpt.commands import prompt as read_from
-from tinygpt.commands.generate import _Sample
+from tinygpt.commands.output import _Sample
 from tinygpt.commands.prompt import stop_text
 from tinygpt.runtime import device
 

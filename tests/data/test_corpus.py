@@ -119,7 +119,7 @@ def test_lines_of_the_end_token_separate_documents(kind, tail, tmp_path):
 def test_documents_may_be_empty_and_a_first_line_is_a_separator(tmp_path):
     source = write(tmp_path / "text.txt", f"{END}\n{END}\na\n{END}\n{END}\n{END}\nb\n")
     assert ids_of(source, tmp_path / "1", val=0)[1] == [256, 256, 97, 256, 256, 256, 98, 10, 256]
-    source.write_text(f"a\n{END} b\n{END}\n")  # the first is in a line with more
+    source.write_text(f"a\n{END} b\n{END}\n", encoding="utf-8")  # the first is in a line with more
     assert ids_of(source, tmp_path / "3", val=0)[1] == [97, 10, 256, 32, 98, 256]
     _, as_text, _ = ids_of(source, tmp_path / "2", val=0, special_tokens=False)
     assert bytes(as_text) == source.read_bytes()

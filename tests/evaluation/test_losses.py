@@ -100,7 +100,7 @@ def test_each_document_is_measured_on_its_own(stride, begins, saved, tmp_path):
     text, step = tmp_path / "text.txt", stride or 8
     text.write_text(f"\n{END}\n".join(texts), encoding="utf-8")
     if begins:
-        text.write_text(f"{END}\n{text.read_text('utf-8')}", encoding="utf-8")
+        text.write_text(f"{END}\n{text.read_text(encoding='utf-8')}", encoding="utf-8")
     reference, total, count = reference_of(saved[1]), 0.0, 0
     for number, words in enumerate(texts):
         ids = np.array([256, *words.encode()][0 if number or begins else 1 :])

@@ -69,9 +69,9 @@ assert nir.LVPRenderer.__module__ == nir.__name__
 LOADS = """
 from tinygrad import Tensor
 from tinygpt import GPT, Generator
-from tinygpt.checkpoints.hub import BUILT_IN
+from tinygpt.checkpoints.hub import DEFAULT
 {before}
-model = GPT.from_pretrained(BUILT_IN, dtype={dtype!r})
+model = GPT.from_pretrained(DEFAULT, dtype={dtype!r})
 print(len(list(Generator(model).generate([1, 2, 3], max_new_tokens=2, temperature=0))))
 """
 

@@ -21,12 +21,12 @@ from tinygpt.errors import InputError
 from tinygpt.tokenizer import encoding
 from tinygpt.tokenizer import tokenizer as tokenizer_module
 from tinygpt.tokenizer.encoding import (
-    TextStream,
     char_tokenizer,
     encode,
     end_token,
     save_tokenizer,
 )
+from tinygpt.tokenizer.text_stream import TextStream
 from tinygpt.tokenizer.tokenizer import Tokenizer
 from tinygpt.tokenizer.vocabulary import spell
 

@@ -23,7 +23,11 @@ _TEXT_FILES = (
     "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "added_tokens.json",
     "special_tokens_map.json", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
-BUILT_IN = "shakespeare"  # the folder of the model in the package, and its name
+# The models in the package, by their folders' names: what each was trained on.
+BUILT_IN = {
+    "shakespeare": "Shakespeare's plays, byte by byte",
+}
+DEFAULT = "shakespeare"  # which of them writes where no model is named
 
 
 def cache_folder() -> Path:
@@ -40,7 +44,7 @@ def resolve(name_or_path: str | Path) -> Path:
 
     Args:
         name_or_path: a folder, of a model or of a run, of which its best checkpoint is taken; a
-            file; "shakespeare", the small model that the package carries; or
+            file; "tales" or "shakespeare", the small models that the package carries; or
             a name on the Hugging Face Hub such as "gpt2" or "org/name". Such a one is looked for
             in `cache_folder()`, then in the Hugging Face cache.
     Returns:
@@ -53,10 +57,10 @@ def resolve(name_or_path: str | Path) -> Path:
     given = os.fspath(name_or_path)
     path = os.path.expanduser(given)
     # A name goes before a folder of that name, wherever the program is run; a Path is no name.
-    if name_or_path == BUILT_IN:
+    if isinstance(name_or_path, str) and name_or_path in BUILT_IN:
         if os.path.isdir(path):
             say(f"{given} is the model in the package; ./{given} is not it")
-        return Path(__file__).parents[1] / BUILT_IN
+        return _built_in(given)
     if os.path.isdir(path) or os.path.isfile(path):
         if isinstance(name_or_path, str) and _is_also_a_name(given):
             say(f"{given} is the folder here, not the model that is called so")
@@ -105,8 +109,8 @@ def local_models() -> Iterator[LocalModel]:
 
     Of the last, only what is of GPT-2's kind: other programs keep other models there.
     """
-    built_in = Path(__file__).parents[1] / BUILT_IN
-    yield LocalModel(BUILT_IN, _size_bytes(built_in), "built in")
+    for name in BUILT_IN:
+        yield LocalModel(name, _size_bytes(_built_in(name)), "built in")
     own = cache_folder() / "models"
     for folder in _folders(own):
         if _is_fetched(folder):
@@ -131,7 +135,7 @@ def remove(name: str) -> Path:
         InputError: when it is not one that this program has fetched, or it cannot be removed.
     """
     advice = "`tinygpt models` lists what is here"
-    if name == BUILT_IN:
+    if name in BUILT_IN:
         raise InputError(f"{name} is a part of the program and cannot be removed: {advice}")
     repo = _repo(name)
     target = _fetched(repo)
@@ -155,6 +159,10 @@ def remove(name: str) -> Path:
     except OSError as error:
         raise InputError(f"cannot remove {target}: {reason(error)}") from error
     return target
+
+
+def _built_in(name: str) -> Path:
+    return Path(__file__).parents[1] / name
 
 
 def _folders(parent: Path) -> list[Path]:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,19 +13,18 @@ from typing import Any
 from tinygpt.checkpoints import hub
 from tinygpt.commands.flags import add_flag, add_options, add_shared, given, spelled
 from tinygpt.commands.interrupts import Ended, Interrupts
+from tinygpt.commands.output import Output
 from tinygpt.commands.prompt import read_ids, read_prompt, stop_text, typed_prompts
 from tinygpt.config import PRESETS, SHAPE, GPTConfig
-from tinygpt.errors import InputError, say, visible
+from tinygpt.errors import InputError, say
 from tinygpt.options import defaults
 from tinygpt.runtime import device
 from tinygpt.sampling import Sampling
-from tinygpt.tokenizer.encoding import TextStream
 from tinygpt.writer import Writer
 
 _DEFAULT_PRESET = "nano"
-# The built-in model's tokens are short, so it writes more of them. It has learned too little to
-# be sampled at temperature 1, which gives too many words that are none.
-_BUILT_IN_TOKENS, _BUILT_IN_TEMPERATURE = 300, 0.8
+# Of a tale: so many tokens, which are some 700 letters, and then to the end of the sentence.
+_TALE_TOKENS = 200
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +34,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_flag(parser, "--prompt-file", metavar="FILE", help="the text to continue is in a file")
     words = "continue one line after the other, typed or from a pipe; Ctrl-D ends"
     add_flag(parser, "-i", "--interactive", kind=bool, help=words)
-    models = "a folder, file, or name to fetch, such as gpt2 (default: the built-in shakespeare)"
+    models = f"a folder, file, or name to fetch, such as gpt2; or {' or '.join(hub.BUILT_IN)}, "
+    models += f"which are built in (default: {hub.DEFAULT})"
     add_flag(parser, "-m", "--model", metavar="NAME|PATH", help=models)
     words = "a new model of random weights; so does --tokenizer, or any flag of its shape"
     add_flag(parser, "--untrained", kind=bool, help=words)
@@ -56,8 +53,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     words = "let the prompt's <|endoftext|> be that token, not plain text (default: yes)"
     off = ("--no-special-tokens",)
     add_flag(group, "--special-tokens", kind=bool, default=True, off=off, help=words)
-    words = f"how many at most (default: 128; of the built-in's bytes {_BUILT_IN_TOKENS})"
+    words = "how many at most (default: as the model's files say, else 128)"
     add_flag(group, "-n", "--max-new-tokens", kind=int, help=words, low=0)
+    words = "after N tokens, end with the first whole sentence (default: of a tale "
+    words += f"{_TALE_TOKENS}; of other models' texts never)"
+    add_flag(group, "--sentence-after", kind=int, help=words, low=0, below=2**31)
     words = "end just before this text (\\n is a newline; also \\t \\r \\uXXXX \\\\); repeatable"
     add_flag(group, "--stop", help=words, default=[], many=True)
     words = "how many texts, each with the next seed (default: 1)"
@@ -65,7 +65,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     words = "gives the same text again (default: another each time)"
     add_flag(group, "-s", "--seed", kind=int, help=words, low=0, below=2**63)
     group = parser.add_argument_group("sampling")
-    temperatures = f"{_BUILT_IN_TEMPERATURE}; with --model as it says, else 0; untrained 1"
+    temperatures = "as the model's files say, else 0; untrained 1"
     add_options(group, Sampling, defaults={"temperature": temperatures})
 
 
@@ -82,8 +82,9 @@ class Request:
     tokenizer: str | None
     dtype: str | None
     special_tokens: bool
-    max_new_tokens: int
+    max_new_tokens: int | None  # None is as many as the model has it
     stop: list[str]
+    sentence_after: int | None
     seeds: range  # one for each sample
     sampling: dict[str, Any]
     json: bool
@@ -96,13 +97,16 @@ def parse(args: argparse.Namespace) -> Request:
     Raises:
         InputError: for what cannot work, before anything is built or fetched.
     """
-    model, tokens, sampling = args.model, 128, {} if args.model else {"temperature": 1.0}
+    model = args.model
     new = _first_of_a_new_model(args)
     if model and new not in (None, "--tokenizer"):
         raise InputError(f"{new} describes a new model, but --model brings its own shape")
     if not model and not new:
-        model, tokens = hub.BUILT_IN, _BUILT_IN_TOKENS
-        sampling = {"temperature": _BUILT_IN_TEMPERATURE}
+        model = hub.DEFAULT
+    after = (
+        _TALE_TOKENS if args.sentence_after is None and model == "tales" else args.sentence_after
+    )
+    sampling = {} if model else {"temperature": 1.0}
     if args.prompt_file is not None and (args.prompt, args.ids) != (None, None):
         raise InputError("--prompt-file and a prompt or --ids are two texts: give one of them")
     ids = read_ids(args.ids, args.prompt)
@@ -122,8 +126,9 @@ def parse(args: argparse.Namespace) -> Request:
         tokenizer=args.tokenizer,
         dtype=args.dtype,
         special_tokens=args.special_tokens,
-        max_new_tokens=tokens if args.max_new_tokens is None else args.max_new_tokens,
+        max_new_tokens=args.max_new_tokens,
         stop=[stop_text(text) for text in args.stop],
+        sentence_after=after,
         seeds=range(seed, seed + args.num_samples),
         sampling={**sampling, **given(args, defaults(Sampling))},
         json=bool(args.json),
@@ -184,11 +189,13 @@ def _write(request: Request, writer: Writer, first: bool = False) -> int | None:
         if request.ids:
             request = replace(request, prompt=writer.tokenizer.decode(ids))
         settings = {**writer.sampling, **request.sampling}
-        steps = writer.stream(ids, request.max_new_tokens, request.seeds, **settings)
+        most = request.max_new_tokens
+        most = writer.max_new_tokens if most is None else most
+        steps = writer.stream(ids, most, request.seeds, **settings)
         if first:
             introduce(request, writer)
         _say_what_is_read(len(ids), writer.model.config.block_size)
-        output = _Output(request, writer, ids, interrupts)
+        output = Output(request, writer, ids, interrupts)
         output.follow(steps)
     if output:  # else it was ended before anything
         output.finish()
@@ -216,8 +223,9 @@ def introduce(request: Request, writer: Writer) -> None:
     if device.note:
         say(device.note)
     name = request.model or request.preset
+    about = f", trained on {hub.BUILT_IN[name]}," if name in hub.BUILT_IN else ""
     where = f"{device.describe()}, {device.describe_operations()}"
-    say(f"{name}, {config.parameter_count:,} parameters on {where}")
+    say(f"{name}, {config.parameter_count:,} parameters{about} on {where}")
     if not request.model:
         say(f"untrained: its weights are random (seed {request.seeds[0]}), so the text is noise")
 
@@ -226,104 +234,3 @@ def _say_what_is_read(count: int, window: int) -> None:
     if count > window:
         many = f"the prompt has {count} tokens, the model's window {window}"
         say(f"{many}: only its last {max(1, window // 2)} are read")
-
-
-class _Sample:
-    """One text that is being written."""
-
-    def __init__(self, stream: TextStream) -> None:
-        self.stream, self.tokens, self.text = stream, list[int](), ""
-
-    def add(self, token: int) -> str:
-        """What one more token adds to the text."""
-        self.tokens.append(token)
-        piece = self.stream.add(token)
-        self.text += piece
-        return piece
-
-    def end(self) -> str:
-        """What was held back."""
-        piece = self.stream.end()
-        self.text += piece
-        return piece
-
-
-class _Output:
-    """What one call shows: its text as it comes, or all its samples at the end, or JSON."""
-
-    def __init__(
-        self, request: Request, writer: Writer, prompt_ids: list[int], interrupts: Interrupts
-    ) -> None:
-        self.request, self.prompt_ids, self.interrupts = request, prompt_ids, interrupts
-        self.samples = [_Sample(writer.text_stream(request.stop)) for _ in request.seeds]
-        self.at_once = len(self.samples) == 1 and not request.json
-        self.times: list[float] = []  # seconds after the start, for each token
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="replace")
-        self.terminal = sys.stdout.isatty()
-        self.held = ""  # a carriage return, until what follows tells whether it ends a line
-
-    def follow(self, steps: Iterator[list[int | None]]) -> None:
-        """Take all steps, showing the text at once where there is one sample to show."""
-        start = time.perf_counter()
-        if self.at_once:
-            self._show(self.request.prompt)
-        try:
-            for row in steps:
-                self._add(row, time.perf_counter() - start)
-                if self.interrupts.came or all(each.stream.stopped for each in self.samples):
-                    break
-        except Exception:
-            if self.at_once:  # the message is to have a line of its own
-                self._show("\n")
-            raise
-        for sample in self.samples:
-            piece = sample.end()
-            if self.at_once:
-                self._show(piece)
-
-    def _add(self, row: list[int | None], time_s: float) -> None:
-        for sample, token in zip(self.samples, row, strict=True):
-            if token is None or sample.stream.stopped:
-                continue
-            self.times.append(time_s)
-            self.interrupts.has_text = True
-            piece = sample.add(token)
-            if self.at_once:
-                self._show(piece)
-
-    def _show(self, text: str) -> None:
-        if text:
-            if self.terminal:
-                text, self.held = self.held + text, ""
-                if text.endswith("\r"):
-                    text, self.held = text[:-1], "\r"
-                text = visible(text)
-            sys.stdout.write(text)
-            sys.stdout.flush()
-
-    def finish(self) -> None:
-        """Show what `follow` has not shown, and say how long it took."""
-        request = self.request
-        first = last = rate = None
-        if self.times:
-            first, last = self.times[0], self.times[-1]
-            if later := sum(moment > first for moment in self.times):
-                rate = later / (last - first)
-        if request.json:
-            facts = {
-                "model": request.model,
-                "seed": request.seeds[0],
-                "device": device.describe(),
-                "prompt": request.prompt,
-                "prompt_tokens": self.prompt_ids,
-                "samples": [{"tokens": each.tokens, "text": each.text} for each in self.samples],
-                "timings": {"first_token_s": first, "total_s": last, "tokens_per_s": rate},
-            }
-            self._show(json.dumps(facts, ensure_ascii=False))
-        elif not self.at_once:
-            self._show("\n---\n".join(request.prompt + each.text for each in self.samples))
-        self._show("\n")
-        if first is not None:
-            speed = f", then {rate:.1f} tokens/s" if rate else ""
-            say(f"{len(self.times)} tokens, the first after {first:.2f} s{speed}")

@@ -139,7 +139,7 @@ def _program() -> Parser:
         prog="tinygpt",
         usage="%(prog)s [PROMPT] [options]\n       %(prog)s COMMAND [options]",
         description="Continue a prompt with a GPT-2: the one that --model names, or else the\n"
-        "built-in one, which writes as Shakespeare's plays do.\n\n"
+        "built-in one, which tells tales.\n\n"
         f"commands, each with its own --help:\n{verbs}",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
             prog, max_help_position=28

@@ -136,7 +136,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids: what a `TextStream` gives, in one piece."""
-        from tinygpt.tokenizer.encoding import TextStream
+        from tinygpt.tokenizer.text_stream import TextStream
 
         stream = TextStream(self)
         return "".join(map(stream.add, ids)) + stream.end()
