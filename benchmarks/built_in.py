@@ -3,7 +3,7 @@
     python benchmarks/built_in.py tales RUN TALES
     python benchmarks/built_in.py shakespeare RUN [FILE]
 
-trains in the folder RUN as `RECIPES` here says, goes on where it was stopped, stores the last
+trains in the folder RUN as `RECIPES` here says, goes on where it was stopped, stores the best
 weights in the package, in as few bits as cost less than 0.5% of perplexity, and says how they are
 to be sampled. TALES is the text that tinygpt/tales/README.md describes; FILE is char-rnn's
 Shakespeare file, fetched where none is named.
@@ -52,7 +52,7 @@ def build(name: str, run: Path, source: str) -> int:
     how = ["--resume"] if (run / "last").exists() else recipe.flags.split()
     if status := main(["train", source, "-o", str(run), *how]):
         return status
-    model = GPT.from_pretrained(run / "last", recipe.dtype)
+    model = GPT.from_pretrained(run / "best", recipe.dtype)
     says = {**model.tokenizer.kept.get(GENERATION, {}), **recipe.generation}
     tokenizer = with_files(model.tokenizer, {GENERATION: says})
     model.save_pretrained(Path(tinygpt.__file__).parent / name, tokenizer)
