@@ -201,3 +201,11 @@ def test_models_generators_and_configurations_tell_what_they_are(writer, model):
     assert repr(Generator(model)) == f"Generator({model!r}, chunk_size=16)"
     other = GPTConfig(norm="post", bias=False)
     assert eval(repr(other)) == other
+
+
+@pytest.mark.parametrize(
+    ("says", "most"), [({}, 128), ({"max_new_tokens": 9}, 9), ({"max_new_tokens": "9"}, 128)]
+)
+def test_its_files_say_how_much_it_writes_where_nobody_else_does(says, most, writer, model):
+    words = replace(writer.tokenizer, kept={"generation_config.json": says})
+    assert Writer(model, words).max_new_tokens == most

@@ -46,6 +46,23 @@ def test_stdout_is_the_prompt_and_its_continuation_and_stderr_the_rest(cli):
     )
 
 
+def test_a_text_ends_with_a_whole_sentence_when_it_is_asked_to(cli):
+    """Of the built-in model, which knows sentences: the first end past the length."""
+    argv = ["First Citizen:", "--model", "shakespeare", "--seed", 4]
+    whole = cli(*argv, "--max-new-tokens", 400)[1]
+    for after in (0, 40, 90):
+        found = cli(*argv, "--max-new-tokens", 400, "--sentence-after", after)[1]
+        text = found.removesuffix("\n")
+        assert whole.startswith(text)
+        assert re.search(r"[.!?][\"')]*$", text)
+        assert len(text) >= len("First Citizen:") + after
+        assert len(text) < len(whole) - 100
+    argv += ["--max-new-tokens", 900]
+    samples = json.loads(cli(*argv, "--sentence-after", 40, "--num-samples", 2, "--json")[1])
+    assert all(re.search(r"[.!?][\"')]*$", each["text"]) for each in samples["samples"])
+    assert "--sentence-after is -1" in cli(*argv, "--sentence-after", -1)[2]
+
+
 def test_a_new_model_writes_at_temperature_1_if_nothing_is_said(cli):
     argv = ["Hi", *SHORT, "--num-samples", 40]  # it knows so little that few choices differ
     said = [cli(*argv, "--temperature", temperature)[1] for temperature in (1, 2)]
