@@ -774,7 +774,7 @@ def test_a_whole_number_stands_for_a_float(data, tmp_path):
         (None, 10**6, {"tokenizer": "bpe:1024"}),
         (None, 10**4, {"tokenizer": "char"}),
         ("shakespeare-cpu", 10**6, {"tokenizer": "char"}),
-        ("tales", 10**4, {"tokenizer": "bpe:4096", "val": 0.01}),
+        ("tales", 10**4, {"tokenizer": "bpe:8192", "val": 0.01}),
     ],
 )
 def test_a_text_is_read_with_what_suits_its_length_or_the_recipe(recipe, size, expected):
