@@ -172,8 +172,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         "eval_batches": 9,
         "sample_tokens": 200,
     },
-    # The others are nanoGPT's: its README's for characters on a CPU, config/train_shakespeare_char.py
-    # and config/train_gpt2.py, whose eight GPUs' batches are accumulated here on one.
+    # The others are nanoGPT's: its README's for characters on a CPU,
+    # config/train_shakespeare_char.py, and config/train_gpt2.py, whose eight GPUs' batches are
+    # accumulated here on one.
     # At nanoGPT's own rate, half of this, the loss on the last tenth comes to 1.91, not to 1.80.
     "shakespeare-cpu": {
         "steps": 2000,
