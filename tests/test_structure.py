@@ -19,6 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ROWS = [
     ("__init__", "__main__"),
     ("commands",),
+    ("study",),
     ("training",),
     ("evaluation",),
     ("data",),

@@ -26,12 +26,14 @@ class Record:
     """What a forward pass computes on its way, for whoever wants to look inside.
 
     Give an empty one to the model. Its lists then hold tensors that are not computed yet:
-    `Tensor.realize(*record.hidden_states, *record.attention_weights)` computes all at once.
+    `Tensor.realize(*record.hidden_states, *record.attention_weights)` computes them at once.
     """
 
     # The embeddings, then what each block gives, each (B, T, C). The last layer norm is not in it:
     # the logits come of `model.logits(model.ln_f(x))`, or of x itself in a post-norm model.
     hidden_states: list[Tensor] = field(default_factory=list)
+    # Of each block (B, T, C): what its attention gives to its feed-forward, half way through it.
+    half_states: list[Tensor] = field(default_factory=list)
     # Of each block (B, H, T, S): how much of each token S every token T takes, adding up to 1.
     attention_weights: list[Tensor] = field(default_factory=list)
 
@@ -212,6 +214,8 @@ class TransformerBlock:
         GPT.hidden_states, the cache this block's part."""
         attention = (cache, start_pos, padding, row, key, record)
         x = self._sublayer(x, self.ln_1, lambda h, residual: self.attn(h, residual, *attention))
+        if record is not None:
+            record.half_states.append(x)
         return self._sublayer(x, self.ln_2, lambda h, residual: self.mlp(h, residual, key))
 
     def linears(self) -> Iterator[tuple[str, Linear]]:

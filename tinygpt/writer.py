@@ -65,7 +65,7 @@ class Writer:
 
     @property
     def _says(self) -> dict[str, Any]:
-        return self.tokenizer.kept.get(GENERATION, {})
+        return dict(self.tokenizer.kept.get(GENERATION, {}))
 
     @classmethod
     def open(

@@ -1,0 +1,1 @@
+"""Looking inside a model: what each part of its own forward pass gives, as arrays."""

@@ -1,0 +1,83 @@
+"""One forward pass of one text, the model's own, and what it computed on its way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from tinygrad import Tensor
+
+from tinygpt.errors import InputError, say
+from tinygpt.layers import Record
+from tinygpt.model import GPT, NOT_NUMBERS
+from tinygpt.runtime.buffers import tensor
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What a forward pass of T tokens computes in a model of L blocks and H heads.
+
+    The residual is what runs through the blocks, to which each sublayer adds. It is kept at 1 + 2 L
+    places: behind the embeddings, and in each block behind its attention and its feed-forward.
+    """
+
+    ids: list[int]  # the T tokens
+    places: tuple[str, ...]  # where the residuals stand, in words
+    residuals: np.ndarray  # float32 (1 + 2 L, T, C)
+    attention: np.ndarray  # float32 (L, H, T, T): how much of each token every token reads
+    logits: np.ndarray  # float32 (T, V): what the model itself gives
+
+
+def look(model: GPT, ids: Sequence[int]) -> Inside:
+    """What a model computes of a text, once.
+
+    Args:
+        ids: of the text, at least one; of more than the window holds, the last are taken.
+    Raises:
+        InputError: when there are none, one is none of the vocabulary, or what is computed is no
+            number.
+    """
+    if not ids:
+        raise InputError("the text is empty: give some")
+    window = model.config.block_size
+    if len(ids) > window:
+        say(f"the text has {len(ids)} tokens, the model's window {window}: the last are looked at")
+    ids, record = list(ids[-window:]), Record()
+    logits = model([ids], record=record)
+    states = [record.hidden_states[0]]
+    for half, whole in zip(record.half_states, record.hidden_states[1:], strict=True):
+        states += [half, whole]
+    Tensor.realize(logits, *states, *record.attention_weights)
+    found = Inside(
+        ids,
+        places(model),
+        np.stack([state[0].numpy() for state in states]),
+        np.stack([weights[0].numpy() for weights in record.attention_weights]),
+        logits[0].numpy(),
+    )
+    if not np.isfinite(found.logits).all():
+        raise InputError(NOT_NUMBERS)
+    return found
+
+
+def places(model: GPT) -> tuple[str, ...]:
+    """Where the residuals of an `Inside` stand."""
+    blocks = range(model.config.n_layer)
+    return "embedding", *(f"block {i} {part}" for i in blocks for part in ("attn", "mlp"))
+
+
+def unembedded(model: GPT, residual: np.ndarray) -> np.ndarray:
+    """The logits that the model would give if this residual were its last: (..., C) -> (..., V).
+
+    The last layer norm stands before the output projection in a pre-norm model; in a post-norm one
+    the residual is normalised already.
+    """
+    x = tensor(residual)
+    return model.logits(model.ln_f(x) if model.config.norm == "pre" else x).numpy()
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log probabilities over the last axis, in float64."""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
