@@ -28,6 +28,7 @@ VERBS = {
     "train": "train a model on a text, or go on with a run",
     "prepare": "turn a text into token files, to train on and to evaluate with",
     "evaluate": "measure how well a model predicts a text, or does at a published test",
+    "study": "look inside a model: what it foresaw, where it reads, which parts decide",
     "convert": "turn a checkpoint of any form into Hugging Face's, or into a GGUF file",
     "models": "list the models that are on this machine, or remove one that was fetched",
     "plot": "draw the curves of training runs",

@@ -1,0 +1,201 @@
+"""The command `study`: what it prints as text, JSON and a page, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import zlib
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from conftest import randomize, save_with_bytes
+
+from tinygpt import GPT, GPTConfig, load_tokenizer
+from tinygpt.commands.study import WHATS
+from tinygpt.study.attribution import attribute
+from tinygpt.study.inside import look
+from tinygpt.study.page import grey_png
+from tinygpt.study.report import Map, Report, Table, plain_data, written
+from tinygpt.study.terminal import lines
+
+CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=32, vocab_size=257)
+TEXT = "the sea, a café"
+LOOKS = {
+    "tokens": [TEXT],
+    "lens": [TEXT],
+    "attention": [TEXT],
+    "heads": [],
+    "attribute": [TEXT, "--token", "e", "--against", "x"],
+}
+pytestmark = pytest.mark.usefixtures("no_network")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save_with_bytes(randomize(GPT(CONFIG)), folder)
+    return folder
+
+
+def test_each_look_has_an_example_here():
+    assert set(LOOKS) == set(WHATS)
+
+
+@pytest.mark.parametrize("what", LOOKS)
+def test_a_look_is_text_json_and_a_page(what, folder, cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    argv = ["study", what, *LOOKS[what], "--model", folder]
+    status, out, err = cli(*argv)
+    assert status == 0, err
+    assert max(map(len, out.splitlines())) <= 80
+    assert "\x1b" not in out
+    found = json.loads(cli(*argv, "--json")[1])
+    assert found
+    assert "NaN" not in json.dumps(found)
+    page = tmp_path / "page.html"
+    assert cli(*argv, "--html", page)[:2] == (0, "")
+    check_page(page.read_text(encoding="utf-8"))
+    monkeypatch.setenv("COLUMNS", "40")
+    out = cli(*argv)[1]
+    assert max(map(len, out.splitlines())) <= 40
+    assert not re.search(r"\d~", out)
+
+
+class Page(HTMLParser):
+    """Finds what a page that stands by itself must not have, and what it must."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.faults, self.seen = [], [], set()
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.seen.add(tag)
+        if tag not in ("meta", "img", "!doctype"):
+            self.open.append(tag)
+        for name, value in attrs.items():
+            if re.search(r"https?:|//", value or "") and not (value or "").startswith("data:"):
+                self.faults.append((tag, name, value))
+        if tag in ("script", "link", "iframe") or (tag == "img" and not attrs.get("alt")):
+            self.faults.append((tag, attrs))
+        if tag == "html" and attrs.get("lang") != "en":
+            self.faults.append("lang")
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.faults.append(f"</{tag}>")
+
+
+def check_page(html: str) -> None:
+    page = Page()
+    page.feed(html)
+    assert page.faults == []
+    assert page.open == []
+    assert page.seen >= {"html", "title", "main", "h1"}
+
+
+def test_numbers_are_those_of_the_functions(folder, cli):
+    model, tokenizer = GPT.from_pretrained(folder), load_tokenizer("bytes")
+    inside = look(model, tokenizer.encode(TEXT))
+    expected = attribute(model, inside, ord("e"), ord("x"))
+    argv = ["study", "attribute", TEXT, "--token", "e", "--against", "x", "--model", folder]
+    found = json.loads(cli(*argv, "--json")[1])
+    assert found["components"] == list(expected.components)
+    assert found["values"] == pytest.approx(expected.values.tolist())
+    assert found["logit"] == pytest.approx(expected.logit)
+    assert re.search(rf"sum\s+{found['logit']:.3f}", cli(*argv)[1])
+    lens = json.loads(cli("study", "lens", TEXT, "--model", folder, "--json")[1])
+    assert len(lens["places"]) == len(lens["loss"]) == 5
+    assert cli("study", "lens", TEXT, "--model", folder, "--position", 0)[1].count('token 0, "t"')
+
+
+def test_one_map_is_drawn_as_wide_as_the_terminal_and_without_blocks_in_ascii(folder, cli, capsys):
+    argv = ["study", "attention", TEXT, "--block", 1, "--head", 0, "--model", folder]
+    out = cli(*argv)[1]
+    assert "block 1, head 0" in out
+    assert "not what matters" in out
+    rows = [line for line in out.splitlines() if line.strip().startswith('"')]
+    assert len(rows) == len(TEXT.encode())
+    assert any(shade in out for shade in "░▒▓█")
+    drawn = Map("", np.tril(np.ones((50, 50))), [str(i) for i in range(50)])
+    for encoding, shade in (("utf-8", "█"), ("ascii", "@"), ("no such", "@")):
+        shown = list(lines(Report("A map", [drawn]), 40, encoding))
+        assert max(map(len, shown)) <= 40
+        assert shown[-1].endswith(shade * 30)
+
+
+def test_a_text_comes_from_a_pipe_and_a_long_one_loses_its_begin(folder, monkeypatch, cli):
+    status, out, err = cli("study", "tokens", "a" * 40, "--model", folder)
+    assert status == 0
+    assert "the text has 40 tokens, the model's window 32: the last are looked at" in err
+    assert out.count('"a"') >= 32
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["study", "lense", "x"], "did you mean"),
+        (["study", "tokens"], "study tokens needs a text: give one, or - for stdin"),
+        (["study", "tokens", ""], "the prompt is empty"),
+        (["study", "tokens", "x", "--block", "1"], "--block is not for study tokens"),
+        (["study", "attention", "x", "--block", "2"], "--block is 2: it must be from 0 to 1"),
+        (["study", "attention", "x", "--head", "9"], "--head is 9: it must be from 0 to 1"),
+        (["study", "lens", "xyz", "--position", "3"], "--position is 3: it must be"),
+        (["study", "attribute", "x"], "study attribute needs --token"),
+        (["study", "attribute", "x", "--token", "ab"], '--token \'ab\' is 2 pieces: "a" "b"'),
+        (["study", "heads", "x" * 60], "the text has 60 tokens: give 65 or more"),
+        (["study", "tokens", "x", "--html", "no/such/folder.html"], "cannot write"),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_is_one_line(argv, words, folder, cli):
+    status, out, err = cli(*argv, "--model", folder)
+    assert (status, out) == (2, "")
+    assert words in err
+    assert "Traceback" not in err
+    assert err.count("\n") == 1
+
+
+def test_a_model_whose_logits_are_no_sum_is_not_taken_apart(tmp_path, cli):
+    save_with_bytes(randomize(GPT(GPTConfig(**{**vars(CONFIG), "norm": "post"}))), tmp_path)
+    status, _, err = cli("study", "attribute", "x", "--token", "e", "--model", tmp_path)
+    assert status == 2
+    assert "no sum of its parts: post-norm" in err
+
+
+def test_narrow_weights_are_widened_and_that_is_said(tmp_path, cli):
+    model = randomize(GPT(CONFIG))
+    from tinygpt.checkpoints.quantization import convert
+
+    save_with_bytes(convert(model, "int8"), tmp_path)
+    status, _, err = cli("study", "lens", "xyz", "--model", tmp_path)
+    assert status == 0
+    assert "its weights are int8: looked at as float32" in err
+
+
+def test_a_picture_has_the_shades_of_its_numbers():
+    values = np.array([[0, 0.5, 1], [1, 0, 2]])
+    data = grey_png(values)
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height, depth, colour = struct.unpack(">IIBB", data[16:26])
+    assert (width, height, depth, colour) == (3, 2, 8, 0)
+    start = data.index(b"IDAT") + 4
+    (size,) = struct.unpack(">I", data[start - 8 : start - 4])
+    rows = np.frombuffer(zlib.decompress(data[start : start + size]), np.uint8).reshape(2, 4)
+    assert rows.tolist() == [[0, 255, 128, 0], [0, 0, 255, 0]]
+
+
+def test_cells_have_the_digits_that_matter():
+    cells = [1234567, 0.12345, 1e-9, 12345.6, 0.0, None, float("nan"), True, "x", np.float32(2)]
+    assert [written(cell) for cell in cells] == [
+        "1,234,567", "0.123", "1.00e-09", "1.23e+04", "0.000", "", "", "yes", "x", "2.000",
+    ]  # fmt: skip
+    assert plain_data({"a": np.array([1.0, np.nan]), "b": (np.int64(2),)}) == {
+        "a": [1.0, None],
+        "b": [2],
+    }
+    table = Table("T", ("a long name of a column", "b"), [["x", 1]], "a note")
+    shown = list(lines(Report("R", [table]), 12))
+    assert max(map(len, shown[:-1])) <= 12

@@ -1,0 +1,197 @@
+"""Look inside a model: what it foresaw, where it reads, which parts decide."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from tinygpt.checkpoints import hub
+from tinygpt.checkpoints.open_checkpoint import open_checkpoint
+from tinygpt.checkpoints.quantization import convert, dtype_of
+from tinygpt.commands.flags import add_flag, add_shared, given, spelled
+from tinygpt.commands.prompt import read_prompt
+from tinygpt.errors import InputError, check_int, say, show, unknown
+from tinygpt.generator import Generator
+from tinygpt.model import GPT
+from tinygpt.storage import write_text
+from tinygpt.study import shown
+from tinygpt.study.attention import head_scores, rollout
+from tinygpt.study.attribution import attribute
+from tinygpt.study.heads import leave_out
+from tinygpt.study.inside import Inside, look
+from tinygpt.study.lens import lens
+from tinygpt.study.page import page
+from tinygpt.study.predictions import predictions
+from tinygpt.study.report import Report, plain_data
+from tinygpt.study.terminal import lines
+from tinygpt.tokenizer.tokenizer import Tokenizer
+
+_WINDOWS, _WINDOW = 8, 256  # of which `heads` measures the loss
+
+
+class _Subject(NamedTuple):
+    """What is looked at, and how."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    text: str
+    args: argparse.Namespace
+
+    def look(self) -> Inside:
+        """The forward pass of the text."""
+        if not self.text:
+            raise InputError(f"study {self.args.what} needs a text: give one, or - for stdin")
+        return look(self.model, self.tokenizer.encode(self.text, True))
+
+
+def _tokens(subject: _Subject) -> Report:
+    return shown.tokens_report(predictions(subject.look()), subject.tokenizer)
+
+
+def _lens(subject: _Subject) -> Report:
+    inside = subject.look()
+    position = _position(subject, inside)
+    found = lens(subject.model, inside)
+    return shown.lens_report(found, inside, subject.tokenizer, position)
+
+
+def _attention(subject: _Subject) -> Report:
+    args, shape = subject.args, subject.model.config
+    for name, count in (("block", shape.n_layer), ("head", shape.n_head)):
+        if (value := getattr(args, name)) is not None and value >= count:
+            spelling = spelled(args)(name)
+            raise InputError(f"{spelling} is {value}: it must be from 0 to {count - 1}")
+    inside = subject.look()
+    if args.rollout:
+        return shown.rollout_report(rollout(inside.attention), inside, subject.tokenizer)
+    scores = head_scores(subject.model)
+    return shown.attention_report(inside, scores, subject.tokenizer, args.block, args.head)
+
+
+def _heads(subject: _Subject) -> Report:
+    model, length = subject.model, min(_WINDOW, subject.model.config.block_size)
+    if subject.text:
+        ids = subject.tokenizer.encode(subject.text, True)
+        count = min(_WINDOWS, (len(ids) - 1) // length)
+        if count < 2:
+            raise InputError(
+                f"the text has {len(ids)} tokens: give {2 * length + 1} or more, which are two "
+                "windows, or none, and the model writes its own"
+            )
+        starts = np.linspace(0, len(ids) - 1 - length, count).astype(int)
+        windows = np.array([ids[start : start + length + 1] for start in starts])
+    else:
+        say(f"no text is given: the model writes {_WINDOWS} of {length} tokens to be measured on")
+        start = subject.tokenizer.start or 0
+        prompts, seeds = [[start]] * _WINDOWS, range(_WINDOWS)
+        steps = Generator(model).generate_batch(prompts, length, seeds, temperature=1.0)
+        windows = np.array([[start] * _WINDOWS, *steps]).T
+    return shown.heads_report(head_scores(model), leave_out(model, windows), len(windows))
+
+
+def _attribute(subject: _Subject) -> Report:
+    args, inside = subject.args, subject.look()
+    if args.token is None:
+        raise InputError('study attribute needs --token, as in --token " king"')
+    token, against = _one_token(subject, "token"), _one_token(subject, "against")
+    position = _position(subject, inside)
+    found = attribute(subject.model, inside, token, against, position)
+    return shown.attribution_report(found, subject.tokenizer, token, against)
+
+
+def _one_token(subject: _Subject, name: str) -> int | None:
+    """The id of the piece that a flag names."""
+    text = getattr(subject.args, name)
+    if text is None:
+        return None
+    ids = subject.tokenizer.encode(text, True)
+    if len(ids) != 1:
+        pieces = " ".join(shown.piece(subject.tokenizer, each) for each in ids)
+        raise InputError(
+            f"{spelled(subject.args)(name)} {show(text)} is {len(ids)} pieces: {pieces}; give one"
+        )
+    return ids[0]
+
+
+def _position(subject: _Subject, inside: Inside) -> int:
+    """The position that is asked for, by default the last."""
+    count, position = len(inside.ids), subject.args.position
+    if position is None:
+        return count - 1
+    check_int(spelled(subject.args)("position"), position, low=0, below=count)
+    return position
+
+
+class _What(NamedTuple):
+    function: Callable[[_Subject], Report]
+    words: str
+    flags: tuple[str, ...] = ()
+
+
+WHATS = {
+    "tokens": _What(_tokens, "how well each token of a text was foreseen"),
+    "lens": _What(
+        _lens, "what the model would write if it ended after each sublayer", ("position",)
+    ),
+    "attention": _What(_attention, "where heads read", ("block", "head", "rollout")),
+    "heads": _What(_heads, "what kind of head each is, and the loss without it"),
+    "attribute": _What(
+        _attribute, "a logit as a sum of what each part adds", ("token", "against", "position")
+    ),
+}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `tinygpt study`."""
+    words = "; ".join(f"{name}: {what.words}" for name, what in WHATS.items())
+    parser.add_argument("what", metavar="WHAT", help=words)
+    words = "to look at; - or a pipe reads stdin. heads measures the loss on it"
+    parser.add_argument("text", nargs="?", metavar="TEXT", help=words)
+    words = f"a folder, file, or name to fetch (default: {hub.DEFAULT}, which is built in)"
+    add_flag(parser, "-m", "--model", metavar="NAME|PATH", help=words, default=hub.DEFAULT)
+    add_shared(parser, "--tokenizer")
+    add_flag(parser, "--block", kind=int, help="attention: of this block", low=0)
+    add_flag(parser, "--head", kind=int, help="attention: of this head", low=0)
+    words = "attention: what may flow through all blocks"
+    add_flag(parser, "--rollout", kind=bool, help=words)
+    add_flag(parser, "--token", help="attribute: the piece whose logit is taken apart")
+    add_flag(parser, "--against", help="attribute: the piece whose logit is taken away")
+    words = "lens, attribute: behind which token of the text (default: the last)"
+    add_flag(parser, "--position", kind=int, help=words, low=0)
+    add_flag(parser, "--html", metavar="FILE", help="write one page that stands by itself")
+    add_shared(parser, "--json")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`tinygpt study`: show what one look finds."""
+    if args.what not in WHATS:
+        raise unknown("study", args.what, WHATS)
+    what = WHATS[args.what]
+    for name in given(args, {flag for each in WHATS.values() for flag in each.flags}):
+        if name not in what.flags:
+            raise InputError(f"{spelled(args)(name)} is not for study {args.what}")
+    text = read_prompt(args.text)
+    found = open_checkpoint(args.model)
+    tokenizer = found.tokenizer(args.tokenizer)
+    model = found.load()
+    if (held := dtype_of(model.wte)) != "float32":
+        say(f"its weights are {held}: looked at as float32")
+        convert(model, "float32")
+    report = what.function(_Subject(model, tokenizer, text, args))
+    if args.html:
+        write_text(Path(args.html), page(report))
+        say(f"written to {args.html}")
+    if args.json:
+        print(json.dumps(plain_data(report.result)))
+    elif not args.html:
+        width = shutil.get_terminal_size((100, 24)).columns
+        for line in lines(report, width, sys.stdout.encoding or "ascii"):
+            print(line)
+    return 0

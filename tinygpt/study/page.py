@@ -1,0 +1,89 @@
+"""A report as one HTML file that stands by itself: no script, and nothing from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import struct
+import zlib
+from html import escape
+
+import numpy as np
+
+from tinygpt.errors import one_line
+from tinygpt.study.report import Map, Report, Table, written
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 60rem;
+  margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; margin: 1rem 0 }
+caption { text-align: left; font-weight: 600; padding: .3rem 0 }
+th, td { padding: .15rem .7rem; border-bottom: 1px solid #ccc; text-align: right }
+th:first-child, td:first-child { text-align: left }
+td.text { text-align: left; font-family: ui-monospace, monospace; white-space: pre-wrap }
+img { image-rendering: pixelated; width: min(100%, 32rem); border: 1px solid #767676 }
+figure { margin: 1rem 0 } p.note { color: #444 }
+"""
+
+
+def page(report: Report) -> str:
+    """The HTML of a report."""
+    parts = [_table(part) if isinstance(part, Table) else _figure(part) for part in report.parts]
+    title = escape(one_line(report.title, 1000))
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>'
+        '\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{title}</h1>\n"
+        + "\n".join(parts)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _table(table: Table) -> str:
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.columns)
+    rows = ["".join(map(_cell, row)) for row in table.rows]
+    body = "\n".join(f"<tr>{row}</tr>" for row in rows)
+    title = f"<caption>{escape(table.title)}</caption>" if table.title else ""
+    return f"<table>{title}\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>" + (
+        _note(table.note)
+    )
+
+
+def _cell(value: object) -> str:
+    text = escape(one_line(written(value), 1000))
+    return f'<td class="text">{text}</td>' if isinstance(value, str) else f"<td>{text}</td>"
+
+
+def _figure(drawn: Map) -> str:
+    title = escape(drawn.title)
+    rows, columns = drawn.values.shape
+    image = base64.b64encode(grey_png(drawn.values)).decode()
+    source = f"data:image/png;base64,{image}"
+    size = f'width="{columns}" height="{rows}"'
+    words = f"{title}: {rows} rows, {columns} columns, darker is more"
+    return (
+        f'<figure><figcaption>{title}</figcaption><img {size} alt="{words}" src="{source}">'
+        f"</figure>{_note(drawn.note)}"
+    )
+
+
+def _note(text: str) -> str:
+    return f'\n<p class="note">{escape(text)}</p>' if text else ""
+
+
+def grey_png(values: np.ndarray) -> bytes:
+    """A picture of numbers from 0, which is white, to 1, which is black.
+
+    Args:
+        values: (height, width).
+    Source: ISO/IEC 15948, "Portable Network Graphics".
+    """
+    grey = (255 * (1 - np.clip(values, 0, 1))).round().astype(np.uint8)
+    rows = np.pad(grey, ((0, 0), (1, 0))).tobytes()  # each row is led by the number of its filter
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+
+    size = struct.pack(">IIBBBBB", grey.shape[1], grey.shape[0], 8, 0, 0, 0, 0)
+    parts = ((b"IHDR", size), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)

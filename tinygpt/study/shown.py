@@ -1,0 +1,142 @@
+"""What each study found, as a report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from tinygpt.study.attention import CAUTION, HeadScores, entropies
+from tinygpt.study.attribution import Attribution
+from tinygpt.study.heads import LeftOut
+from tinygpt.study.inside import Inside
+from tinygpt.study.lens import Lens
+from tinygpt.study.predictions import Predictions
+from tinygpt.study.report import Map, Report, Table
+from tinygpt.tokenizer.tokenizer import Tokenizer
+
+
+def piece(tokenizer: Tokenizer, token: int) -> str:
+    """A token as it is shown: in quotes, so that its spaces are seen."""
+    text = tokenizer.token_bytes(int(token)).decode(errors="replace")
+    return '"' + text.replace("\n", "\\n").replace("\t", "\\t") + '"'
+
+
+def tokens_report(found: Predictions, tokenizer: Tokenizer) -> Report:
+    """Of each token how well it was foreseen, and what was thought likelier."""
+    most = found.likeliest.shape[1]
+    columns = ("piece", "id", "nats", "bits", "rank", "entropy", *["likeliest", "p"] * most)
+    rows = []
+    for i, token in enumerate(found.ids):
+        foreseen = [
+            value
+            for other, p in zip(found.likeliest[i], found.probability[i], strict=True)
+            for value in ((piece(tokenizer, other), p) if i else ("", None))
+        ]
+        loss = found.loss[i]
+        rank = found.rank[i] if i else None
+        row = [piece(tokenizer, token), token, loss, loss / math.log(2), rank, found.entropy[i]]
+        rows.append([*row, *foreseen])
+    note = "the first token has nothing before it, from which it could be foreseen"
+    if len(found.ids) > 1:
+        mean = np.nanmean(found.loss)
+        note = f"mean loss {mean:.4f} nats, {mean / math.log(2):.4f} bits a token; {note}"
+    return Report("How well each token was foreseen", [Table("", columns, rows, note)], found)
+
+
+def lens_report(found: Lens, inside: Inside, tokenizer: Tokenizer, position: int) -> Report:
+    """What each place of the model would write behind one token of the text."""
+    before = piece(tokenizer, inside.ids[position])
+    mean = found.loss.mean(-1) if found.loss.shape[-1] else [None] * len(found.places)
+    rows = [
+        [
+            place,
+            piece(tokenizer, found.likeliest[i, position]),
+            found.probability[i, position],
+            found.rank[i, position],
+            found.divergence[i, position],
+            mean[i],
+        ]
+        for i, place in enumerate(found.places)
+    ]
+    columns = ("after", "would write", "p", "rank", "KL", "mean loss")
+    title = f"What follows token {position % len(inside.ids)}, {before}, if the model ended there"
+    note = (
+        "rank: where the token stands that the whole model finds likeliest; KL in nats, from the "
+        "whole model's distribution; mean loss over all tokens of the text"
+    )
+    return Report("When the model decides", [Table(title, columns, rows, note)], found)
+
+
+def attention_report(
+    inside: Inside, scores: HeadScores, tokenizer: Tokenizer, block: int | None, head: int | None
+) -> Report:
+    """All heads in a line each, or the map of one."""
+    names = [piece(tokenizer, token) for token in inside.ids]
+    if block is not None and head is not None:
+        drawn = Map(f"block {block}, head {head}", inside.attention[block, head], names, CAUTION)
+        return Report("Where a head reads", [drawn], inside.attention[block, head])
+    wide = (
+        entropies(inside.attention) if len(inside.ids) > 1 else np.full(scores.first.shape, np.nan)
+    )
+    rows = [
+        [i, h, *(kind[i, h] for kind in kinds_of(scores)), wide[i, h]]
+        for i, h in np.ndindex(scores.previous.shape)
+        if block in (None, i) and head in (None, h)
+    ]
+    columns = ("block", "head", "previous", "first", "duplicate", "induction", "entropy")
+    note = (
+        "shares on random tokens given twice, of which a head that reads all alike gives "
+        f"{scores.chance:.3f}; entropy on this text, 1 for reading all alike; {CAUTION}"
+    )
+    return Report("Where the heads read", [Table("", columns, rows, note)], scores)
+
+
+def rollout_report(flow: np.ndarray, inside: Inside, tokenizer: Tokenizer) -> Report:
+    """How much of each token reaches every place through all blocks."""
+    names = [piece(tokenizer, token) for token in inside.ids]
+    drawn = Map("Attention rollout through all blocks", flow[-1], names, CAUTION)
+    return Report("What may flow where", [drawn], flow)
+
+
+def heads_report(scores: HeadScores, found: LeftOut, windows: int) -> Report:
+    """The heads' kinds, and what each is worth."""
+    rows = [
+        [
+            i,
+            h,
+            *(kind[i, h] for kind in kinds_of(scores)),
+            found.without[i, h],
+            found.error[i, h],
+            "" if found.matters[i, h] else "no effect",
+        ]
+        for i, h in np.ndindex(found.without.shape)
+    ]
+    kinds = ("previous", "first", "duplicate", "induction")
+    columns = ("block", "head", *kinds, "loss without", "+-", "")
+    note = (
+        f"the loss of all is {found.loss:.4f} nats; loss without: how much higher it is when the "
+        f"head's output is zero, over {windows} windows, with its standard error, below two of "
+        f"which is no effect; chance for a share is {scores.chance:.3f}; the second copy of the "
+        f"random tokens costs {scores.gain:.3f} nats less than the first"
+    )
+    result = {"scores": scores, "left_out": found}
+    return Report("Which heads matter", [Table("", columns, rows, note)], result)
+
+
+def attribution_report(
+    found: Attribution, tokenizer: Tokenizer, token: int, against: int | None
+) -> Report:
+    """The components of a logit, the largest first, and their sum."""
+    order = np.argsort(-np.abs(found.values))
+    rows: list[list[object]] = [[found.components[i], float(found.values[i])] for i in order]
+    rows += [["sum", float(found.values.sum())], ["the model's own", found.logit]]
+    name = piece(tokenizer, token)
+    other = "" if against is None else f" over {piece(tokenizer, against)}"
+    return Report(f"What speaks for {name}{other}", [Table("", ("part", "logit"), rows)], found)
+
+
+def kinds_of(scores: HeadScores) -> Sequence[np.ndarray]:
+    """The four shares, in the order in which they are shown."""
+    return scores.previous, scores.first, scores.duplicate, scores.induction

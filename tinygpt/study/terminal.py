@@ -1,0 +1,97 @@
+"""A report as text, as wide as the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from tinygpt.errors import one_line
+from tinygpt.study.report import Map, Report, Table, written
+
+_SHADES, _ASCII_SHADES = " ░▒▓█", " .:-=+*#%@"
+_WIDEST_CELL = 40
+
+
+def lines(report: Report, width: int, encoding: str = "utf-8") -> Iterator[str]:
+    """The lines of a report.
+
+    Args:
+        width: of the terminal, in columns.
+        encoding: of what they are written to; one that has no blocks gets letters for shades.
+    """
+    yield one_line(report.title, 2 * width)
+    for part in report.parts:
+        yield ""
+        yield from _table(part, width) if isinstance(part, Table) else _map(part, width, encoding)
+        if part.note:
+            yield from _wrapped(part.note, width)
+
+
+def _table(table: Table, width: int) -> Iterator[str]:
+    if table.title:
+        yield from _wrapped(table.title, width)
+    columns = range(len(table.columns))
+    cells = [[one_line(written(value), _WIDEST_CELL) for value in row] for row in table.rows]
+    rows = [list(table.columns), *cells]
+    texts = [any(isinstance(row[i], str) for row in table.rows) for i in columns]
+    wide = [max(len(row[i]) for row in rows) for i in columns]
+    content = [max([5, *(len(row[i]) for row in cells)]) for i in columns]
+    # Names of columns are cut first, then texts; a number is never cut: its column is left out.
+    for least in (
+        content,
+        [12 if text else size for text, size in zip(texts, content, strict=True)],
+    ):
+        while sum(wide) + 2 * (len(wide) - 1) > width:
+            over = [max(0, size - low) for size, low in zip(wide, least, strict=True)]
+            if not any(over):
+                break
+            wide[over.index(max(over))] -= 1
+    while len(wide) > 1 and sum(wide) + 2 * (len(wide) - 1) > width:
+        wide.pop()
+    for row in rows:
+        parts = [
+            _cut(cell, size).ljust(size) if text else _cut(cell, size).rjust(size)
+            for cell, size, text in zip(row, wide, texts, strict=False)
+        ]
+        yield "  ".join(parts).rstrip()
+    if missing := table.columns[len(wide) :]:
+        yield from _wrapped(f"no room for: {', '.join(missing)}", width)
+
+
+def _cut(text: str, size: int) -> str:
+    return text if len(text) <= size else text[: size - 1] + "~"
+
+
+def _map(drawn: Map, width: int, encoding: str) -> Iterator[str]:
+    if drawn.title:
+        yield from _wrapped(drawn.title, width)
+    shades = _SHADES
+    try:
+        shades.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        shades = _ASCII_SHADES
+    label = min(max((len(one_line(row)) for row in drawn.rows), default=0), max(8, width // 4))
+    room = max(1, width - label - 2)
+    values = _narrowed(drawn.values, room)
+    steps = np.clip((values * len(shades)).astype(int), 0, len(shades) - 1)
+    for name, row in zip(drawn.rows, steps, strict=True):
+        yield f"{_cut(one_line(name), label):>{label}}  {''.join(shades[i] for i in row)}".rstrip()
+
+
+def _narrowed(values: np.ndarray, room: int) -> np.ndarray:
+    """At most so many columns, each the highest of those that it stands for."""
+    if values.shape[1] <= room:
+        return values
+    edges = np.linspace(0, values.shape[1], room + 1).astype(int)[:-1]
+    return np.maximum.reduceat(values, edges, axis=1)
+
+
+def _wrapped(text: str, width: int) -> Iterator[str]:
+    line = ""
+    for word in one_line(text, 4000).split():
+        if line and len(line) + 1 + len(word) > width:
+            yield line
+            line = ""
+        line += f" {word}" if line else word
+    yield line
