@@ -23,6 +23,7 @@ from tinygpt.study.terminal import lines
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=32, vocab_size=257)
 TEXT = "the sea, a café"
 LOOKS = {
+    "explain": ["--block", "1"],
     "tokens": [TEXT],
     "lens": [TEXT],
     "attention": [TEXT],
@@ -60,7 +61,7 @@ def test_a_look_is_text_json_and_a_page(what, folder, cli, tmp_path, monkeypatch
     monkeypatch.setenv("COLUMNS", "40")
     out = cli(*argv)[1]
     assert max(map(len, out.splitlines())) <= 40
-    assert not re.search(r"\d~", out)
+    assert what == "explain" or not re.search(r"\d~", out)  # no number is cut, as a formula is
 
 
 class Page(HTMLParser):
@@ -140,8 +141,8 @@ def test_a_text_comes_from_a_pipe_and_a_long_one_loses_its_begin(folder, monkeyp
         (["study", "tokens"], "study tokens needs a text: give one, or - for stdin"),
         (["study", "tokens", ""], "the prompt is empty"),
         (["study", "tokens", "x", "--block", "1"], "--block is not for study tokens"),
-        (["study", "attention", "x", "--block", "2"], "--block is 2: it must be from 0 to 1"),
-        (["study", "attention", "x", "--head", "9"], "--head is 9: it must be from 0 to 1"),
+        (["study", "attention", "x", "--block", "2"], "--block is 2: it must be"),
+        (["study", "attention", "x", "--head", "9"], "--head is 9: it must be"),
         (["study", "lens", "xyz", "--position", "3"], "--position is 3: it must be"),
         (["study", "attribute", "x"], "study attribute needs --token"),
         (["study", "attribute", "x", "--token", "ab"], '--token \'ab\' is 2 pieces: "a" "b"'),

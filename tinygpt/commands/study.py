@@ -24,6 +24,7 @@ from tinygpt.storage import write_text
 from tinygpt.study import shown
 from tinygpt.study.attention import head_scores, rollout
 from tinygpt.study.attribution import attribute
+from tinygpt.study.explain import explain
 from tinygpt.study.heads import leave_out
 from tinygpt.study.inside import Inside, look
 from tinygpt.study.lens import lens
@@ -33,6 +34,7 @@ from tinygpt.study.report import Report, plain_data
 from tinygpt.study.terminal import lines
 from tinygpt.tokenizer.tokenizer import Tokenizer
 
+_EXAMPLE = "Once upon a time there was a king"  # for `explain`, which needs any text
 _WINDOWS, _WINDOW = 8, 256  # of which `heads` measures the loss
 
 
@@ -55,6 +57,12 @@ def _tokens(subject: _Subject) -> Report:
     return shown.tokens_report(predictions(subject.look()), subject.tokenizer)
 
 
+def _explain(subject: _Subject) -> Report:
+    ids = subject.tokenizer.encode(subject.text or _EXAMPLE, True)
+    _check_place(subject, ("block",))
+    return shown.explain_report(explain(subject.model, ids, subject.args.block))
+
+
 def _lens(subject: _Subject) -> Report:
     inside = subject.look()
     position = _position(subject, inside)
@@ -63,16 +71,21 @@ def _lens(subject: _Subject) -> Report:
 
 
 def _attention(subject: _Subject) -> Report:
-    args, shape = subject.args, subject.model.config
-    for name, count in (("block", shape.n_layer), ("head", shape.n_head)):
-        if (value := getattr(args, name)) is not None and value >= count:
-            spelling = spelled(args)(name)
-            raise InputError(f"{spelling} is {value}: it must be from 0 to {count - 1}")
+    args = subject.args
+    _check_place(subject, ("block", "head"))
     inside = subject.look()
     if args.rollout:
         return shown.rollout_report(rollout(inside.attention), inside, subject.tokenizer)
     scores = head_scores(subject.model)
     return shown.attention_report(inside, scores, subject.tokenizer, args.block, args.head)
+
+
+def _check_place(subject: _Subject, names: tuple[str, ...]) -> None:
+    shape = subject.model.config
+    counts = {"block": shape.n_layer, "head": shape.n_head}
+    for name in names:
+        if (value := getattr(subject.args, name)) is not None:
+            check_int(spelled(subject.args)(name), value, low=0, below=counts[name])
 
 
 def _heads(subject: _Subject) -> Report:
@@ -136,6 +149,7 @@ class _What(NamedTuple):
 
 
 WHATS = {
+    "explain": _What(_explain, "what each operation does, in numbers", ("block",)),
     "tokens": _What(_tokens, "how well each token of a text was foreseen"),
     "lens": _What(
         _lens, "what the model would write if it ended after each sublayer", ("position",)
@@ -157,7 +171,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     words = f"a folder, file, or name to fetch (default: {hub.DEFAULT}, which is built in)"
     add_flag(parser, "-m", "--model", metavar="NAME|PATH", help=words, default=hub.DEFAULT)
     add_shared(parser, "--tokenizer")
-    add_flag(parser, "--block", kind=int, help="attention: of this block", low=0)
+    add_flag(
+        parser, "--block", kind=int, help="attention: of this block; explain: open this one", low=0
+    )
     add_flag(parser, "--head", kind=int, help="attention: of this head", low=0)
     words = "attention: what may flow through all blocks"
     add_flag(parser, "--rollout", kind=bool, help=words)

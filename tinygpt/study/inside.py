@@ -38,12 +38,7 @@ def look(model: GPT, ids: Sequence[int]) -> Inside:
         InputError: when there are none, one is none of the vocabulary, or what is computed is no
             number.
     """
-    if not ids:
-        raise InputError("the text is empty: give some")
-    window = model.config.block_size
-    if len(ids) > window:
-        say(f"the text has {len(ids)} tokens, the model's window {window}: the last are looked at")
-    ids, record = list(ids[-window:]), Record()
+    ids, record = in_window(model, ids), Record()
     logits = model([ids], record=record)
     states = [record.hidden_states[0]]
     for half, whole in zip(record.half_states, record.hidden_states[1:], strict=True):
@@ -59,6 +54,20 @@ def look(model: GPT, ids: Sequence[int]) -> Inside:
     if not np.isfinite(found.logits).all():
         raise InputError(NOT_NUMBERS)
     return found
+
+
+def in_window(model: GPT, ids: Sequence[int]) -> list[int]:
+    """The tokens of a text that the model can look at: all, or the last.
+
+    Raises:
+        InputError: when there are none.
+    """
+    if not ids:
+        raise InputError("the text is empty: give some")
+    window = model.config.block_size
+    if len(ids) > window:
+        say(f"the text has {len(ids)} tokens, the model's window {window}: the last are looked at")
+    return list(ids[-window:])
 
 
 def places(model: GPT) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from tinygpt.study.attention import CAUTION, HeadScores, entropies
 from tinygpt.study.attribution import Attribution
+from tinygpt.study.explain import Explanation
 from tinygpt.study.heads import LeftOut
 from tinygpt.study.inside import Inside
 from tinygpt.study.lens import Lens
@@ -140,3 +141,37 @@ def attribution_report(
 def kinds_of(scores: HeadScores) -> Sequence[np.ndarray]:
     """The four shares, in the order in which they are shown."""
     return scores.previous, scores.first, scores.duplicate, scores.induction
+
+
+def explain_report(found: Explanation) -> Report:
+    """A row an operation, and the totals."""
+    columns = (
+        "operation", "in", "out", "parameters", "FLOPs", "RMS", "min", "max", "similarity",
+        "formula", "source",
+    )  # fmt: skip
+    rows: list[list[object]] = [
+        [
+            each.name.removeprefix("blocks."),
+            _shape(each.given),
+            _shape(each.gives),
+            each.parameters,
+            each.flops,
+            each.rms,
+            each.lowest,
+            each.highest,
+            each.similarity,
+            each.formula,
+            each.source,
+        ]
+        for each in found.operations
+    ]
+    rows.append(["total", None, None, found.parameters, found.flops, *[None] * 6])
+    note = (
+        f"{len(found.ids)} tokens; RMS, min and max of what comes out; similarity: the mean cosine "
+        "between two tokens' vectors; --block N opens a block"
+    )
+    return Report("What each operation does", [Table("", columns, rows, note)], found)
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))

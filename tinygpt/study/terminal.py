@@ -37,7 +37,7 @@ def _table(table: Table, width: int) -> Iterator[str]:
     texts = [any(isinstance(row[i], str) for row in table.rows) for i in columns]
     wide = [max(len(row[i]) for row in rows) for i in columns]
     content = [max([5, *(len(row[i]) for row in cells)]) for i in columns]
-    # Names of columns are cut first, then texts; a number is never cut: its column is left out.
+    # Names of columns are cut first, then texts; a number is never cut: its column comes below.
     for least in (
         content,
         [12 if text else size for text, size in zip(texts, content, strict=True)],
@@ -55,8 +55,10 @@ def _table(table: Table, width: int) -> Iterator[str]:
             for cell, size, text in zip(row, wide, texts, strict=False)
         ]
         yield "  ".join(parts).rstrip()
-    if missing := table.columns[len(wide) :]:
-        yield from _wrapped(f"no room for: {', '.join(missing)}", width)
+    if len(wide) < len(rows[0]) and len(wide) > 1:
+        below = [[row[0], *row[len(wide) :]] for row in table.rows]
+        yield ""
+        yield from _table(Table("", (table.columns[0], *table.columns[len(wide) :]), below), width)
 
 
 def _cut(text: str, size: int) -> str:
