@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from prepared import TEXT
-from reference import Reference
 from tinygrad import Device, Tensor
 from tinygrad.helpers import NOOPT
 from tinygrad.nn.state import get_state_dict
@@ -21,6 +20,7 @@ from tinygpt import GPT, Generator, GPTConfig, load_tokenizer
 from tinygpt.checkpoints.quantization import DTYPES, supported
 from tinygpt.commands.main import main
 from tinygpt.runtime import device
+from tinygpt.study.reference import Reference
 from tinygpt.tokenizer.encoding import char_tokenizer, save_tokenizer
 from tinygpt.training import run_files
 

@@ -6,13 +6,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from conftest import SMALL, randomize, reference_of, weights_of
-from reference import sinusoids
 from tinygrad import Tensor, Variable, dtypes
 from tinygrad.nn.state import get_state_dict
 
 from tinygpt import GPT, GPTConfig, Record, load_tokenizer
 from tinygpt.errors import InputError
 from tinygpt.runtime import buffers
+from tinygpt.study.reference import sinusoids
 from tinygpt.tokenizer.encoding import char_tokenizer
 
 TOKENS = np.random.default_rng(1).integers(0, SMALL.vocab_size, (2, 9))

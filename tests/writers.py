@@ -15,7 +15,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from reference import Reference
+
+from tinygpt.study.reference import Reference
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 16, "vocab_size": 300}
 TOKENS = np.random.default_rng(1).integers(0, SHAPE["vocab_size"], (2, 9))

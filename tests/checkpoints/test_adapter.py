@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import SMALL, randomize, save_with_bytes, weights_of
-from reference import Reference
 from tinygrad import Tensor
 
 from tinygpt import GPT, InputError, load_tokenizer
@@ -23,6 +22,7 @@ from tinygpt.checkpoints import safetensors_file
 from tinygpt.checkpoints.open_checkpoint import open_checkpoint
 from tinygpt.checkpoints.save_gguf import save_gguf
 from tinygpt.errors import CheckpointError
+from tinygpt.study.reference import Reference
 from tinygpt.tokenizer.encoding import same_tokenizer
 
 CONFIG = replace(SMALL, n_layer=2, n_inner=24)

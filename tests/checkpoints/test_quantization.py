@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import NARROW, SMALL, needs_clang, randomize, weights_of
-from reference import Reference
 from tinygrad import Device, Tensor
 from tinygrad.nn.state import get_state_dict
 
@@ -29,6 +28,7 @@ from tinygpt.checkpoints.safetensors_file import read_header, write
 from tinygpt.checkpoints.stored_tensor import read_tensor
 from tinygpt.errors import CheckpointError
 from tinygpt.runtime import device
+from tinygpt.study.reference import Reference
 
 README = Path(__file__).parents[2] / "README.md"
 TOKENS = np.arange(20, dtype=np.int32).reshape(2, 10)
