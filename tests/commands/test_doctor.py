@@ -9,11 +9,12 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import reference_of
+from conftest import randomize, reference_of, save_with_bytes
 
-from tinygpt import __version__
+from tinygpt import GPT, GPTConfig, __version__
 from tinygpt.commands import doctor
-from tinygpt.runtime import clang, memory
+from tinygpt.runtime import clang, device, memory
+from tinygpt.study.reference import Reference
 
 
 def test_the_doctor_shows_the_machine_and_what_it_lacks(cli, monkeypatch):
@@ -28,6 +29,38 @@ def test_the_doctor_shows_the_machine_and_what_it_lacks(cli, monkeypatch):
     assert re.search(r"^device +\w+: found, ", out, re.MULTILINE)
     assert re.search("^advice +`pip install .* brings a clang", out, re.MULTILINE)
     assert "advice       free some memory" in out
+
+
+PROOFS = [
+    "plain tensors = NumPy's reference", "with a cache, in pieces = at once", "in a batch = alone",
+    "the lens behind the last block = the logits",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"norm": "post"}, {"shortcut": False}], ids=str)
+@pytest.mark.parametrize("text", [["ab é"], ["x"], []], ids=str)
+def test_every_way_to_compute_a_model_is_compared(options, text, tmp_path, cli):
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=64, vocab_size=257, **options)
+    save_with_bytes(randomize(GPT(config)), tmp_path)
+    status, out, err = cli("doctor", "--prove", tmp_path, *text)
+    assert (status, err) == (0, "")
+    claims = [line.partition("  ")[0] for line in out.splitlines()]
+    expected = PROOFS + ["the parts of a logit sum to it"] * (not options)
+    assert all(any(claim.startswith(each) for claim in claims) for each in expected)
+    assert ("operations in C = plain tensors" in claims) == (device.renderer("CPU") == "ClangJIT")
+    assert len(claims) == len(expected) + ("operations in C = plain tensors" in claims)
+    assert out.count("holds: differs by") == len(claims)
+
+
+def test_a_way_that_gives_something_else_is_told(tmp_path, cli, monkeypatch):
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=64, vocab_size=257)
+    save_with_bytes(randomize(GPT(config)), tmp_path)
+    row = Reference.row
+    monkeypatch.setattr(Reference, "row", lambda self, ids: row(self, ids) * 1.001)
+    status, out, _ = cli("doctor", "--prove", tmp_path, "abc")
+    assert status == 1
+    assert out.count("DOES NOT HOLD") == 1
+    assert "reference in float64" in next(x for x in out.splitlines() if "NOT" in x)
 
 
 @pytest.mark.slow

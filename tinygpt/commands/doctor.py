@@ -22,6 +22,7 @@ from tinygrad.nn.state import get_state_dict
 
 import tinygpt
 from tinygpt.checkpoints import hub
+from tinygpt.checkpoints.open_checkpoint import open_checkpoint
 from tinygpt.checkpoints.run_folder import NAMES, checkpoint_in, followed, steps
 from tinygpt.commands.flags import add_flag
 from tinygpt.config import GPTConfig
@@ -30,6 +31,7 @@ from tinygpt.errors import CheckpointError, InputError, one_line, reason, show
 from tinygpt.generator import Generator
 from tinygpt.model import GPT
 from tinygpt.runtime import clang, device, graph, memory
+from tinygpt.study.proofs import prove
 from tinygpt.training import run_files
 
 # The small model that `--backends` runs, and the logits of its prompt. They come from the NumPy
@@ -39,13 +41,17 @@ PROMPT = [3, 1, 4, 1, 5, 2, 6, 5, 3, 5]
 LOGITS = (
     -0.485781, -0.668749, 1.122855, -0.400923, -0.740921, 1.106752, -0.31341, -0.808186,
 )  # fmt: skip
+_TEXT = "Once upon a time there was a king who had three sons."  # for --prove, where none is given
 TOLERANCE = 1e-4  # the largest error of a logit that counts as right, in float32
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
-    words = "a run or a checkpoint of one: whether its files are as they were written, only that"
-    parser.add_argument("run", nargs="?", metavar="RUN", help=words)
+    words = "a run or a checkpoint of one: whether its files are as they were written, only that; "
+    words += "with --prove, a text"
+    parser.add_argument("run", nargs="?", metavar="RUN|TEXT", help=words)
+    words = "compute the logits of a text in each way that there is, and compare, only that"
+    add_flag(parser, "--prove", metavar="MODEL", help=words)
     words = "also run a small model on each backend"
     add_flag(parser, "--backends", kind=bool, help=words)
 
@@ -53,9 +59,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the report; with --backends, also run the small model on each backend found.
 
-    The exit status is 1 when a backend computes wrong numbers, or a run is damaged. A backend that
-    does not run, such as an OpenCL without its compiler, does no harm, and is only reported.
+    With a run or --prove, only what is found of the run or the model. The exit status is 1 when a
+    backend computes wrong numbers, a run is damaged, or two ways differ. A backend that does not
+    run, such as an OpenCL without its compiler, does no harm, and is only reported.
     """
+    if args.prove:
+        return _report_proofs(args.prove, args.run or _TEXT)
     if args.run:
         return _report_run(Path(args.run))
     devices = device.devices()
@@ -69,6 +78,20 @@ def run(args: argparse.Namespace) -> int:
         return 0
     outcomes = [_report_probe(target) for target in _targets(devices)]
     return 0 if True in outcomes and False not in outcomes else 1
+
+
+def _report_proofs(name: str, text: str) -> int:
+    """Say how far apart the ways are in which a model's logits of a text can be computed."""
+    found = open_checkpoint(name)
+    tokenizer, model = found.tokenizer(), found.load("float32")
+    proofs = prove(model, tokenizer.encode(text))
+    width = max(len(each.claim) for each in proofs)
+    for each in proofs:
+        said = "holds" if each.holds else "DOES NOT HOLD"
+        print(
+            f"{each.claim:<{width}}  {said}: differs by {each.difference:.2g} of {each.scale:.3g}"
+        )
+    return 0 if all(each.holds for each in proofs) else 1
 
 
 def _report_run(path: Path) -> int:
