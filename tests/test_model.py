@@ -21,6 +21,8 @@ TOKENS = np.random.default_rng(1).integers(0, SMALL.vocab_size, (2, 9))
 OPTIONS = {
     "gpt2": {},
     "post-norm": {"norm": "post"},
+    "deep norm": {"norm": "deep", "n_layer": 3},
+    "deep norm without shortcut": {"norm": "deep", "shortcut": False},
     "sinusoidal": {"position": "sinusoidal"},
     "exact gelu": {"activation": "gelu"},
     "relu": {"activation": "relu"},
@@ -168,7 +170,7 @@ def test_targets_of_another_shape_are_refused(model):
         model.losses([1, 2, 3], [1, 2])
 
 
-@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("norm", ["pre", "post", "deep"])
 def test_a_record_holds_what_the_forward_pass_computes(norm):
     model, record = randomize(GPT(replace(SMALL, norm=norm))), Record()
     logits = model(TOKENS, record=record).numpy()
@@ -261,6 +263,19 @@ def test_initialisation():
             assert not np.array_equal(value, other[name])
         else:
             assert (value == name.endswith("weight")).all()
+
+
+@pytest.mark.parametrize("norm", ["pre", "deep"])
+def test_xaviers_initialisation(norm):
+    config = GPTConfig(2, 2, 64, 64, 500, n_inner=128, norm=norm)
+    for name, weight in get_state_dict(GPT(config, seed=3, init="xavier")).items():
+        value, own = weight.numpy(), name.split(".")[-2]
+        if value.ndim == 2:
+            expected = 0.02
+            if name.startswith("blocks."):
+                gain = 16**-0.25 if norm == "deep" and own not in ("q_proj", "k_proj") else 1
+                expected = gain * (2 / sum(value.shape)) ** 0.5
+            assert value.std() == pytest.approx(expected, rel=0.05), name
 
 
 def test_dropout_acts_in_training_alone():

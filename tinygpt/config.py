@@ -14,7 +14,7 @@ _SHARE = {"low": 0.0, "below": 1.0}
 
 
 # What an option may be, each list once.
-Norm = Literal["pre", "post"]
+Norm = Literal["pre", "post", "deep"]
 Position = Literal["learned", "sinusoidal"]
 Activation = Literal["gelu_tanh", "gelu", "relu"]
 
@@ -46,7 +46,9 @@ class GPTConfig(Checked):
         short=("--inner",),
         limits=_SIZE,
     )
-    norm: Norm = option("pre", "layer norms before or after each sublayer")
+    norm: Norm = option(
+        "pre", "layer norms before or after each sublayer; deep: after, the shortcut made larger"
+    )
     position: Position = option("learned", "positional encodings")
     activation: Activation = option("gelu_tanh", "in the feed-forward")
     bias: bool = option(True, "whether linear layers and layer norms have bias terms")
@@ -107,6 +109,14 @@ class GPTConfig(Checked):
     def inner_dim(self) -> int:
         """Width of the feed-forward's inner layer."""
         return 4 * self.n_embd if self.n_inner is None else self.n_inner
+
+    @property
+    def shortcut_scale(self) -> float:
+        """What the residual is multiplied with before a sublayer's output is added.
+
+        Source: Wang et al. 2022, "DeepNet: Scaling Transformers to 1,000 Layers", table 1.
+        """
+        return (2 * self.n_layer) ** 0.25 if self.norm == "deep" else 1.0
 
     @property
     def parameter_count(self) -> int:

@@ -190,7 +190,8 @@ class TransformerBlock:
     """Attention, then feed-forward, each within a shortcut connection and with a layer norm.
 
     Pre-norm (GPT-2) normalises what goes into each sublayer; post-norm (the original Transformer)
-    normalises the sum that comes out. Without shortcuts the sum is the sublayer's output alone.
+    normalises the sum that comes out, and DeepNorm does so with the residual made larger. Without
+    shortcuts the sum is the sublayer's output alone.
     """
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
@@ -199,6 +200,7 @@ class TransformerBlock:
         self.ln_2 = LayerNorm(config.n_embd, config.layer_norm_epsilon, config.bias)
         self.mlp = FeedForward(config, layer)
         self.pre_norm, self.shortcut = config.norm == "pre", config.shortcut
+        self.shortcut_scale = config.shortcut_scale
 
     def __call__(
         self,
@@ -226,5 +228,6 @@ class TransformerBlock:
                     yield f"{name}.{own_name}", layer
 
     def _sublayer(self, x: Tensor, norm: LayerNorm, sublayer: Sublayer) -> Tensor:
-        y = sublayer(norm(x) if self.pre_norm else x, x if self.shortcut else None)
+        residual = x if self.shortcut_scale == 1 else x * self.shortcut_scale
+        y = sublayer(norm(x) if self.pre_norm else x, residual if self.shortcut else None)
         return y if self.pre_norm else norm(y)

@@ -7,10 +7,10 @@ What is generated, trained or loaded stands beside the model and calls it. Shape
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tinygrad import Tensor, dtypes
@@ -60,10 +60,13 @@ class GPT:
     name: str | None
     _tokenizer: Tokenizer | Callable[[], Tokenizer] | None  # or what reads it when it is asked for
 
-    def __init__(self, config: GPTConfig, seed: int | None = 0) -> None:
+    def __init__(
+        self, config: GPTConfig, seed: int | None = 0, init: Literal["gpt2", "xavier"] = "gpt2"
+    ) -> None:
         """
         Args:
             config: the shape of the model.
+            init: see `init_weights`.
             seed: of the random initial weights, the same on every backend; None leaves the weights
                 without values, for a caller that gives each its own.
         """
@@ -84,7 +87,7 @@ class GPT:
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if seed is not None:
-            self.init_weights(seed)
+            self.init_weights(seed, init)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, dtype: str | None = None) -> GPT:
@@ -134,24 +137,35 @@ class GPT:
         held = next(name for name, dtype in DTYPES.items() if dtype == self.wte.weight.dtype)
         return f"GPT({name}{self.config.parameter_count:,} parameters, {held}, {self.config!r})"
 
-    def init_weights(self, seed: int) -> None:
-        """GPT-2's initialisation, drawn on the host so that every backend gets the same weights.
+    def init_weights(self, seed: int, init: Literal["gpt2", "xavier"] = "gpt2") -> None:
+        """Draw new weights on the host, so that every backend gets the same.
 
-        Matrices are normal with standard deviation `initializer_range`, and those that add to the
-        residual stream smaller by 1/sqrt(2 n_layer); norms begin as the identity, biases at zero.
-        Source: Radford et al. 2019, section 2.3.
+        All matrices are normal; norms begin as the identity, biases at zero.
+
+        Args:
+            init: "gpt2": of standard deviation `initializer_range`, and those that add to the
+                residual stream smaller by 1/sqrt(2 n_layer). "xavier": those in the blocks of
+                variance 2/(in + out), in DeepNorm with its gain, and the others as in GPT-2.
+        Source: Radford et al. 2019, section 2.3; Glorot and Bengio 2010; Wang et al. 2022.
         """
         rng = np.random.default_rng(seed)
-        residual = 1 / math.sqrt(2 * self.config.n_layer)
         for name, parameter in get_state_dict(self).items():
             if parameter.ndim == 2:
-                scale = self.config.initializer_range
-                scale *= residual if name.endswith(("out_proj.weight", "c_proj.weight")) else 1
+                scale = self._deviation(name, parameter.shape, init)
                 value = rng.standard_normal(parameter.shape, dtype=np.float32)
                 value *= scale
             else:
                 value = np.full(parameter.shape, float(name.endswith("weight")), np.float32)
             write(parameter, value)
+
+    def _deviation(self, name: str, shape: Sequence[Any], init: str) -> float:
+        """The standard deviation of a new matrix: see `init_weights`."""
+        layers, own = self.config.n_layer, name.removesuffix(".weight").rpartition(".")[2]
+        if init == "xavier" and name.startswith("blocks."):
+            deep = self.config.norm == "deep" and own not in ("q_proj", "k_proj")
+            return math.sqrt(2 / sum(shape)) * ((8 * layers) ** -0.25 if deep else 1)
+        residual = 1 / math.sqrt(2 * layers) if own in ("out_proj", "c_proj") else 1
+        return self.config.initializer_range * residual
 
     def empty_cache(self, batch_size: int, length: int) -> Cache:
         """Room for the keys and values of `length` positions: a zeroed (B, H, length, D) pair each.

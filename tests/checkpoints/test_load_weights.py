@@ -123,6 +123,7 @@ def folder(tmp_path: Path) -> Path:
 CONFIGS = {
     "gpt2": {},
     "post-norm": {"norm": "post"},
+    "deep norm": {"norm": "deep"},
     "sinusoidal": {"position": "sinusoidal"},
     "no bias": {"bias": False},
     "own head": {"tie_word_embeddings": False},

@@ -350,6 +350,7 @@ BAD = {
     "--model gpt2": "cannot fetch config.json from http://127.0.0.1:1: connection refused",
     "--model gpt2 --layers 2": "--layers describes a new model, but --model brings its own",
     "--model gpt2 --n-layer 2": "--n-layer describes a new model",
+    "--model gpt2 --norm deep": "--norm describes a new model",
     "--model gpt2 --untied": "--untied describes a new model",
     "--model gpt2 --preset nano": "--preset describes a new model",
     "--preset nanoo": "unknown preset 'nanoo': did you mean 'nano'?",

@@ -54,7 +54,7 @@ def plan(
     """
     if model is None:
         return TrainConfig.of(settings, spelled=spelled), None
-    for name in SHAPE:
+    for name in (*SHAPE, "init"):
         if name in settings and name != "block_size":
             raise InputError(
                 f"{spelled(name)} describes a new model, but --model brings its own shape"
@@ -82,7 +82,7 @@ def begin(
         InputError: when the model and the data do not go together.
     """
     if base is None:
-        gpt = GPT(config.gpt_config(data.header.vocab_size), config.seed)
+        gpt = GPT(config.gpt_config(data.header.vocab_size), config.seed, config.init)
         tokenizer = _sampled(data.tokenizer(), config.sample_temperature)
         return Run(folder, data, tokenizer, gpt, config, minutes)
     tokenizer = base.tokenizer()

@@ -91,6 +91,8 @@ class Reference:
         for norm_name, sublayer in sublayers:
             norm_name = f"blocks.{layer}.{norm_name}"
             residual = x if self.config.shortcut else 0
+            if self.config.norm == "deep":  # Wang et al. 2022: alpha of a decoder
+                residual = residual * (2 * self.config.n_layer) ** 0.25
             if self.config.norm == "pre":
                 x = residual + sublayer(self.norm(x, norm_name), layer)
             else:

@@ -51,6 +51,7 @@ class TrainConfig(Checked):
     bias: bool = _shape("bias", False)
     shortcut: bool = _shape("shortcut", True)
     tie_word_embeddings: bool = _shape("tie_word_embeddings", True)
+    init: Literal["gpt2", "xavier"] = option("gpt2", "how the weights of a new model are drawn")
     dropout: float = _amount(0.0, "share of activations dropped while training", below=1)
     order: Literal["random", "epoch"] = option(
         "random", "random windows, or epoch: each window once, then anew"
