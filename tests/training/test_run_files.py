@@ -72,6 +72,15 @@ def test_the_links_lead_to_the_newest_and_the_best_and_the_rest_goes(tmp_path):
     assert checkpoint_in(tmp_path, "last").name == kept[2]
 
 
+def test_checkpoints_of_each_so_many_steps_stay(tmp_path):
+    for step in range(1, 8):
+        save(tmp_path, step)
+        (tmp_path / "step-by-step").mkdir(exist_ok=True)  # no checkpoint, and not ours to remove
+        run_files.prune(tmp_path, keep=1, every=3)
+    kept = [f"step-{step:08}" for step in (3, 6, 7)]
+    assert names(tmp_path) == ["last", *kept, "step-by-step"]
+
+
 def test_a_step_can_be_saved_again(tmp_path):
     save(tmp_path, 1, seed=0)
     model, _ = save(tmp_path, 1, seed=1)

@@ -98,7 +98,7 @@ def _run(argv: Sequence[str]) -> int:
         parser = _program()
     command = import_module(f"tinygpt.commands.{verb}")
     command.add_flags(parser)
-    args, surplus = parser.parse_known_args(rest)
+    args, surplus = parser.parse_known_intermixed_args(rest)  # flags may stand between texts
     if rest is argv and _near_verb(args.prompt):  # it stands behind a flag, and is no prompt
         raise InputError(
             f"the command comes first: `tinygpt {_near_verb(args.prompt)} ...`; to continue that "

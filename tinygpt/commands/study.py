@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import numpy as np
 from tinygpt.checkpoints import hub
 from tinygpt.checkpoints.open_checkpoint import open_checkpoint
 from tinygpt.checkpoints.quantization import convert, dtype_of
+from tinygpt.checkpoints.run_folder import steps
 from tinygpt.commands.flags import add_flag, add_shared, given, spelled
 from tinygpt.commands.prompt import read_prompt
 from tinygpt.errors import InputError, check_int, say, show, unknown
@@ -142,6 +144,34 @@ def _position(subject: _Subject, inside: Inside) -> int:
     return position
 
 
+def _compared(args: argparse.Namespace) -> Report:
+    """One look at several models: two that are named, or all that a run has kept."""
+    look = args.look or "lens"
+    if look not in WHATS:
+        raise unknown("--look", look, WHATS)
+    _refuse_flags(args, WHATS[look].flags)
+    names, rest = [args.run], args.text
+    if args.run is None:
+        names, rest = args.text[:2], args.text[2:]
+        if len(names) < 2:
+            raise InputError("study compare needs two models and a text, or --run RUN and a text")
+    else:
+        names = [str(path) for path in sorted(steps(Path(args.run)))]
+        if not names:
+            raise InputError(f"{args.run} is no run with checkpoints: give the folder of one")
+    frames = []
+    for name in names:
+        subject = _subject(name, _text(rest), args)
+        found = WHATS[look].function(subject)
+        frames.append(
+            replace(found, title=f"{Path(name).name if args.run else name}: {found.title}")
+        )
+    result = [
+        {"model": name, "found": frame.result} for name, frame in zip(names, frames, strict=True)
+    ]
+    return Report(f"{look}, compared", result=result, frames=frames)
+
+
 class _What(NamedTuple):
     function: Callable[[_Subject], Report]
     words: str
@@ -165,9 +195,10 @@ WHATS = {
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The arguments of `tinygpt study`."""
     words = "; ".join(f"{name}: {what.words}" for name, what in WHATS.items())
+    words += "; compare: two models, or with --run all that a run kept, before the text"
     parser.add_argument("what", metavar="WHAT", help=words)
     words = "to look at; - or a pipe reads stdin. heads measures the loss on it"
-    parser.add_argument("text", nargs="?", metavar="TEXT", help=words)
+    parser.add_argument("text", nargs="*", metavar="TEXT", help=words)
     words = f"a folder, file, or name to fetch (default: {hub.DEFAULT}, which is built in)"
     add_flag(parser, "-m", "--model", metavar="NAME|PATH", help=words, default=hub.DEFAULT)
     add_shared(parser, "--tokenizer")
@@ -181,26 +212,26 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_flag(parser, "--against", help="attribute: the piece whose logit is taken away")
     words = "lens, attribute: behind which token of the text (default: the last)"
     add_flag(parser, "--position", kind=int, help=words, low=0)
+    add_flag(parser, "--look", metavar="WHAT", help="compare: which look (default: lens)")
+    words = "compare: all checkpoints that this run has kept (`train --keep-every N`)"
+    add_flag(parser, "--run", metavar="RUN", help=words)
     add_flag(parser, "--html", metavar="FILE", help="write one page that stands by itself")
     add_shared(parser, "--json")
 
 
 def run(args: argparse.Namespace) -> int:
     """`tinygpt study`: show what one look finds."""
-    if args.what not in WHATS:
-        raise unknown("study", args.what, WHATS)
-    what = WHATS[args.what]
-    for name in given(args, {flag for each in WHATS.values() for flag in each.flags}):
-        if name not in what.flags:
-            raise InputError(f"{spelled(args)(name)} is not for study {args.what}")
-    text = read_prompt(args.text)
-    found = open_checkpoint(args.model)
-    tokenizer = found.tokenizer(args.tokenizer)
-    model = found.load()
-    if (held := dtype_of(model.wte)) != "float32":
-        say(f"its weights are {held}: looked at as float32")
-        convert(model, "float32")
-    report = what.function(_Subject(model, tokenizer, text, args))
+    if args.what == "compare":
+        report = _compared(args)
+    elif args.what not in WHATS:
+        raise unknown("study", args.what, [*WHATS, "compare"])
+    else:
+        what = WHATS[args.what]
+        for name in ("look", "run"):
+            if getattr(args, name) is not None:
+                raise InputError(f"--{name} is for study compare")
+        _refuse_flags(args, what.flags)
+        report = what.function(_subject(args.model, _text(args.text), args))
     if args.html:
         write_text(Path(args.html), page(report))
         say(f"written to {args.html}")
@@ -211,3 +242,25 @@ def run(args: argparse.Namespace) -> int:
         for line in lines(report, width, sys.stdout.encoding or "ascii"):
             print(line)
     return 0
+
+
+def _refuse_flags(args: argparse.Namespace, known: tuple[str, ...]) -> None:
+    """Refuse a flag that another look has."""
+    for name in given(args, {flag for each in WHATS.values() for flag in each.flags}):
+        if name not in known:
+            raise InputError(f"{spelled(args)(name)} is not for study {args.look or args.what}")
+
+
+def _text(words: list[str]) -> str:
+    if len(words) > 1:
+        raise InputError(f"{show(words[1])} is one text too many: put a text in quotes")
+    return read_prompt(words[0] if words else None)
+
+
+def _subject(name: str, text: str, args: argparse.Namespace) -> _Subject:
+    found = open_checkpoint(name)
+    tokenizer, model = found.tokenizer(args.tokenizer), found.load()
+    if (held := dtype_of(model.wte)) != "float32":
+        say(f"its weights are {held}: looked at as float32")
+        convert(model, "float32")
+    return _Subject(model, tokenizer, text, args)

@@ -1,4 +1,4 @@
-"""A report as one HTML file that stands by itself: no script, and nothing from elsewhere."""
+"""A report as one HTML file that stands by itself: nothing comes from elsewhere."""
 
 from __future__ import annotations
 
@@ -24,10 +24,19 @@ img { image-rendering: pixelated; width: min(100%, 32rem); border: 1px solid #76
 figure { margin: 1rem 0 } p.note { color: #444 }
 """
 
+_SLIDER = """
+const frame = document.getElementById("frame"), all = document.querySelectorAll("section");
+const show = () => all.forEach((each, i) => { each.hidden = i != frame.value; });
+frame.addEventListener("input", show);
+show();
+"""
+
 
 def page(report: Report) -> str:
     """The HTML of a report."""
-    parts = [_table(part) if isinstance(part, Table) else _figure(part) for part in report.parts]
+    parts = _parts(report)
+    if report.frames:
+        parts.append(_film(report.frames))
     title = escape(one_line(report.title, 1000))
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>'
@@ -35,6 +44,24 @@ def page(report: Report) -> str:
         f"<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{title}</h1>\n"
         + "\n".join(parts)
         + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _parts(report: Report) -> list[str]:
+    return [_table(part) if isinstance(part, Table) else _figure(part) for part in report.parts]
+
+
+def _film(frames: list[Report]) -> str:
+    """One frame at a time, chosen by a slider; all of them where scripts do not run."""
+    shown = [
+        f"<section><h2>{escape(one_line(frame.title))}</h2>\n"
+        + "\n".join(_parts(frame))
+        + "</section>"
+        for frame in frames
+    ]
+    return (
+        f'<p><label>Which one <input id="frame" type="range" min="0" max="{len(frames) - 1}" '
+        f'value="0"></label></p>\n' + "\n".join(shown) + f"\n<script>{_SLIDER}</script>"
     )
 
 

@@ -37,6 +37,7 @@ class Report:
     title: str
     parts: list[Table | Map] = field(default_factory=list)
     result: Any = None  # the dataclass of arrays that is shown, for JSON
+    frames: list[Report] = field(default_factory=list)  # the same look at several models
 
 
 def written(value: Any) -> str:

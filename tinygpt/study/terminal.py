@@ -26,6 +26,9 @@ def lines(report: Report, width: int, encoding: str = "utf-8") -> Iterator[str]:
         yield from _table(part, width) if isinstance(part, Table) else _map(part, width, encoding)
         if part.note:
             yield from _wrapped(part.note, width)
+    for frame in report.frames:
+        yield ""
+        yield from lines(frame, width, encoding)
 
 
 def _table(table: Table, width: int) -> Iterator[str]:

@@ -280,7 +280,7 @@ class Run:
         run_files.save(self.folder, model, self.tokenizer, self.tensors, state)
         self.saved = self.counters.step
         self._name_best()
-        run_files.prune(self.folder, self.config.keep)
+        run_files.prune(self.folder, self.config.keep, self.config.keep_every)
 
     def _name_best(self) -> None:
         if self.best is not None:

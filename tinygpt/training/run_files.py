@@ -207,10 +207,15 @@ def cut_log(run: Path, step: int) -> bool:
     return any(entry and entry["step"] == step and "val_loss" in entry for entry in entries)
 
 
-def prune(run: Path, keep: int) -> None:
-    """Remove all but the newest checkpoints, those that have names, and what a crash left."""
+def prune(run: Path, keep: int, every: int = 0) -> None:
+    """Remove all but the newest checkpoints, those that have names, and what a crash left.
+
+    Args:
+        every: checkpoints of steps that this divides stay too; 0 divides none.
+    """
     named = {found.resolve() for name in NAMES if (found := checkpoint_in(run, name))}
-    old = sorted(run.glob("step-*"))[:-keep]
+    numbers = {path: int(path.name[5:]) for path in run.glob("step-*") if STEP.fullmatch(path.name)}
+    old = [path for path in sorted(numbers)[:-keep] if not every or numbers[path] % every]
     for path in [*old, *run.glob(TEMPORARY)]:
         if path.is_file():
             path.unlink(missing_ok=True)
