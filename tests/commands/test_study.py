@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import struct
@@ -141,6 +142,28 @@ def test_two_models_and_all_of_a_run_are_compared(run_folder, folder, cli, tmp_p
         status, out, err = cli("study", *bad)
         assert (status, out) == (2, "")
         assert words in err
+
+
+def test_a_report_has_the_settings_curves_samples_and_hashes_of_a_run(run_folder, cli, tmp_path):
+    page = tmp_path / "report.html"
+    assert cli("report", run_folder, "--html", page)[:2] == (0, "")
+    html = page.read_text(encoding="utf-8")
+    check_page(html)
+    assert html.count("<polyline") == 3
+    found = json.loads(cli("report", run_folder, "--json")[1])
+    assert found["config"]["keep_every"] == 2
+    assert found["step"] == 6
+    steps = [step for step, _ in found["curves"]["loss"]]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    last = run_folder / "step-00000006" / "model.safetensors"
+    assert found["digests"]["step-00000006"] == hashlib.sha256(last.read_bytes()).hexdigest()
+    assert len(found["inside"]["lens"]["places"]) == 3
+    out = cli("report", run_folder)[1]
+    assert re.search(r"keep_every +2 +0\n", out)
+    assert f"tinygpt train DATA --resume -o {run_folder}" in out.replace("\n", " ")
+    status, out, err = cli("report", tmp_path)
+    assert (status, out) == (2, "")
+    assert "is no run with checkpoints" in err
 
 
 def test_numbers_are_those_of_the_functions(folder, cli):

@@ -9,8 +9,8 @@ from html import escape
 
 import numpy as np
 
-from tinygpt.errors import one_line
-from tinygpt.study.report import Map, Report, Table, written
+from tinygpt.errors import one_line, visible
+from tinygpt.study.report import Chart, Map, Part, Report, Table, written
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 60rem;
@@ -21,9 +21,13 @@ th, td { padding: .15rem .7rem; border-bottom: 1px solid #ccc; text-align: right
 th:first-child, td:first-child { text-align: left }
 td.text { text-align: left; font-family: ui-monospace, monospace; white-space: pre-wrap }
 img { image-rendering: pixelated; width: min(100%, 32rem); border: 1px solid #767676 }
+pre { white-space: pre-wrap; border-left: 3px solid #767676; padding-left: 1rem }
+svg { max-width: 44rem; width: 100% }
 figure { margin: 1rem 0 } p.note { color: #444 }
 """
 
+# Colours that are told apart by who sees few, on white, and dashes for who sees none.
+_PENS = (("#0060a8", "none"), ("#b03a00", "6 3"), ("#4a6800", "2 3"), ("#7a2a8a", "9 3 2 3"))
 _SLIDER = """
 const frame = document.getElementById("frame"), all = document.querySelectorAll("section");
 const show = () => all.forEach((each, i) => { each.hidden = i != frame.value; });
@@ -48,7 +52,53 @@ def page(report: Report) -> str:
 
 
 def _parts(report: Report) -> list[str]:
-    return [_table(part) if isinstance(part, Table) else _figure(part) for part in report.parts]
+    return [_part(part) for part in report.parts]
+
+
+def _part(part: Part) -> str:
+    if isinstance(part, Table):
+        return _table(part)
+    if isinstance(part, Map):
+        return _figure(part)
+    if isinstance(part, Chart):
+        return _chart(part)
+    return (
+        f"<h2>{escape(part.title)}</h2>\n<pre>{escape(visible(part.text))}</pre>{_note(part.note)}"
+    )
+
+
+def _chart(chart: Chart) -> str:
+    """Curves as one drawing, each with a name in its own colour and its own dashes."""
+    points = [point for curve in chart.curves.values() for point in curve]
+    xs, ys = zip(*points, strict=True)
+    left, right, low, high = min(xs), max(xs), min(ys), max(ys)
+    wide, tall = max(right - left, 1e-9), max(high - low, 1e-9)
+
+    def place(point: tuple[float, float]) -> str:
+        x, y = point
+        return f"{50 + 640 * (x - left) / wide:.1f},{270 - 250 * (y - low) / tall:.1f}"
+
+    drawn = []
+    for number, (name, curve) in enumerate(chart.curves.items()):
+        colour, dashes = _PENS[number % len(_PENS)]
+        style = f'fill="none" stroke="{colour}" stroke-width="1.5" stroke-dasharray="{dashes}"'
+        drawn.append(f'<polyline {style} points="{" ".join(map(place, curve))}"/>')
+        y = 24 + 20 * number
+        drawn.append(
+            f'<path {style} d="M560 {y - 4}h30"/><text x="596" y="{y}">{escape(name)}</text>'
+        )
+    marks = (
+        f'<text x="50" y="290">{left:g}</text><text x="690" y="290" text-anchor="end">'
+        f'{escape(chart.x)} {right:g}</text><text x="46" y="274" text-anchor="end">{low:.3g}</text>'
+        f'<text x="46" y="26" text-anchor="end">{high:.3g}</text>'
+    )
+    title = escape(chart.title)
+    return (
+        f"<figure><figcaption>{title}</figcaption>"
+        f'<svg viewBox="0 0 700 300" role="img" aria-label="{title}" font-size="12">'
+        f'<path d="M50 20v250h640" fill="none" stroke="#767676"/>{marks}{"".join(drawn)}</svg>'
+        f"</figure>{_note(chart.note)}"
+    )
 
 
 def _film(frames: list[Report]) -> str:

@@ -31,11 +31,33 @@ class Map:
 
 
 @dataclass(frozen=True)
+class Chart:
+    """Curves over one axis."""
+
+    title: str
+    curves: dict[str, list[tuple[float, float]]]  # by name, (x, y) pairs in the order of x
+    x: str  # what the axis is
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Words as they are, such as a sample or a command."""
+
+    title: str
+    text: str
+    note: str = ""
+
+
+Part = Table | Map | Chart | Text
+
+
+@dataclass(frozen=True)
 class Report:
     """What one command shows."""
 
     title: str
-    parts: list[Table | Map] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
     result: Any = None  # the dataclass of arrays that is shown, for JSON
     frames: list[Report] = field(default_factory=list)  # the same look at several models
 

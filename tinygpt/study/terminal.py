@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tinygpt.errors import one_line
-from tinygpt.study.report import Map, Report, Table, written
+from tinygpt.errors import one_line, visible
+from tinygpt.study.report import Chart, Map, Part, Report, Table, written
 
 _SHADES, _ASCII_SHADES = " ░▒▓█", " .:-=+*#%@"
 _WIDEST_CELL = 40
@@ -23,12 +23,35 @@ def lines(report: Report, width: int, encoding: str = "utf-8") -> Iterator[str]:
     yield one_line(report.title, 2 * width)
     for part in report.parts:
         yield ""
-        yield from _table(part, width) if isinstance(part, Table) else _map(part, width, encoding)
+        yield from _part(part, width, encoding)
         if part.note:
             yield from _wrapped(part.note, width)
     for frame in report.frames:
         yield ""
         yield from lines(frame, width, encoding)
+
+
+def _part(part: Part, width: int, encoding: str) -> Iterator[str]:
+    if isinstance(part, Table):
+        yield from _table(part, width)
+    elif isinstance(part, Map):
+        yield from _map(part, width, encoding)
+    elif isinstance(part, Chart):
+        yield from _chart(part, width)
+    else:
+        yield part.title
+        for line in visible(part.text).split("\n"):
+            yield from _wrapped(line, width) if line else [""]
+
+
+def _chart(chart: Chart, width: int) -> Iterator[str]:
+    """Where each curve begins, is lowest and ends; a page has its picture."""
+    rows: list[list[object]] = []
+    for name, points in chart.curves.items():
+        lowest = min(points, key=lambda point: point[1])
+        rows.append([name, points[0][1], lowest[1], lowest[0], points[-1][1], points[-1][0]])
+    columns = ("", "first", "lowest", f"at {chart.x}", "last", f"at {chart.x}")
+    yield from _table(Table(chart.title, columns, rows), width)
 
 
 def _table(table: Table, width: int) -> Iterator[str]:
