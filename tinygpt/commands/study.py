@@ -28,6 +28,7 @@ from tinygpt.study.attention import head_scores, rollout
 from tinygpt.study.attribution import attribute
 from tinygpt.study.explain import explain
 from tinygpt.study.heads import leave_out
+from tinygpt.study.induction import learn_induction
 from tinygpt.study.inside import Inside, look
 from tinygpt.study.lens import lens
 from tinygpt.study.page import page
@@ -172,6 +173,18 @@ def _compared(args: argparse.Namespace) -> Report:
     return Report(f"{look}, compared", result=result, frames=frames)
 
 
+def _induction(args: argparse.Namespace) -> Report:
+    """Train a small model, which needs no other and no text."""
+    if args.text:
+        raise InputError("study induction takes no text: it trains on random tokens")
+
+    def tell(step: int, first: float, second: float) -> None:
+        say(f"step {step}: loss of the first copy {first:.3f}, of the second {second:.3f}")
+
+    steps = 750 if args.steps is None else args.steps
+    return shown.induction_report(learn_induction(steps, args.seed or 0, tell=tell))
+
+
 class _What(NamedTuple):
     function: Callable[[_Subject], Report]
     words: str
@@ -195,7 +208,8 @@ WHATS = {
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The arguments of `tinygpt study`."""
     words = "; ".join(f"{name}: {what.words}" for name, what in WHATS.items())
-    words += "; compare: two models, or with --run all that a run kept, before the text"
+    words += "; compare: two models, or with --run all that a run kept, before the text; "
+    words += "induction: train a model of attention alone, and see how it learns to copy"
     parser.add_argument("what", metavar="WHAT", help=words)
     words = "to look at; - or a pipe reads stdin. heads measures the loss on it"
     parser.add_argument("text", nargs="*", metavar="TEXT", help=words)
@@ -212,6 +226,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_flag(parser, "--against", help="attribute: the piece whose logit is taken away")
     words = "lens, attribute: behind which token of the text (default: the last)"
     add_flag(parser, "--position", kind=int, help=words, low=0)
+    add_flag(parser, "--steps", kind=int, help="induction: of training (default: 750)", low=1)
+    words = "induction: of the weights and the sequences (default: 0)"
+    add_flag(parser, "-s", "--seed", kind=int, help=words, low=0, below=2**32)
     add_flag(parser, "--look", metavar="WHAT", help="compare: which look (default: lens)")
     words = "compare: all checkpoints that this run has kept (`train --keep-every N`)"
     add_flag(parser, "--run", metavar="RUN", help=words)
@@ -223,8 +240,11 @@ def run(args: argparse.Namespace) -> int:
     """`tinygpt study`: show what one look finds."""
     if args.what == "compare":
         report = _compared(args)
+    elif args.what == "induction":
+        _refuse_flags(args, ("steps", "seed"))
+        report = _induction(args)
     elif args.what not in WHATS:
-        raise unknown("study", args.what, [*WHATS, "compare"])
+        raise unknown("study", args.what, [*WHATS, "compare", "induction"])
     else:
         what = WHATS[args.what]
         for name in ("look", "run"):
@@ -246,7 +266,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _refuse_flags(args: argparse.Namespace, known: tuple[str, ...]) -> None:
     """Refuse a flag that another look has."""
-    for name in given(args, {flag for each in WHATS.values() for flag in each.flags}):
+    every = {"steps", "seed", *(flag for each in WHATS.values() for flag in each.flags)}
+    for name in given(args, every):
         if name not in known:
             raise InputError(f"{spelled(args)(name)} is not for study {args.look or args.what}")
 

@@ -11,10 +11,11 @@ from tinygpt.study.attention import CAUTION, HeadScores, entropies
 from tinygpt.study.attribution import Attribution
 from tinygpt.study.explain import Explanation
 from tinygpt.study.heads import LeftOut
+from tinygpt.study.induction import Induction
 from tinygpt.study.inside import Inside
 from tinygpt.study.lens import Lens
 from tinygpt.study.predictions import Predictions
-from tinygpt.study.report import Map, Report, Table
+from tinygpt.study.report import Chart, Map, Part, Report, Table
 from tinygpt.tokenizer.tokenizer import Tokenizer
 
 
@@ -175,3 +176,34 @@ def explain_report(found: Explanation) -> Report:
 
 def _shape(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
+
+
+def induction_report(found: Induction) -> Report:
+    """The losses of both copies and the heads' scores, which change together, or do not."""
+    curves = {
+        "first copy": [*zip(found.steps, found.first.tolist(), strict=True)],
+        "second copy": [*zip(found.steps, found.second.tolist(), strict=True)],
+    }
+    shares = {
+        "previous token, block 0": [float(each.previous[0].max()) for each in found.scores],
+        "induction, block 1": [float(each.induction[1].max()) for each in found.scores],
+    }
+    heads = {name: [*zip(found.steps, each, strict=True)] for name, each in shares.items()}
+    last, out = found.scores[-1], found.left_out
+    rows: list[list[object]] = [
+        [i, h, last.previous[i, h], last.induction[i, h], out.without[i, h], out.error[i, h]]
+        for i, h in np.ndindex(out.without.shape)
+    ]
+    columns = ("block", "head", "previous", "induction", "loss without", "+-")
+    verdict = (
+        "a head of block 1 reads what followed the same token before"
+        if found.found
+        else "no head is on that diagonal, so if the second copy is foreseen, it is so in another "
+        "way: see which heads cost most when they are left out; a score is not an explanation"
+    )
+    parts: list[Part] = [
+        Chart("Loss of two copies of random tokens, nats", curves, "step"),
+        Chart("The highest share that a head gives", heads, "step", verdict),
+        Table("Each head at the end", columns, rows, f"chance for a share is {last.chance:.3f}"),
+    ]
+    return Report("How copying is learnt", parts, found)
