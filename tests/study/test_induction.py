@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from conftest import needs_clang
 from tinygrad.nn.state import get_state_dict
 
 from tinygpt import GPTConfig
@@ -12,6 +13,8 @@ from tinygpt.study.heads import with_heads
 from tinygpt.study.induction import attention_only, learn_induction, repeated
 from tinygpt.study.shown import induction_report
 from tinygpt.study.terminal import lines
+
+pytestmark = needs_clang
 
 
 def test_sequences_repeat_after_their_period_from_its_first_token():
