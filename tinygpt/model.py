@@ -66,9 +66,9 @@ class GPT:
         """
         Args:
             config: the shape of the model.
-            init: see `init_weights`.
             seed: of the random initial weights, the same on every backend; None leaves the weights
                 without values, for a caller that gives each its own.
+            init: see `init_weights`.
         """
         device.select()  # before the first tensor is made
         if seed is not None:  # check first: even the empty blocks of 1,000 layers cost time

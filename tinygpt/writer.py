@@ -22,7 +22,7 @@ from tinygpt.sampling import Sampling
 from tinygpt.tokenizer.text_stream import TextStream
 from tinygpt.tokenizer.tokenizer import Tokenizer
 
-# What a model whose tokenizer has no end token starts from, where there is no prompt.
+# What stands for an empty prompt in a model that has read one long text, with no end tokens in it.
 _STARTS = {"shakespeare": "\n"}
 _LONGEST = 128  # tokens, where neither a caller nor the model's files say more
 

@@ -15,6 +15,7 @@ from conftest import needs_clang, randomize, save_with_bytes
 from prepared import prepared
 
 from tinygpt import GPT, GPTConfig, load_tokenizer
+from tinygpt.commands import study
 from tinygpt.commands.main import main
 from tinygpt.commands.study import WHATS
 from tinygpt.study.attribution import attribute
@@ -143,6 +144,16 @@ def test_two_models_and_all_of_a_run_are_compared(run_folder, folder, cli, tmp_p
         status, out, err = cli("study", *bad)
         assert (status, out) == (2, "")
         assert words in err
+
+
+def test_a_text_from_stdin_is_read_once_for_all_models(folder, cli, monkeypatch):
+    given = iter(["the sea"])  # behind its end stdin gives nothing more
+    monkeypatch.setattr(study, "read_prompt", lambda _: next(given, ""))
+    found = json.loads(cli("study", "compare", folder, folder, "-", "--json")[1])
+    assert found[0]["found"] == found[1]["found"]
+    status, out, err = cli("study", "induction", "--look", "lens")
+    assert (status, out) == (2, "")
+    assert "--look is for study compare" in err
 
 
 def test_a_report_has_the_settings_curves_samples_and_hashes_of_a_run(run_folder, cli, tmp_path):

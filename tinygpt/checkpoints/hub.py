@@ -44,7 +44,7 @@ def resolve(name_or_path: str | Path) -> Path:
 
     Args:
         name_or_path: a folder, of a model or of a run, of which its best checkpoint is taken; a
-            file; "tales" or "shakespeare", the small models that the package carries; or
+            file; one of `BUILT_IN`, the small models that the package carries; or
             a name on the Hugging Face Hub such as "gpt2" or "org/name". Such a one is looked for
             in `cache_folder()`, then in the Hugging Face cache.
     Returns:

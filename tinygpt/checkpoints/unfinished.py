@@ -93,9 +93,8 @@ def _held(path: Path) -> Iterator[bool | None]:
     except ImportError:  # on Windows
         yield None
         return
-    descriptor = os.open(
-        path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
-    )  # a pipe would be waited for
+    # Without waiting, as for a pipe that stands there.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -23,8 +23,6 @@ from tinygpt.sampling import Sampling
 from tinygpt.writer import Writer
 
 _DEFAULT_PRESET = "nano"
-# Of a tale: so many tokens, which are some 700 letters, and then to the end of the sentence.
-_TALE_TOKENS = 200
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -55,8 +53,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_flag(group, "--special-tokens", kind=bool, default=True, off=off, help=words)
     words = "how many at most (default: as the model's files say, else 128)"
     add_flag(group, "-n", "--max-new-tokens", kind=int, help=words, low=0)
-    words = "after N tokens, end with the first whole sentence (default: of a tale "
-    words += f"{_TALE_TOKENS}; of other models' texts never)"
+    words = "after N tokens, end with the first whole sentence (default: anywhere)"
     add_flag(group, "--sentence-after", kind=int, help=words, low=0, below=2**31)
     words = "end just before this text (\\n is a newline; also \\t \\r \\uXXXX \\\\); repeatable"
     add_flag(group, "--stop", help=words, default=[], many=True)
@@ -103,9 +100,6 @@ def parse(args: argparse.Namespace) -> Request:
         raise InputError(f"{new} describes a new model, but --model brings its own shape")
     if not model and not new:
         model = hub.DEFAULT
-    after = (
-        _TALE_TOKENS if args.sentence_after is None and model == "tales" else args.sentence_after
-    )
     sampling = {} if model else {"temperature": 1.0}
     if args.prompt_file is not None and (args.prompt, args.ids) != (None, None):
         raise InputError("--prompt-file and a prompt or --ids are two texts: give one of them")
@@ -128,7 +122,7 @@ def parse(args: argparse.Namespace) -> Request:
         special_tokens=args.special_tokens,
         max_new_tokens=args.max_new_tokens,
         stop=[stop_text(text) for text in args.stop],
-        sentence_after=after,
+        sentence_after=args.sentence_after,
         seeds=range(seed, seed + args.num_samples),
         sampling={**sampling, **given(args, defaults(Sampling))},
         json=bool(args.json),

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 from tinygpt.checkpoints.open_checkpoint import open_checkpoint
 from tinygpt.checkpoints.run_folder import checkpoint_in, steps
-from tinygpt.commands.flags import add_flag, add_shared
 from tinygpt.commands.plot import read_log
+from tinygpt.commands.shown_as import add_report_flags, show_report
 from tinygpt.data.dataset import Dataset
-from tinygpt.errors import InputError, say
+from tinygpt.errors import InputError
 from tinygpt.options import defaults
-from tinygpt.storage import DIGESTS, read_text, write_text
+from tinygpt.storage import DIGESTS, read_text
 from tinygpt.study import shown
 from tinygpt.study.attention import head_scores
 from tinygpt.study.inside import look
 from tinygpt.study.lens import lens
-from tinygpt.study.page import page
-from tinygpt.study.report import Chart, Part, Report, Table, Text, plain_data
-from tinygpt.study.terminal import lines
+from tinygpt.study.report import Chart, Part, Report, Table, Text
 from tinygpt.training import run_files
 from tinygpt.training.settings import TrainConfig
 
@@ -34,8 +29,7 @@ _TOKENS = 64  # of the validation text that are looked at
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The arguments of `tinygpt report`."""
     parser.add_argument("run", metavar="RUN", help="a folder that `train` made")
-    add_flag(parser, "--html", metavar="FILE", help="write one page that stands by itself")
-    add_shared(parser, "--json")
+    add_report_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,15 +38,7 @@ def run(args: argparse.Namespace) -> int:
     if (last := checkpoint_in(folder, "last")) is None:
         raise InputError(f"{folder} is no run with checkpoints: give the folder of one")
     report = about(folder, last)
-    if args.html:
-        write_text(Path(args.html), page(report))
-        say(f"written to {args.html}")
-    if args.json:
-        print(json.dumps(plain_data(report.result)))
-    elif not args.html:
-        width = shutil.get_terminal_size((100, 24)).columns
-        for line in lines(report, width, sys.stdout.encoding or "ascii"):
-            print(line)
+    show_report(report, args)
     return 0
 
 

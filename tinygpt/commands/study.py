@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +16,10 @@ from tinygpt.checkpoints.quantization import convert, dtype_of
 from tinygpt.checkpoints.run_folder import steps
 from tinygpt.commands.flags import add_flag, add_shared, given, spelled
 from tinygpt.commands.prompt import read_prompt
+from tinygpt.commands.shown_as import add_report_flags, show_report
 from tinygpt.errors import InputError, check_int, say, show, unknown
 from tinygpt.generator import Generator
 from tinygpt.model import GPT
-from tinygpt.storage import write_text
 from tinygpt.study import shown
 from tinygpt.study.attention import head_scores, rollout
 from tinygpt.study.attribution import attribute
@@ -31,10 +28,8 @@ from tinygpt.study.heads import leave_out
 from tinygpt.study.induction import learn_induction
 from tinygpt.study.inside import Inside, look
 from tinygpt.study.lens import lens
-from tinygpt.study.page import page
 from tinygpt.study.predictions import predictions
-from tinygpt.study.report import Report, plain_data
-from tinygpt.study.terminal import lines
+from tinygpt.study.report import Report
 from tinygpt.tokenizer.tokenizer import Tokenizer
 
 _EXAMPLE = "Once upon a time there was a king"  # for `explain`, which needs any text
@@ -160,9 +155,9 @@ def _compared(args: argparse.Namespace) -> Report:
         names = [str(path) for path in sorted(steps(Path(args.run)))]
         if not names:
             raise InputError(f"{args.run} is no run with checkpoints: give the folder of one")
-    frames = []
+    frames, text = [], _text(rest)  # once: there is nothing behind the end of stdin
     for name in names:
-        subject = _subject(name, _text(rest), args)
+        subject = _subject(name, text, args)
         found = WHATS[look].function(subject)
         frames.append(
             replace(found, title=f"{Path(name).name if args.run else name}: {found.title}")
@@ -232,8 +227,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_flag(parser, "--look", metavar="WHAT", help="compare: which look (default: lens)")
     words = "compare: all checkpoints that this run has kept (`train --keep-every N`)"
     add_flag(parser, "--run", metavar="RUN", help=words)
-    add_flag(parser, "--html", metavar="FILE", help="write one page that stands by itself")
-    add_shared(parser, "--json")
+    add_report_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -247,26 +241,17 @@ def run(args: argparse.Namespace) -> int:
         raise unknown("study", args.what, [*WHATS, "compare", "induction"])
     else:
         what = WHATS[args.what]
-        for name in ("look", "run"):
-            if getattr(args, name) is not None:
-                raise InputError(f"--{name} is for study compare")
         _refuse_flags(args, what.flags)
         report = what.function(_subject(args.model, _text(args.text), args))
-    if args.html:
-        write_text(Path(args.html), page(report))
-        say(f"written to {args.html}")
-    if args.json:
-        print(json.dumps(plain_data(report.result)))
-    elif not args.html:
-        width = shutil.get_terminal_size((100, 24)).columns
-        for line in lines(report, width, sys.stdout.encoding or "ascii"):
-            print(line)
+    show_report(report, args)
     return 0
 
 
 def _refuse_flags(args: argparse.Namespace, known: tuple[str, ...]) -> None:
     """Refuse a flag that another look has."""
     every = {"steps", "seed", *(flag for each in WHATS.values() for flag in each.flags)}
+    for name in given(args, ["look", "run"]) if args.what != "compare" else ():
+        raise InputError(f"{spelled(args)(name)} is for study compare")
     for name in given(args, every):
         if name not in known:
             raise InputError(f"{spelled(args)(name)} is not for study {args.look or args.what}")

@@ -73,7 +73,8 @@ class Converter:
         # With a token that takes the white space behind it, no piece may end.
         greedy = [token.content for token in tokenizer.added if token.rstrip]
         self.whole = [*normal, *names, *(name + sign for name in greedy for sign in " \n")]
-        if as_tokens and END in names:
+        self._separated = as_tokens and END in names
+        if self._separated:
             self.whole += [END_LINE, f"{END} "]
         ranks = tokenizer.ranks
         # At a byte that a vocabulary lacks, tiktoken panics.
@@ -97,7 +98,7 @@ class Converter:
         for _, text, ends in group:
             spelt += self._special(text)
             aside = ""
-            if END_LINE in self.whole:
+            if self._separated:
                 text = _END_LINES.sub(lambda found: found[0].replace("\n", ""), text)
             if self._meant(text):
                 for part, token in self.tokenizer.parts(text, self.as_tokens):

@@ -11,7 +11,7 @@ import numpy as np
 
 from tinygpt.errors import InputError
 from tinygpt.model import GPT
-from tinygpt.study.inside import Inside, log_softmax, look
+from tinygpt.study.inside import Inside, at, log_softmax, look
 
 CAUTION = "attention is where a head reads, not what matters: `study heads` measures that"
 
@@ -91,5 +91,5 @@ def _shares(attention: np.ndarray, n: int) -> list[np.ndarray]:
 
 def _gain(inside: Inside, n: int) -> float:
     logs = log_softmax(inside.logits[:-1])
-    loss = -np.take_along_axis(logs, np.array(inside.ids[1:])[:, None], -1)[:, 0]
+    loss = -at(logs, np.array(inside.ids[1:]))
     return float(loss[: n - 1].mean() - loss[n:].mean())

@@ -86,6 +86,11 @@ def unembedded(model: GPT, residual: np.ndarray) -> np.ndarray:
     return model.logits(model.ln_f(x) if model.config.norm == "pre" else x).numpy()
 
 
+def at(logs: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Of each row of log probabilities that of one token: (T, V), int (T,) -> (T,)."""
+    return np.take_along_axis(logs, ids[:, None], -1)[:, 0]
+
+
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Log probabilities over the last axis, in float64."""
     shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)

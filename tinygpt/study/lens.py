@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tinygpt.model import GPT
-from tinygpt.study.inside import Inside, log_softmax, unembedded
+from tinygpt.study.inside import Inside, at, log_softmax, unembedded
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,9 @@ def lens(model: GPT, inside: Inside) -> Lens:
         logs = log_softmax(unembedded(model, residual))
         likeliest = logs.argmax(-1)
         found["likeliest"].append(likeliest)
-        found["probability"].append(np.exp(_at(logs, likeliest)))
-        found["rank"].append(1 + (logs > _at(logs, chosen)[:, None]).sum(-1))
+        found["probability"].append(np.exp(at(logs, likeliest)))
+        found["rank"].append(1 + (logs > at(logs, chosen)[:, None]).sum(-1))
         found["divergence"].append((np.exp(own) * (own - logs)).sum(-1))
-        found["loss"].append(-_at(logs[:-1], following))
+        found["loss"].append(-at(logs[:-1], following))
     del found["places"]
     return Lens(inside.places, **{name: np.stack(rows) for name, rows in found.items()})
-
-
-def _at(logs: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """(T, V), (T,) -> (T,)."""
-    return np.take_along_axis(logs, ids[:, None], -1)[:, 0]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tinygpt.study.inside import Inside, log_softmax
+from tinygpt.study.inside import Inside, at, log_softmax
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ def predictions(inside: Inside, most: int = 3) -> Predictions:
         most: how many of the likeliest tokens are kept.
     """
     logs = log_softmax(inside.logits[:-1])
-    own = np.take_along_axis(logs, np.array(inside.ids[1:], int)[:, None], -1)
+    own = at(logs, np.array(inside.ids[1:], int))
     best = np.argsort(-logs, -1, kind="stable")[:, :most]
     best_logs = np.take_along_axis(logs, best, -1)
     return Predictions(
         inside.ids,
-        _behind(-own[:, 0], np.nan),
-        _behind(1 + (logs > own).sum(-1), 0),
+        _behind(-own, np.nan),
+        _behind(1 + (logs > own[:, None]).sum(-1), 0),
         _behind(-(np.exp(logs) * logs).sum(-1), np.nan),
         _behind(best, 0),
         _behind(np.exp(best_logs), np.nan),
