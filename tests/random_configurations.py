@@ -132,6 +132,8 @@ class Torch:
         for layer in range(config.n_layer):
             for number, part in ((1, self.attention), (2, self.feed_forward)):
                 name, rest = f"blocks.{layer}.ln_{number}", x if config.shortcut else 0
+                if config.norm == "deep":  # Wang et al. 2022: alpha of a decoder
+                    rest = rest * (2 * config.n_layer) ** 0.25
                 if config.norm == "pre":
                     x = rest + part(self.norm(x, name), layer)
                 else:
