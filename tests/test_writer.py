@@ -204,8 +204,17 @@ def test_models_generators_and_configurations_tell_what_they_are(writer, model):
 
 
 @pytest.mark.parametrize(
-    ("says", "most"), [({}, 128), ({"max_new_tokens": 9}, 9), ({"max_new_tokens": "9"}, 128)]
+    ("says", "most", "sentence"),
+    [
+        ({}, 128, None),
+        ({"max_new_tokens": 9, "sentence_after": 7}, 9, 7),
+        ({"max_new_tokens": "9", "sentence_after": 7.0}, 128, None),
+        ({"max_new_tokens": 0, "sentence_after": 0}, 128, None),
+    ],
 )
-def test_its_files_say_how_much_it_writes_where_nobody_else_does(says, most, writer, model):
+def test_its_files_say_how_much_it_writes_where_nobody_else_does(
+    says, most, sentence, writer, model
+):
     words = replace(writer.tokenizer, kept={"generation_config.json": says})
-    assert Writer(model, words).max_new_tokens == most
+    found = Writer(model, words)
+    assert (found.max_new_tokens, found.sentence_after) == (most, sentence)

@@ -60,8 +60,20 @@ class Writer:
     @property
     def max_new_tokens(self) -> int:
         """How many tokens the model's files have it write at most, where nothing else is asked."""
-        says = self._says.get("max_new_tokens")
-        return says if type(says) is int and 0 < says < 2**31 else _LONGEST
+        return self._count("max_new_tokens") or _LONGEST
+
+    @property
+    def sentence_after(self) -> int | None:
+        """After how many tokens the model's files have it end with a sentence, if they say so.
+
+        It is a key of this package's own in generation_config.json, where `transformers` keeps it.
+        """
+        return self._count("sentence_after")
+
+    def _count(self, name: str) -> int | None:
+        """A positive number that the model's files say."""
+        says = self._says.get(name)
+        return says if type(says) is int and 0 < says < 2**31 else None
 
     @property
     def _says(self) -> dict[str, Any]:

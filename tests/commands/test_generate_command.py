@@ -19,6 +19,7 @@ from conftest import needs_clang, randomize, save_with_bytes
 from program import CONFIG, ROOT, SHORT, finish, is_refused, start
 
 from tinygpt import GPT, Generator, GPTConfig, load_tokenizer
+from tinygpt.checkpoints import hub
 from tinygpt.commands import prompt as read_from
 from tinygpt.commands.output import _Sample
 from tinygpt.commands.prompt import stop_text
@@ -61,6 +62,20 @@ def test_a_text_ends_with_a_whole_sentence_when_it_is_asked_to(cli):
     samples = json.loads(cli(*argv, "--sentence-after", 40, "--num-samples", 2, "--json")[1])
     assert all(re.search(r"[.!?][\"')]*$", each["text"]) for each in samples["samples"])
     assert "--sentence-after is -1" in cli(*argv, "--sentence-after", -1)[2]
+
+
+def test_a_models_files_say_where_a_text_ends_unless_its_length_is_asked_for(cli, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(hub.resolve("shakespeare"), folder)
+    path = folder / "generation_config.json"
+    says = json.loads(path.read_text(encoding="utf-8")) | {"sentence_after": 30}
+    path.write_text(json.dumps(says), encoding="utf-8")
+    argv = ["First Citizen:", "--model", folder, "--seed", 4]
+    by_files = cli(*argv)[1]
+    assert by_files == cli(*argv, "--sentence-after", 30, "-n", 300)[1]
+    assert by_files != (later := cli(*argv, "--sentence-after", 90)[1])
+    assert later == cli(*argv, "--sentence-after", 90, "-n", 300)[1]
+    assert len(cli(*argv, "-n", 250)[1]) == len("First Citizen:") + 250 + 1
 
 
 def test_a_new_model_writes_at_temperature_1_if_nothing_is_said(cli):

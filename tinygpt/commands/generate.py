@@ -53,7 +53,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_flag(group, "--special-tokens", kind=bool, default=True, off=off, help=words)
     words = "how many at most (default: as the model's files say, else 128)"
     add_flag(group, "-n", "--max-new-tokens", kind=int, help=words, low=0)
-    words = "after N tokens, end with the first whole sentence (default: anywhere)"
+    words = "after N tokens, end with the first whole sentence (default: as the model's files say, "
+    words += "else anywhere; anywhere too with -n)"
     add_flag(group, "--sentence-after", kind=int, help=words, low=0, below=2**31)
     words = "end just before this text (\\n is a newline; also \\t \\r \\uXXXX \\\\); repeatable"
     add_flag(group, "--stop", help=words, default=[], many=True)
@@ -184,7 +185,10 @@ def _write(request: Request, writer: Writer, first: bool = False) -> int | None:
             request = replace(request, prompt=writer.tokenizer.decode(ids))
         settings = {**writer.sampling, **request.sampling}
         most = request.max_new_tokens
-        most = writer.max_new_tokens if most is None else most
+        if most is None:  # else a text is as long as was asked for
+            most = writer.max_new_tokens
+            if request.sentence_after is None:
+                request = replace(request, sentence_after=writer.sentence_after)
         steps = writer.stream(ids, most, request.seeds, **settings)
         if first:
             introduce(request, writer)
