@@ -138,7 +138,7 @@ class Sampling(Checked):
 
     @classmethod
     def of(cls, **settings: Any) -> Sampling:
-        """Sampling(**settings), where a name that does not exist is an InputError too."""
+        """`Sampling(**settings)`, where a name that does not exist is an InputError too."""
         check_names(cls, settings, "sampling setting")
         return cls(**settings)
 

@@ -10,6 +10,7 @@ import subprocess
 import numpy as np
 import pytest
 from conftest import randomize, reference_of, save_with_bytes
+from program import is_refused
 
 from tinygpt import GPT, GPTConfig, __version__
 from tinygpt.commands import doctor
@@ -70,6 +71,11 @@ def test_the_doctor_finds_this_backend_right(cli, monkeypatch, tmp_path):
     status, out, _ = cli("doctor", "--backends")
     assert status == 0
     assert re.search(r"\nbackend +\S+: right, largest error of a logit \S+, \d+ tokens/s", out)
+
+
+@pytest.mark.parametrize("other", [["--prove", "shakespeare"], ["some-run"]])
+def test_backends_are_not_passed_over_beside_another_question(cli, other):
+    assert is_refused(cli("doctor", "--backends", *other), "leave out --prove and the run")
 
 
 @pytest.mark.parametrize("stdout", ['{"error": 0.5, "tokens_per_s": 9}', ""])

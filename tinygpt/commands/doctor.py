@@ -63,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
     backend computes wrong numbers, a run is damaged, or two ways differ. A backend that does not
     run, such as an OpenCL without its compiler, does no harm, and is only reported.
     """
+    if args.backends and (args.prove or args.run):
+        raise InputError("--backends tries a small model of its own: leave out --prove and the run")
     if args.prove:
         return _report_proofs(args.prove, args.run or _TEXT)
     if args.run:
