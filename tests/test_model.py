@@ -266,15 +266,18 @@ def test_initialisation():
 
 
 @pytest.mark.parametrize("norm", ["pre", "deep"])
-def test_xaviers_initialisation(norm):
-    config = GPTConfig(2, 2, 64, 64, 500, n_inner=128, norm=norm)
+@pytest.mark.parametrize("tied", [True, False])
+def test_xaviers_initialisation(norm, tied):
+    config = GPTConfig(2, 2, 64, 64, 500, n_inner=128, norm=norm, tie_word_embeddings=tied)
     for name, weight in get_state_dict(GPT(config, seed=3, init="xavier")).items():
         value, own = weight.numpy(), name.split(".")[-2]
         if value.ndim == 2:
-            expected = 0.02
+            expected = (2 / sum(value.shape)) ** 0.5
             if name.startswith("blocks."):
                 gain = 16**-0.25 if norm == "deep" and own not in ("q_proj", "k_proj") else 1
-                expected = gain * (2 / sum(value.shape)) ** 0.5
+                expected *= gain
+            elif own != "lm_head":  # the sum of two is to have variance 1
+                expected = 0.02 if tied else 0.5**0.5
             assert value.std() == pytest.approx(expected, rel=0.05), name
 
 

@@ -144,8 +144,9 @@ class GPT:
 
         Args:
             init: "gpt2": of standard deviation `initializer_range`, and those that add to the
-                residual stream smaller by 1/sqrt(2 n_layer). "xavier": those in the blocks of
-                variance 2/(in + out), in DeepNorm with its gain, and the others as in GPT-2.
+                residual stream smaller by 1/sqrt(2 n_layer). "xavier": of variance 2/(in + out),
+                in DeepNorm's blocks with its gain, and embeddings that add up to variance 1;
+                where they are the output projection too, they are as in GPT-2.
         Source: Radford et al. 2019, section 2.3; Glorot and Bengio 2010; Wang et al. 2022.
         """
         rng = np.random.default_rng(seed)
@@ -161,8 +162,11 @@ class GPT:
     def _deviation(self, name: str, shape: Sequence[Any], init: str) -> float:
         """The standard deviation of a new matrix: see `init_weights`."""
         layers, own = self.config.n_layer, name.removesuffix(".weight").rpartition(".")[2]
-        if init == "xavier" and name.startswith("blocks."):
-            deep = self.config.norm == "deep" and own not in ("q_proj", "k_proj")
+        inside = name.startswith("blocks.")
+        if init == "xavier" and (inside or not self.config.tie_word_embeddings):
+            if own in ("wte", "wpe"):
+                return math.sqrt(1 / 2)
+            deep = self.config.norm == "deep" and inside and own not in ("q_proj", "k_proj")
             return math.sqrt(2 / sum(shape)) * ((8 * layers) ** -0.25 if deep else 1)
         residual = 1 / math.sqrt(2 * layers) if own in ("out_proj", "c_proj") else 1
         return self.config.initializer_range * residual
