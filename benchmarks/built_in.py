@@ -33,7 +33,14 @@ RECIPES = {
     "tales": Recipe(
         "--recipe tales",
         "int8",
-        {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "max_new_tokens": 1000},
+        {
+            "do_sample": True,
+            "temperature": 0.9,
+            "min_p": 0.05,
+            "repetition_penalty": 1.1,
+            "max_new_tokens": 1000,
+            "sentence_after": 200,
+        },
     ),
     # Its tokens are bytes, so that any prompt can be read.
     "shakespeare": Recipe(

@@ -59,7 +59,8 @@ class Read:
         """How many words of a text lie in runs that the training text has too."""
         runs = self._runs(text)
         marked = np.zeros(len(runs) + RUN - 1, bool)
-        for start in np.flatnonzero(np.isin(runs, self.runs)):
+        places = np.minimum(np.searchsorted(self.runs, runs), len(self.runs) - 1)
+        for start in np.flatnonzero(self.runs[places] == runs):
             marked[start : start + RUN] = True
         return int(marked.sum())
 

@@ -1,9 +1,12 @@
-"""The documents' links lead somewhere, and what the tour names is in the file that it names."""
+"""The documents' links lead somewhere, what the tour names is in the file that it names, and the
+site of them is whole."""
 
 from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from tinygpt import __version__
 ROOT = Path(__file__).parents[1]
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "benchmarks").glob("*.md")),
 ]
 
@@ -23,6 +26,29 @@ PAGES = [
 def test_links_lead_to_files(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         assert "://" in target or (page.parent / target).exists(), target
+
+
+def test_the_site_is_built_without_a_warning_and_fetches_nothing(tmp_path):
+    pytest.importorskip("sphinx")
+    pytest.importorskip("myst_parser")
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "docs", str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
+    assert run.returncode == 0, run.stderr
+    loads = re.compile(r"""(?:src=|<link[^>]+href=|url\()["']?(?:https?:)?//""")
+    pages = list(tmp_path.rglob("*.html"))
+    assert not [page for page in pages if loads.search(page.read_text(encoding="utf-8"))]
+    # Links between pages lead somewhere, from the course to lines of the package too.
+    lines = 0
+    for page in pages:
+        for target, anchor in re.findall(
+            r'href="([^":#?]+\.html)(?:#([^"]*))?"', page.read_text(encoding="utf-8")
+        ):
+            linked = page.parent / target
+            assert linked.is_file(), f"{page}: {target}"
+            if anchor.startswith("L-"):
+                lines += 1
+                assert f'name="{anchor}"' in linked.read_text(encoding="utf-8")
+    assert lines >= 15
 
 
 @needs_clang  # tinygrad's assembler without optimisations makes code that crashes

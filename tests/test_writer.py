@@ -167,6 +167,10 @@ def test_no_stop_text_may_be_said_as_none(writer):
         ({"do_sample": True, "top_k": 0, "temperature": 0.7}, {"temperature": 0.7}),
         ({"do_sample": True, "top_k": 0, "top_p": 1.0}, {"temperature": 1.0, "top_p": 1.0}),
         ({"do_sample": True, "top_k": 5}, {"temperature": 1.0, "top_k": 5}),
+        (
+            {"do_sample": True, "min_p": 0.05, "repetition_penalty": 1.1},
+            {"temperature": 1.0, "min_p": 0.05, "repetition_penalty": 1.1},
+        ),
         ({"do_sample": False, "top_k": "x"}, {"temperature": 0.0}),
     ],
 )

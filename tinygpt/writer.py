@@ -24,6 +24,8 @@ from tinygpt.tokenizer.tokenizer import Tokenizer
 
 # What stands for an empty prompt in a model that has read one long text, with no end tokens in it.
 _STARTS = {"shakespeare": "\n"}
+# What files may say of sampling.
+_SAID = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _LONGEST = 128  # tokens, where neither a caller nor the model's files say more
 
 
@@ -47,7 +49,7 @@ class Writer:
         says = self._says
         if says.get("do_sample") is not True:
             return {"temperature": 0.0}
-        found = {name: says.get(name) for name in ("temperature", "top_k", "top_p")}
+        found = {name: says.get(name) for name in _SAID}
         if found["top_k"] == 0:  # which transformers takes for all of them
             found["top_k"] = None
         said = {name: value for name, value in found.items() if value is not None}

@@ -30,10 +30,13 @@ def test_it_lists_what_a_name_stands_for_with_sizes(cli, caches):
     status, out, err = cli("models")
     assert (status, err) == (0, "")
     lines = [line.split(None, 3) for line in out.splitlines()]
-    assert [line[0] for line in lines] == ["shakespeare", "gpt2", "some/writer"]
-    assert [line[3] for line in lines[::2]] == ["built in", "Hugging Face's cache"]
-    assert lines[1][3].endswith("openai-community--gpt2")
-    assert float(lines[0][1]) > 5
+    assert [line[0] for line in lines] == ["tales", "shakespeare", "gpt2", "some/writer"]
+    assert [line[3] for line in (*lines[:2], lines[3])] == [
+        *["built in"] * 2,
+        "Hugging Face's cache",
+    ]
+    assert lines[2][3].endswith("openai-community--gpt2")
+    assert float(lines[0][1]) > float(lines[1][1]) > 5
 
 
 def test_it_removes_what_was_fetched_and_nothing_else(cli, caches):

@@ -25,9 +25,10 @@ _TEXT_FILES = (
 )  # fmt: skip
 # The models in the package, by their folders' names: what each was trained on.
 BUILT_IN = {
+    "tales": "77 books of tales published before 1928",
     "shakespeare": "Shakespeare's plays, byte by byte",
 }
-DEFAULT = "shakespeare"  # which of them writes where no model is named
+DEFAULT = "tales"  # which of them writes where no model is named
 
 
 def cache_folder() -> Path:

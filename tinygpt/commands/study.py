@@ -14,6 +14,7 @@ from tinygpt.checkpoints import hub
 from tinygpt.checkpoints.open_checkpoint import open_checkpoint
 from tinygpt.checkpoints.quantization import convert, dtype_of
 from tinygpt.checkpoints.run_folder import steps
+from tinygpt.commands import norms
 from tinygpt.commands.flags import add_flag, add_shared, given, spelled
 from tinygpt.commands.prompt import read_prompt
 from tinygpt.commands.shown_as import add_report_flags, show_report
@@ -204,9 +205,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """The arguments of `tinygpt study`."""
     words = "; ".join(f"{name}: {what.words}" for name, what in WHATS.items())
     words += "; compare: two models, or with --run all that a run kept, before the text; "
-    words += "induction: train a model of attention alone, and see how it learns to copy"
+    words += "induction: train a model of attention alone, and see how it learns to copy; "
+    words += "norms: train many small ones, and see which learn with which layer norm"
     parser.add_argument("what", metavar="WHAT", help=words)
-    words = "to look at; - or a pipe reads stdin. heads measures the loss on it"
+    words = "to look at; - or a pipe reads stdin. heads measures the loss on it; norms: files to "
+    words += "train on, or shakespeare to fetch one (default)"
     parser.add_argument("text", nargs="*", metavar="TEXT", help=words)
     words = f"a folder, file, or name to fetch (default: {hub.DEFAULT}, which is built in)"
     add_flag(parser, "-m", "--model", metavar="NAME|PATH", help=words, default=hub.DEFAULT)
@@ -224,6 +227,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_flag(parser, "--steps", kind=int, help="induction: of training (default: 750)", low=1)
     words = "induction: of the weights and the sequences (default: 0)"
     add_flag(parser, "-s", "--seed", kind=int, help=words, low=0, below=2**32)
+    words = "norms: only twelve blocks, and one seed"
+    add_flag(parser, "--quick", kind=bool, help=words)
+    words = "norms: keep what is done here, and go on from it (default: norms.jsonl)"
+    add_flag(parser, "-o", "--out", metavar="FILE", help=words)
     add_flag(parser, "--look", metavar="WHAT", help="compare: which look (default: lens)")
     words = "compare: all checkpoints that this run has kept (`train --keep-every N`)"
     add_flag(parser, "--run", metavar="RUN", help=words)
@@ -237,8 +244,11 @@ def run(args: argparse.Namespace) -> int:
     elif args.what == "induction":
         _refuse_flags(args, ("steps", "seed"))
         report = _induction(args)
+    elif args.what == "norms":
+        _refuse_flags(args, ("quick", "out"))
+        report = norms.study(args.text, bool(args.quick), Path(args.out or "norms.jsonl"))
     elif args.what not in WHATS:
-        raise unknown("study", args.what, [*WHATS, "compare", "induction"])
+        raise unknown("study", args.what, [*WHATS, "compare", "induction", "norms"])
     else:
         what = WHATS[args.what]
         _refuse_flags(args, what.flags)
@@ -249,7 +259,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _refuse_flags(args: argparse.Namespace, known: tuple[str, ...]) -> None:
     """Refuse a flag that another look has."""
-    every = {"steps", "seed", *(flag for each in WHATS.values() for flag in each.flags)}
+    every = {
+        "steps",
+        "seed",
+        "quick",
+        "out",
+        *(flag for each in WHATS.values() for flag in each.flags),
+    }
     for name in given(args, ["look", "run"]) if args.what != "compare" else ():
         raise InputError(f"{spelled(args)(name)} is for study compare")
     for name in given(args, every):

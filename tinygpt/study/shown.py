@@ -14,6 +14,7 @@ from tinygpt.study.heads import LeftOut
 from tinygpt.study.induction import Induction
 from tinygpt.study.inside import Inside
 from tinygpt.study.lens import Lens
+from tinygpt.study.norms import EVERY, KINDS, STEPS, Norms, Trained
 from tinygpt.study.predictions import Predictions
 from tinygpt.study.report import Chart, Map, Part, Report, Table
 from tinygpt.tokenizer.tokenizer import Tokenizer
@@ -207,3 +208,62 @@ def induction_report(found: Induction) -> Report:
         Table("Each head at the end", columns, rows, f"chance for a share is {last.chance:.3f}"),
     ]
     return Report("How copying is learnt", parts, found)
+
+
+def norms_report(found: Norms) -> Report:
+    """What became of each cell, and what was measured on its way."""
+    columns = ("layer norm", "init", "blocks", "rate", "warm-up", "seed", "loss", "")
+    rows: list[list[object]] = [
+        [*each.cell[:3], str(each.cell.rate), *each.cell[4:], each.result,
+         each.verdict(found.unigram)]
+        for each in found.trained
+    ]  # fmt: skip
+    note = (
+        f"loss: the mean of the last 20 of {STEPS}, in nats; guessing each token by its frequency "
+        f"costs {found.unigram:.4f}, by the token before {found.bigram:.4f}. stuck: within 0.05 of "
+        "the first; learns: 0.3 below it; diverged: not finite"
+    )
+    parts: list[Part] = [Table("What became of each", columns, rows, note), _at_the_start(found)]
+    deepest = [each for each in found.trained if each.cell.depth == 12 and each.cell.seed == 0]
+    for setting in sorted({_setting(each) for each in deepest}):
+        same = {each.cell.kind: each for each in deepest if _setting(each) == setting}
+        parts.append(_losses(found, same, "{}, {}, warm-up {}".format(*setting)))
+    return Report("Layer norms, shortcuts and warm-up", parts, found)
+
+
+def _setting(trained: Trained) -> tuple[str, float, int]:
+    return trained.cell.init, trained.cell.rate, trained.cell.warmup
+
+
+def _losses(found: Norms, same: dict[str, Trained], setting: str) -> Chart:
+    """The losses of twelve blocks, in means of 25 steps, beside what two guesses cost."""
+    curves = {
+        kind: [
+            (step + EVERY / 2, float(np.mean(same[kind].losses[step : step + EVERY])))
+            for step in range(0, len(same[kind].losses), EVERY)
+        ]
+        for kind in KINDS
+        if kind in same
+    }
+    for name, loss in (("by frequency", found.unigram), ("by the token before", found.bigram)):
+        curves[name] = [(0.0, loss), (float(STEPS), loss)]
+    return Chart(f"Loss of 12 blocks: {setting}", curves, "step")
+
+
+def _at_the_start(found: Norms) -> Table:
+    """What is measured of each shape before any step."""
+    rows, seen = list[list[object]](), set[tuple]()
+    for each in found.trained:
+        if (shape := each.cell[:3]) not in seen:
+            seen.add(shape)
+            last = each.gradients[0][-1]
+            measured = (last[-1], each.norms[0][-1], each.similarity[0][-1], each.rank[0][-1])
+            rows.append([*shape, *measured])
+    columns = ("layer norm", "init", "blocks", "gradient", "residual", "similarity", "rank")
+    note = (
+        "gradient: the length of that of the last block's c_proj, the mean of 8 batches; residual: "
+        "the mean length of its vectors behind the last block; similarity: the mean cosine of two "
+        "of them, 1 where all tokens are alike; rank: what is not their mean, of the whole. Their "
+        "authors disagree on what causes what: these are the measures"
+    )
+    return Table("Before the first step", columns, rows, note)

@@ -1,0 +1,67 @@
+"""`tinygpt study norms`: small models trained in turn, each kept in a file once it is done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from tinygpt.data.dataset import Dataset
+from tinygpt.data.find_files import SHAKESPEARE
+from tinygpt.data.prepare import prepare
+from tinygpt.errors import InputError, say
+from tinygpt.storage import read_text
+from tinygpt.study import shown
+from tinygpt.study.norms import Cell, Norms, Trained, cells, entropies_of, train_cells
+from tinygpt.study.report import Report
+
+
+def study(sources: Sequence[str], quick: bool, kept: Path) -> Report:
+    """Train the cells that the file does not have yet, and report on all.
+
+    Args:
+        sources: files of text, as `train` takes them; none is Shakespeare's plays.
+        kept: JSON lines, one for each cell.
+    """
+    with TemporaryDirectory() as folder:
+        prepare(sources or SHAKESPEARE, Path(folder, "data"), "char", val=0.1)
+        data = Dataset.open(Path(folder, "data"))
+        ids = np.concatenate([split[: len(split)] for split in (data.train, data.val)])
+    text, some = hashlib.sha256(ids.tobytes()).hexdigest(), cells(quick)
+    done = _read(kept, text)
+    missing = [cell for cell in some if cell not in done]
+    if len(missing) < len(some):
+        say(f"{kept} has {len(some) - len(missing)} of {len(some)} models: going on with the rest")
+    for number, trained in enumerate(train_cells(missing, ids), len(some) - len(missing) + 1):
+        done[trained.cell] = trained
+        with kept.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"text": text, **asdict(trained)}) + "\n")
+        cell = ", ".join(map(str, trained.cell))
+        say(f"{number} of {len(some)}: {cell}: loss {trained.result:.3f}")
+    return shown.norms_report(Norms(*entropies_of(ids), [done[cell] for cell in some]))
+
+
+def _read(path: Path, text: str) -> dict[Cell, Trained]:
+    """What a file has; a line that was cut short is left out.
+
+    Raises:
+        InputError: when it is of another text.
+    """
+    found: dict[Cell, Trained] = {}
+    for line in read_text(path).split("\n") if path.exists() else ():
+        try:
+            entry: dict[str, Any] = json.loads(line)
+            of, cell = entry.pop("text"), Cell(*entry.pop("cell"))
+            trained = Trained(cell, **entry)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            continue
+        if of != text:
+            raise InputError(f"{path} is of another text: name another file with --out")
+        found[cell] = trained
+    return found
