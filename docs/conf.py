@@ -28,7 +28,7 @@ autodoc_typehints = "description"
 napoleon_numpy_docstring = False
 myst_heading_anchors = 3
 
-_LINK = re.compile(r"\[([^\]\n]+)\]\((\.\.?/[^)\s#]*)(?:#L(\d+))?\)")
+_LINK = re.compile(r"\[([^\]\n]+)\]\((\.\.?/[^)\s#]*)(?:#L(\d+)|#[^)\s]*)?\)")
 _linked: set[Path] = set()
 
 

@@ -16,7 +16,7 @@ from tinygpt.data.dataset import Dataset
 from tinygpt.data.find_files import SHAKESPEARE
 from tinygpt.data.prepare import prepare
 from tinygpt.errors import InputError, say
-from tinygpt.storage import read_text
+from tinygpt.storage import read_text, write_text
 from tinygpt.study import shown
 from tinygpt.study.norms import Cell, Norms, Trained, cells, entropies_of, train_cells
 from tinygpt.study.report import Report
@@ -36,15 +36,21 @@ def study(sources: Sequence[str], quick: bool, kept: Path) -> Report:
     text, some = hashlib.sha256(ids.tobytes()).hexdigest(), cells(quick)
     done = _read(kept, text)
     missing = [cell for cell in some if cell not in done]
+    if done:  # without the line that was cut short, which the next would lengthen
+        write_text(kept, "".join(_line(text, each) for each in done.values()))
     if len(missing) < len(some):
         say(f"{kept} has {len(some) - len(missing)} of {len(some)} models: going on with the rest")
     for number, trained in enumerate(train_cells(missing, ids), len(some) - len(missing) + 1):
         done[trained.cell] = trained
         with kept.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"text": text, **asdict(trained)}) + "\n")
+            file.write(_line(text, trained))
         cell = ", ".join(map(str, trained.cell))
         say(f"{number} of {len(some)}: {cell}: loss {trained.result:.3f}")
     return shown.norms_report(Norms(*entropies_of(ids), [done[cell] for cell in some]))
+
+
+def _line(text: str, trained: Trained) -> str:
+    return json.dumps({"text": text, **asdict(trained)}) + "\n"
 
 
 def _read(path: Path, text: str) -> dict[Cell, Trained]:
