@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, needs_clang, randomize, save_with_bytes
+from conftest import CLANG, SMALL, needs_clang, randomize, save_with_bytes
 
 from tinygpt import GPT
 
@@ -55,10 +55,15 @@ def test_the_commands_are_the_known_ones():
     assert len(COMMANDS) > len(INSTALLS) + 4
 
 
+def takes_long(command: str) -> bool:
+    """Whether a test of it would: without clang, 37 passes of eight windows take minutes."""
+    return "tinygpt train " in command or ("study heads" in command and not CLANG)
+
+
 @pytest.mark.parametrize(
     "command",
     [
-        pytest.param(command, marks=[pytest.mark.slow] if "tinygpt train " in command else [])
+        pytest.param(command, marks=[pytest.mark.slow] if takes_long(command) else [])
         for command in COMMANDS
         if command not in INSTALLS
     ],
