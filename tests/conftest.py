@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from prepared import TEXT
 from tinygrad import Device, Tensor
-from tinygrad.helpers import NOOPT
+from tinygrad.helpers import NOOPT, Context
 from tinygrad.nn.state import get_state_dict
 
 from tinygpt import GPT, Generator, GPTConfig, load_tokenizer
@@ -54,6 +55,13 @@ if RENDERER == "X86Renderer":
 
 # The window is small so that tests reach its end; 67 = 64 + 3 also tries the cut of awkward rows.
 SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=67)
+
+
+@pytest.fixture
+def kernels_of_a_user() -> Iterator[None]:
+    """With NOOPT, see above, what tinygrad's assembler makes of the built-in models crashes."""
+    with Context(NOOPT=0):
+        yield
 
 
 def randomize(model: GPT, seed: int = 0) -> GPT:

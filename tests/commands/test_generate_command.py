@@ -47,6 +47,7 @@ def test_stdout_is_the_prompt_and_its_continuation_and_stderr_the_rest(cli):
     )
 
 
+@pytest.mark.usefixtures("kernels_of_a_user")
 def test_a_text_ends_with_a_whole_sentence_when_it_is_asked_to(cli):
     """Of the built-in model, which knows sentences: the first end past the length."""
     argv = ["First Citizen:", "--model", "shakespeare", "--seed", 4]
@@ -64,6 +65,7 @@ def test_a_text_ends_with_a_whole_sentence_when_it_is_asked_to(cli):
     assert "--sentence-after is -1" in cli(*argv, "--sentence-after", -1)[2]
 
 
+@pytest.mark.usefixtures("kernels_of_a_user")
 def test_a_models_files_say_where_a_text_ends_unless_its_length_is_asked_for(cli, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(hub.resolve("shakespeare"), folder)
