@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import needs_clang
+from pytest_examples import find_examples
 
 COURSE = Path(__file__).parents[1] / "docs" / "course"
 CHAPTERS = sorted(COURSE.glob("[0-9][0-9]-*.md"))
@@ -20,13 +21,12 @@ def titled(chapters):
 @titled(CHAPTERS)
 def test_a_chapters_code_prints_what_stands_there(chapter, eval_example, monkeypatch, tmp_path):
     """`pytest -n 0 --update-examples tests/test_course.py` writes what it does print."""
-    examples = pytest.importorskip("pytest_examples").find_examples(str(chapter))
     monkeypatch.chdir(tmp_path)
     check = eval_example.run_print_check
     if eval_example.update_examples:
         check = eval_example.run_print_update
     names: dict = {}
-    for example in (found := list(examples)):
+    for example in (found := list(find_examples(str(chapter)))):
         names |= check(example, module_globals=names)
     assert len(found) > 2
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -12,6 +13,8 @@ from conftest import needs_clang
 
 from tinygpt.study import norms
 from tinygpt.study.norms import Cell, Trained, cells, entropies_of, train_cells
+from tinygpt.study.page import page
+from tinygpt.study.shown import norms_report
 
 
 def test_entropies_equal_a_second_count():
@@ -77,7 +80,20 @@ def test_it_goes_on_with_what_is_missing(cli, tmp_path, monkeypatch):
     assert json.loads(again) == json.loads(whole)
     assert "has 2 of 2 models" in cli(*argv)[2]
     assert "Loss of 12 blocks: gpt2, 0.001, warm-up 0" in page.read_text(encoding="utf-8")
+    first = kept.read_text(encoding="utf-8")
+    kept.write_text("my own notes\n" + first, encoding="utf-8")
+    assert "holds more than what `study norms` keeps" in cli(*argv)[2]
+    assert kept.read_text(encoding="utf-8") == "my own notes\n" + first
+    kept.write_text(first, encoding="utf-8")
     text.write_text("another text, and another " * 100, encoding="utf-8")
     status, _, said = cli(*argv)
     assert status == 2
     assert "is of another text: name another file with --out" in said
+
+
+def test_a_model_that_diverged_has_no_point_on_the_page():
+    bad = Trained(norms.KNOWN[0], [3.0] * 30 + [math.nan], [[[1.0] * 6]], [[1.0]], [[1.0]], [[1.0]])
+    for trained in ([bad], [bad, replace(bad, losses=[math.nan])]):
+        text = page(norms_report(norms.Norms(3.3, 2.4, trained)))
+        assert "diverged" in text
+        assert "nan" not in text.split("<svg", 1)[1]

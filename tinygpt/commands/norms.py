@@ -36,8 +36,9 @@ def study(sources: Sequence[str], quick: bool, kept: Path) -> Report:
     text, some = hashlib.sha256(ids.tobytes()).hexdigest(), cells(quick)
     done = _read(kept, text)
     missing = [cell for cell in some if cell not in done]
-    if done:  # without the line that was cut short, which the next would lengthen
-        write_text(kept, "".join(_line(text, each) for each in done.values()))
+    # Before any training, so that a place that cannot be written is told at once; and without a
+    # line that was cut short, which the next would lengthen.
+    write_text(kept, "".join(_line(text, each) for each in done.values()))
     if len(missing) < len(some):
         say(f"{kept} has {len(some) - len(missing)} of {len(some)} models: going on with the rest")
     for number, trained in enumerate(train_cells(missing, ids), len(some) - len(missing) + 1):
@@ -57,17 +58,18 @@ def _read(path: Path, text: str) -> dict[Cell, Trained]:
     """What a file has; a line that was cut short is left out.
 
     Raises:
-        InputError: when it is of another text.
+        InputError: when it is of another text, or is something else.
     """
     found: dict[Cell, Trained] = {}
-    for line in read_text(path).split("\n") if path.exists() else ():
+    *whole, _ = read_text(path).split("\n") if path.exists() else [""]
+    for line in whole:
         try:
             entry: dict[str, Any] = json.loads(line)
             of, cell = entry.pop("text"), Cell(*entry.pop("cell"))
-            trained = Trained(cell, **entry)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            continue
+            found[cell] = Trained(cell, **entry)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            fact = f"{path} holds more than what `study norms` keeps"
+            raise InputError(f"{fact}: name another file with --out") from error
         if of != text:
             raise InputError(f"{path} is of another text: name another file with --out")
-        found[cell] = trained
     return found

@@ -27,7 +27,10 @@ figure { margin: 1rem 0 } p.note { color: #444 }
 """
 
 # Colours that are told apart by who sees few, on white, and dashes for who sees none.
-_PENS = (("#0060a8", "none"), ("#b03a00", "6 3"), ("#4a6800", "2 3"), ("#7a2a8a", "9 3 2 3"))
+_PENS = (
+    ("#0060a8", "none"), ("#b03a00", "6 3"), ("#4a6800", "2 3"), ("#7a2a8a", "9 3 2 3"),
+    ("#595959", "1 4"), ("#806000", "12 5"),
+)  # fmt: skip
 _SLIDER = """
 const frame = document.getElementById("frame"), all = document.querySelectorAll("section");
 const show = () => all.forEach((each, i) => { each.hidden = i != frame.value; });

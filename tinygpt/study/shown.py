@@ -239,12 +239,14 @@ def _losses(found: Norms, same: dict[str, Trained], setting: str) -> Chart:
     """The losses of twelve blocks, in means of 25 steps, beside what two guesses cost."""
     curves = {
         kind: [
-            (step + EVERY / 2, float(np.mean(same[kind].losses[step : step + EVERY])))
+            (step + EVERY / 2, mean)
             for step in range(0, len(same[kind].losses), EVERY)
+            if np.isfinite(mean := float(np.mean(same[kind].losses[step : step + EVERY])))
         ]
         for kind in KINDS
         if kind in same
     }
+    curves = {kind: curve for kind, curve in curves.items() if curve}  # of one that diverged
     for name, loss in (("by frequency", found.unigram), ("by the token before", found.bigram)):
         curves[name] = [(0.0, loss), (float(STEPS), loss)]
     return Chart(f"Loss of 12 blocks: {setting}", curves, "step")
