@@ -212,7 +212,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     words += "train on, or shakespeare to fetch one (default)"
     parser.add_argument("text", nargs="*", metavar="TEXT", help=words)
     words = f"a folder, file, or name to fetch (default: {hub.DEFAULT}, which is built in)"
-    add_flag(parser, "-m", "--model", metavar="NAME|PATH", help=words, default=hub.DEFAULT)
+    add_flag(parser, "-m", "--model", metavar="NAME|PATH", help=words)
     add_shared(parser, "--tokenizer")
     add_flag(
         parser, "--block", kind=int, help="attention: of this block; explain: open this one", low=0
@@ -252,7 +252,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         what = WHATS[args.what]
         _refuse_flags(args, what.flags)
-        report = what.function(_subject(args.model, _text(args.text), args))
+        report = what.function(_subject(args.model or hub.DEFAULT, _text(args.text), args))
     show_report(report, args)
     return 0
 
@@ -268,6 +268,8 @@ def _refuse_flags(args: argparse.Namespace, known: tuple[str, ...]) -> None:
     }
     for name in given(args, ["look", "run"]) if args.what != "compare" else ():
         raise InputError(f"{spelled(args)(name)} is for study compare")
+    if args.what not in WHATS and args.model is not None:
+        raise InputError(f"{spelled(args)('model')} is not for study {args.what}")
     for name in given(args, every):
         if name not in known:
             raise InputError(f"{spelled(args)(name)} is not for study {args.look or args.what}")
