@@ -19,7 +19,12 @@ from tinygpt.runtime import launch
 # ThreadSanitizer goes with no other; MemorySanitizer sees numbers that nobody wrote.
 SANITIZERS = ("thread", "address,undefined", "memory")
 # What whole numbers in memory are drawn from, both ends included: also ids that no table has.
-_INTS = {"ids": "-1, V", "targets": "-1, V", "padding": "0, T", "starts": "-1, S - T + 1"}
+_INTS = {
+    "ids": "-1, V",
+    "targets": "-1, V",
+    "slots": "B - 1 - i, B - 1 - i",  # no two rows have the same
+    "starts": "-1, S - T + 1",
+}
 _NUMBERS = {"float": "random_in(-60, 60) / 16.0f", "unsigned": "random_in(0, 0xffffffff)"}
 _WEIGHTS = {"signed char": "random_in(-127, 127)", "unsigned short": "0xbf80 - random_in(0, 9)"}
 # What is written, but read before; and what has room that is neither.

@@ -231,9 +231,9 @@ def test_batches_of_many_sizes_leave_the_memory_of_one_row(model):
     assert GlobalCounters.mem_used < before + ONE_ROW
 
 
-def test_a_batch_between_two_texts_does_not_cost_them_their_session(model, monkeypatch):
-    made, usual = [], generator_module.Session
-    monkeypatch.setattr(generator_module, "Session", lambda *a: made.append(a[1]) or usual(*a))
+def test_a_batch_between_two_texts_does_not_cost_them_their_slots(model, monkeypatch):
+    made, usual = [], generator_module.Slots
+    monkeypatch.setattr(generator_module, "Slots", lambda *a: made.append(a[1]) or usual(*a))
     fresh = Generator(model, chunk_size=5)
     for rows in (1, 3, 1, 1, 3, 3):
         list(fresh.generate_batch([PROMPTS[0]] * rows, 2, temperature=0))

@@ -200,28 +200,25 @@ def test_waves_of_positions_equal_their_definition():
     np.testing.assert_allclose(found, sinusoids(SMALL.block_size, SMALL.n_embd), atol=5e-6)
 
 
-@pytest.mark.parametrize("start", [0, 4])
-def test_positions_are_counted_from_where_padding_ends(model, start):
-    """Also where each row of a cache stands at a place of its own."""
-    cache = model.empty_cache(2, SMALL.block_size)
-    padding = Tensor(np.array([2, 0], np.int32))
-    place = Tensor(np.array([start, start], np.int32)) if start else 0
-    if start:
-        model(TOKENS[:, :start], cache, padding=padding).realize()
-    found = model(TOKENS[:, start:], cache, place, padding).numpy()
-    for row, (tokens, skipped) in enumerate(zip(TOKENS, (2, 0), strict=True)):
-        expected = reference_of(model).row(tokens[skipped:])[max(0, start - skipped) :]
-        np.testing.assert_allclose(
-            found[row, max(0, skipped - start) :], expected, atol=1e-4, rtol=1e-4
-        )
-
-
-def test_padding_is_ignored(model):
-    alone = model(Tensor(TOKENS[:1, 3:].astype(np.int32))).numpy()
-    padding = Tensor([3, 0])
-    both = model(Tensor(TOKENS.astype(np.int32)), padding=padding).numpy()
-    np.testing.assert_allclose(both[:1, 3:], alone, atol=1e-5, rtol=1e-5)
-    assert np.isfinite(both).all()
+@pytest.mark.backend
+def test_rows_take_whichever_row_of_a_cache_they_are_told(model):
+    """Each from its own position; of one that stands nowhere nothing is read or written."""
+    cache = model.empty_cache(4, SMALL.block_size)
+    for slots, starts, T in (([3, 1], [0, 0], 3), ([1, 3], [3, 3], 4), ([3, 0], [7, -1], 2)):
+        rows = [TOKENS[0 if slot == 3 else 1] for slot in slots]
+        tokens = [row[max(0, at) :][:T] for row, at in zip(rows, starts, strict=True)]
+        place = [Tensor(np.array(each, np.int32)).realize() for each in (starts, slots)]
+        found = model(np.array(tokens), cache, *place).numpy()
+        for row, at, logits in zip(rows, starts, found, strict=True):
+            if at < 0:
+                assert np.isnan(logits).all()
+            else:
+                expected = reference_of(model).row(row[: at + T])[at:]
+                np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=1e-4)
+    for keys, values in cache:
+        for part in (keys.numpy(), values.numpy()):
+            assert part[[1, 3]].any((1, 2, 3)).all()
+            assert not part[[0, 2]].any()
 
 
 def test_the_future_does_not_leak(model):

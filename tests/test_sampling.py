@@ -9,7 +9,7 @@ from tinygrad import Tensor, Variable, dtypes
 from tinygpt import InputError, sampling
 from tinygpt.commands import flags
 from tinygpt.options import option
-from tinygpt.sampling import Sampling, Step, choose
+from tinygpt.sampling import Sampling, Step, choose, steps_of
 
 LOGITS = np.random.default_rng(0).normal(0, 2, (2, 67)).astype(np.float32)
 LOGITS[1, 10] = LOGITS[1, 20] = LOGITS[1].max() + 1  # a tie at the top
@@ -102,12 +102,12 @@ def test_warpers_equal_transformers(seed):
     np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-5)
 
 
-def steps_of(settings: Sampling) -> list[Step]:
-    return [step._replace(bound=Tensor(step.bound)) for step in settings.steps()]
+def tensors_of(*rows: Sampling) -> list[Step]:
+    return [step._replace(bound=Tensor(step.bound)) for step in steps_of(rows)]
 
 
 def apply(logits: Tensor, settings: Sampling, counts: Tensor | None = None) -> Tensor:
-    for step in steps_of(settings):
+    for step in tensors_of(settings):
         logits = step.function(logits, step.bound, *([counts] if step.counted else []))
     return logits
 
@@ -116,7 +116,7 @@ def draws(settings: Sampling, count: int) -> np.ndarray:
     """How often each token is drawn, at one step each from `count` seeds."""
     seeds = Tensor(np.arange(count, dtype=np.uint64))
     logits = Tensor(LOGITS[:1]).expand(count, -1).contiguous()
-    tokens = choose(logits, steps_of(settings), seeds).numpy()
+    tokens = choose(logits, tensors_of(settings), seeds).numpy()
     return np.bincount(tokens, minlength=LOGITS.shape[1])
 
 
@@ -206,7 +206,7 @@ def test_steps_of_one_stream_follow_the_distribution_too():
 def test_greedy_takes_the_likeliest_and_of_a_tie_the_first():
     settings = Sampling(temperature=0, top_k=3)
     assert settings.greedy
-    assert settings.steps() == []
+    assert steps_of([settings]) == []
     assert choose(Tensor(LOGITS), []).tolist() == LOGITS.argmax(-1).tolist()
 
 
@@ -221,11 +221,11 @@ def test_each_setting_has_its_limits_and_a_value_that_changes_nothing():
         ("top_p", 1.0, (0.01, 0.99), (0, -0.1, 1.01)),
         ("min_p", 0.0, (0.01, 0.99, 1.0), (-0.1, 1.01)),
     ):
-        assert Sampling(**{name: neutral}).steps() == []
+        assert steps_of([Sampling(**{name: neutral})]) == []
         for value in allowed:
-            (step,) = Sampling(**{name: value}).steps()
+            (step,) = steps_of([Sampling(**{name: value})])
             assert step.name == name
-            assert step.bound.tolist() == [pytest.approx(value)]
+            assert step.bound.tolist() == [[pytest.approx(value)]]
         for value in (*refused, np.nan, "1"):
             with pytest.raises(InputError, match=f"{name} is "):
                 Sampling(**{name: value})
@@ -237,9 +237,41 @@ def test_each_setting_has_its_limits_and_a_value_that_changes_nothing():
         Sampling(1.0)
 
 
+EACH = [
+    Sampling(),
+    Sampling(temperature=0),
+    Sampling(repetition_penalty=1.3, top_p=0.7),
+    Sampling(frequency_penalty=0.4, temperature=1.3, top_k=7),
+    Sampling(presence_penalty=-0.6, min_p=0.05),
+    Sampling(temperature=0, presence_penalty=0.5),
+]
+
+
+@pytest.mark.backend
+@pytest.mark.parametrize("every", [False, True])
+def test_each_row_has_settings_of_its_own(every):
+    """And one that a setting is not for keeps just the logits that it has."""
+    logits, counts = np.repeat(LOGITS[:1], len(EACH), 0), np.repeat(COUNTS[:, :1], len(EACH), 1)
+    steps = steps_of(EACH, every)
+    assert [step.name for step in steps] == [field.name for field in fields(Sampling)]
+    steps = [step._replace(bound=Tensor(step.bound)) for step in steps]
+    left = sampling.apply(Tensor(logits), steps, Tensor(counts))
+    seeds = np.arange(7, 7 + len(EACH), dtype=np.uint64)
+    draws = np.arange(len(EACH), dtype=np.int32) * 5
+    drawn = np.array([[not each.greedy] for each in EACH], np.float32)
+    found = sampling.pick(Tensor(logits), left, Tensor(seeds), Tensor(draws), Tensor(drawn)).numpy()
+    for row, settings in enumerate(EACH):
+        alone = apply(Tensor(LOGITS[:1]), settings, Tensor(COUNTS[:, :1]))
+        np.testing.assert_array_equal(left.numpy()[row], alone.numpy()[0])
+        seed = None if settings.greedy else Tensor(seeds[row : row + 1])
+        one = choose(Tensor(LOGITS[:1]), tensors_of(settings), seed, int(draws[row]),
+                     Tensor(COUNTS[:, :1]))  # fmt: skip
+        assert one.item() == found[row]
+
+
 def test_neutral_settings_cost_nothing():
-    assert Sampling(top_p=1.0).steps() == []
-    assert [step.name for step in Sampling(top_k=3, temperature=0.5).steps()] == [
+    assert steps_of([Sampling(top_p=1.0)]) == []
+    assert [step.name for step in steps_of([Sampling(top_k=3, temperature=0.5)])] == [
         "temperature",
         "top_k",
     ]
@@ -248,7 +280,7 @@ def test_neutral_settings_cost_nothing():
 def test_steps_apply_in_the_order_of_the_fields():
     every = {"top_p": 0.5, "min_p": 0.1, "top_k": 3, "temperature": 0.5}
     every |= {"presence_penalty": 0.1, "frequency_penalty": 0.1, "repetition_penalty": 1.1}
-    steps = Sampling(**every).steps()
+    steps = steps_of([Sampling(**every)])
     assert [step.name for step in steps] == [field.name for field in fields(Sampling)]
     assert [step.name for step in steps if step.counted] == [
         "repetition_penalty",
@@ -256,7 +288,7 @@ def test_steps_apply_in_the_order_of_the_fields():
         "presence_penalty",
     ]
     assert [step.bound.dtype for step in steps if step.name == "top_k"] == [np.int32]
-    greedy = Sampling(**every | {"temperature": 0}).steps()
+    greedy = steps_of([Sampling(**every | {"temperature": 0})])
     assert [step.name for step in greedy] == [step.name for step in steps if step.counted]
 
 
@@ -269,14 +301,14 @@ def banned(logits: Tensor, token: Tensor) -> Tensor:
 @dataclass(frozen=True, kw_only=True)
 class WithBanned(Sampling):
     banned: int | None = option(
-        None, "never this token", function=banned, counted=False, limits={"low": 0}
+        None, "never this token", function=banned, counted=False, idle=-1, limits={"low": 0}
     )
 
 
 def test_a_filter_is_one_function_and_one_field():
     """From which come the check, the flag with its help, and the place among the steps."""
     likeliest = int(LOGITS[0].argmax())
-    steps = steps_of(WithBanned(banned=likeliest, temperature=0.5))
+    steps = tensors_of(WithBanned(banned=likeliest, temperature=0.5))
     assert [step.name for step in steps] == ["temperature", "banned"]
     assert choose(Tensor(LOGITS[:1]), steps).item() == int(np.argsort(LOGITS[0])[-2])
     with pytest.raises(InputError, match="banned is -1: it must be a whole number, 0 or more"):
@@ -296,7 +328,7 @@ def test_a_logit_that_is_no_number_chooses_no_id(settings, bad):
     logits[1, 5] = logits[2] = bad
     settings = Sampling(**settings)
     seeds = None if settings.greedy else Tensor(np.arange(3, dtype=np.uint64))
-    tokens = choose(Tensor(logits), steps_of(settings), seeds).numpy()
+    tokens = choose(Tensor(logits), tensors_of(settings), seeds).numpy()
     assert 0 <= tokens[0] < 67
     assert np.isin(tokens[1:], (-1, 67)).all()
 
@@ -327,5 +359,5 @@ def test_a_setting_beyond_float32_or_int32_chooses_as_its_limit_does(settings, s
     chosen = []
     for each in (Sampling(**settings), Sampling(**same)):
         draw = None if each.greedy else seeds
-        chosen.append(choose(Tensor(logits), steps_of(each), draw, 0, counts).numpy())
+        chosen.append(choose(Tensor(logits), tensors_of(each), draw, 0, counts).numpy())
     np.testing.assert_array_equal(*chosen)

@@ -1,4 +1,4 @@
-"""From a model and a prompt to more tokens: sessions over a KV cache, prefill and decode."""
+"""From a model and a prompt to more tokens: streams of it over slots of a KV cache."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tinygpt.ids import check_range, read_ids
 from tinygpt.model import GPT, NOT_NUMBERS
 from tinygpt.options import check_names
 from tinygpt.sampling import Sampling
-from tinygpt.session import Session
+from tinygpt.slots import Slots
 
-# Of each model, the sessions that streams have left last: under True that of one row, under False
-# that of several. The next stream of its size takes it, which saves the time to make one. There are
-# no more, and the larger goes when a single text begins: its cache may be larger than the model.
-_idle: WeakKeyDictionary[GPT, dict[bool, Session]] = WeakKeyDictionary()
+# Of each model, the slots that streams have left last: under True that of one row, under False
+# those of several. The next stream of its size takes them, which saves the time to make them. There
+# are no more, and the more go when a single text begins: their cache may be larger than the model.
+_idle: WeakKeyDictionary[GPT, dict[bool, Slots]] = WeakKeyDictionary()
 _lock = RLock()  # a stream that is collected as garbage may end while its own thread holds it
 
 
@@ -146,62 +146,48 @@ class Generator:
         stop_tokens: Collection[int],
         settings: Sampling,
     ) -> Iterator[list[int | None]]:
-        choice, inputs = settings.steps(), {}
-        counting = any(each.counted for each in choice)
-        if not settings.greedy:
-            inputs["seeds"] = np.array(seeds, np.uint64)
-        if counting:
-            inputs["counts"] = _count(rows, self.model.config.vocab_size)
-        live = [True] * len(rows)
-        contexts = rows
-        with self._session(len(rows)) as session:
-            for step in range(max_new_tokens):
-                if step == 0 or session.full:
-                    contexts = [
-                        self._window(ids) if alive else [0]
-                        for ids, alive in zip(contexts, live, strict=True)
-                    ]
-                    chosen = session.prefill(contexts, choice, inputs, step)
-                else:
-                    chosen = session.decode([ids[-1] for ids in contexts], inputs, step)
-                for row, token in enumerate(chosen):
-                    if live[row] and not 0 <= token < self.model.config.vocab_size:
+        with self._slots(len(rows)) as slots:
+            places = [
+                slots.start(ids, settings, seed) for ids, seed in zip(rows, seeds, strict=True)
+            ]
+            live = dict(enumerate(places))
+            for _ in range(max_new_tokens):
+                found, step = slots.step(chunks=None), list[int | None]([None] * len(rows))
+                for row, slot in list(live.items()):
+                    token = found[slot].token
+                    if not 0 <= token < self.model.config.vocab_size:
                         raise InputError(NOT_NUMBERS)
-                    live[row] = live[row] and token not in stop_tokens
-                    if live[row]:
-                        contexts[row].append(token)
-                        if counting:
-                            inputs["counts"][:, row, token] += 1
-                if not any(live):
+                    if token in stop_tokens:
+                        slots.stop(slot)
+                        del live[row]
+                    else:
+                        step[row] = token
+                if not live:
                     return
-                yield [token if alive else None for token, alive in zip(chosen, live, strict=True)]
-
-    def _window(self, ids: list[int]) -> list[int]:
-        """The part of a text that the model sees: all, or past the window its newer half."""
-        block_size = self.model.config.block_size
-        return ids if len(ids) <= block_size else ids[-max(1, block_size // 2) :]
+                yield step
 
     def _idle_fits(self, batch_size: int) -> bool:
         idle = _idle.get(self.model, {}).get(batch_size == 1)
         return idle is not None and idle.fits(batch_size, self.chunk_size)
 
     @contextmanager
-    def _session(self, batch_size: int) -> Iterator[Session]:
-        """A session for one stream alone, as long as it lasts."""
-        alone, session = batch_size == 1, None
+    def _slots(self, batch_size: int) -> Iterator[Slots]:
+        """Slots for one stream alone, as long as it lasts."""
+        alone, slots = batch_size == 1, None
         with _lock:
             if self._idle_fits(batch_size):
-                session = _idle[self.model].pop(alone)
+                slots = _idle[self.model].pop(alone)
             for kind in (alone, False):  # first let go of what it holds
                 _idle.get(self.model, {}).pop(kind, None)
-        if session is None:
-            session = Session(self.model, batch_size, self.chunk_size)
+        if slots is None:
+            slots = Slots(self.model, batch_size, self.chunk_size)
+        slots.clear()  # the same call gives the same, whatever was before
         try:
-            yield session
+            yield slots
         finally:
             with _lock:
-                if not session.collected:
-                    _idle.setdefault(self.model, {})[alone] = session
+                if not slots.collected:
+                    _idle.setdefault(self.model, {})[alone] = slots
 
 
 def _ends(given: Any) -> frozenset[int]:
@@ -215,11 +201,3 @@ def _ends(given: Any) -> frozenset[int]:
 def _plain(value: Any) -> Any:
     """A number of NumPy's as Python's own, which the checks know."""
     return value.item() if isinstance(value, np.generic) else value
-
-
-def _count(rows: list[list[int]], vocab_size: int) -> np.ndarray:
-    """How often each token stands in each prompt, and (not yet) in the text: (2, B, V)."""
-    counts = np.zeros((2, len(rows), vocab_size), np.float32)
-    for row, ids in enumerate(rows):
-        counts[0, row] = np.bincount(ids, minlength=vocab_size)
-    return counts

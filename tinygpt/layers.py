@@ -141,7 +141,7 @@ class MultiHeadAttention:
         residual: Tensor | None = None,
         cache: tuple[Tensor, Tensor] | None = None,
         start_pos: Position = 0,
-        padding: Tensor | None = None,
+        slots: Tensor | None = None,
         row: Whole | None = None,
         key: Tensor | None = None,
         record: Record | None = None,
@@ -157,7 +157,7 @@ class MultiHeadAttention:
         q = self.q_proj(x)
         dropout = self.weights_dropout.at(key)
         seen = None if record is None else record.attention_weights
-        y = ops.attention(q, k, v, self.heads, cache, start_pos, padding, row, dropout, seen)
+        y = ops.attention(q, k, v, self.heads, cache, start_pos, slots, row, dropout, seen)
         return project(self.out_proj, y, residual, self.output_dropout, key)
 
 
@@ -207,14 +207,14 @@ class TransformerBlock:
         x: Tensor,
         cache: tuple[Tensor, Tensor] | None = None,
         start_pos: Position = 0,
-        padding: Tensor | None = None,
+        slots: Tensor | None = None,
         row: Whole | None = None,
         key: Tensor | None = None,
         record: Record | None = None,
     ) -> Tensor:
         """(B, T, C) -> (B, T, C), or with `row` (B, 1, C); the arguments are those of
         GPT.hidden_states, the cache this block's part."""
-        attention = (cache, start_pos, padding, row, key, record)
+        attention = (cache, start_pos, slots, row, key, record)
         x = self._sublayer(x, self.ln_1, lambda h, residual: self.attn(h, residual, *attention))
         if record is not None:
             record.half_states.append(x)

@@ -198,21 +198,21 @@ class GPT:
         tokens: Any,
         cache: Cache | None = None,
         start_pos: Position = 0,
-        padding: Tensor | None = None,
+        slots: Tensor | None = None,
         record: Record | None = None,
     ) -> Tensor:
         """Logits for the token after each position: (B, T) -> float32 (B, T, V).
 
         The arguments are those of `hidden_states`.
         """
-        return self.logits(self.hidden_states(tokens, cache, start_pos, padding, record=record))
+        return self.logits(self.hidden_states(tokens, cache, start_pos, slots, record=record))
 
     def hidden_states(
         self,
         tokens: Any,
         cache: Cache | None = None,
         start_pos: Position = 0,
-        padding: Tensor | None = None,
+        slots: Tensor | None = None,
         row: Whole | None = None,
         key: Tensor | None = None,
         record: Record | None = None,
@@ -224,10 +224,10 @@ class GPT:
             cache: from `empty_cache`; the tokens' keys and values are written into it, and those
                 before start_pos are read from it. None: the tokens stand alone.
             start_pos: position of tokens[:, 0]; a bound tinygrad Variable compiles once for all.
-                int32 (B,): one for each row of the cache; where a row would reach past the cache,
-                its result is NaN.
-            padding: int32 (B,): how many positions at the start of each row are padding, to be
-                ignored.
+                int32 (B,): one for each row; where one would reach past the cache, or is negative,
+                nothing is written and its result is NaN.
+            slots: int32 (B,), each another one: which row of the cache each row takes, where
+                start_pos has one for each. None: its own, the cache having B.
             row: compute what comes out for this column of tokens alone; the last block skips the
                 others. None: for all.
             key: uint32 (3,), for training: what dropout draws from, which is seed, step, and the
@@ -245,14 +245,14 @@ class GPT:
                 f"tokens at positions {start_pos} to {start_pos + T - 1} reach past the window "
                 f"of {self.config.block_size}: give fewer, or slide the window"
             )
-        x = self.wte(tokens) + self.encode_positions(_positions(T, start_pos, padding))
+        x = self.wte(tokens) + self.encode_positions(_positions(T, start_pos))
         x = self.dropout(x.contiguous(), key)  # (B, T, C)
         for i, block in enumerate(self.blocks):
             last_row = row if i == len(self.blocks) - 1 else None
             if record is not None:
                 record.hidden_states.append(x)
             part = None if cache is None else cache[i]
-            x = block(x, part, start_pos, padding, last_row, key, record)
+            x = block(x, part, start_pos, slots, last_row, key, record)
         if record is not None:
             record.hidden_states.append(x)
         return self.ln_f(x) if self.config.norm == "pre" else x
@@ -316,8 +316,7 @@ class GPT:
         return head.weight, head.scale
 
 
-def _positions(T: int, start_pos: Position, padding: Tensor | None) -> Tensor:
-    """The positions of T tokens, counted from where each row's padding ends: (B or 1, T)."""
+def _positions(T: int, start_pos: Position) -> Tensor:
+    """The positions of T tokens: (B or 1, T)."""
     start = start_pos.reshape(-1, 1) if isinstance(start_pos, Tensor) else start_pos
-    time = plus(Tensor.arange(T, dtype=dtypes.int32).reshape(1, T), start)
-    return time if padding is None else (time - padding.reshape(-1, 1)).maximum(0)
+    return plus(Tensor.arange(T, dtype=dtypes.int32).reshape(1, T), start)

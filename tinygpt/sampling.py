@@ -1,23 +1,28 @@
 """From logits to the next token: plain functions that compose, all of them on the device.
 
 `logits` is float (B, V) throughout, and a token ruled out has logit -inf. What a step of the way
-compares with, its bound, is a tensor, float or int (1,), so that another value needs no other
-kernel. A new step is a function here, and a field of `Sampling` that names it.
+compares with, its bound, is a tensor, float or int (B, 1), so that each row has its own and another
+value needs no other kernel. A new step is a function here, and a field of `Sampling` that names it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
 from tinygrad import Tensor, dtypes
 
 from tinygpt.ops import threshold
-from tinygpt.ops.sizes import Whole, plus, shape
+from tinygpt.ops.sizes import Position, plus, shape
 from tinygpt.options import Checked, check_names, kinds, option
+
+
+def logit_bias(logits: Tensor, bias: Tensor) -> Tensor:
+    """The logits with something added to each token's; the bias is float (B, V)."""
+    return logits + bias
 
 
 def repetition_penalty(logits: Tensor, penalty: Tensor, counts: Tensor) -> Tensor:
@@ -70,10 +75,10 @@ def min_p(logits: Tensor, p: Tensor) -> Tensor:
 
 
 class Step(NamedTuple):
-    """One step from the logits to the choice: what `Sampling.steps` gives and `choose` takes."""
+    """One step from the logits to the choice: what `steps_of` gives and `apply` takes."""
 
     function: Callable[..., Tensor]  # (logits, bound) -> logits, or (logits, bound, counts)
-    bound: Any  # (1,): an array from `Sampling.steps`, a tensor for `choose`
+    bound: Any  # (B, 1): an array from `steps_of`, a tensor for `apply`
     counted: bool  # whether the function wants to know what came before
 
     @property
@@ -88,7 +93,8 @@ def _step(default: Any, function: Callable[..., Tensor], help: str, **more: Any)
     Args:
         function: what the step does.
         more: `counted` for a function that takes the counts; `neutral`, a value besides the default
-            that changes nothing; and what `option` takes.
+            that changes nothing; `idle`, a bound that changes nothing, where the default is none;
+            and what `option` takes.
     """
     return option(default, help, function=function, **{"counted": False, **more})
 
@@ -120,12 +126,15 @@ class Sampling(Checked):
         short=("-t",),
         limits={"low": 0},
     )
-    top_k: int | None = _step(None, top_k, "only the N likeliest tokens", limits={"low": 1})
+    top_k: int | None = _step(
+        None, top_k, "only the N likeliest tokens", idle=2**31 - 1, limits={"low": 1}
+    )
     top_p: float | None = _step(
         None,
         top_p,
         "only the likeliest that together reach X",
         neutral=1,
+        idle=2,  # more than probabilities reach, however they are rounded
         limits={"above": 0, "most": 1},
     )
     min_p: float | None = _step(
@@ -133,6 +142,7 @@ class Sampling(Checked):
         min_p,
         "only those at least X times as likely as the likeliest",
         neutral=0,
+        idle=0,
         limits={"low": 0, "most": 1},
     )
 
@@ -147,20 +157,36 @@ class Sampling(Checked):
         """Whether the choice is the likeliest token, so that nothing is drawn."""
         return self.temperature == 0
 
-    def steps(self) -> list[Step]:
-        """The steps that change anything, in the order in which they apply, with arrays (1,).
+    def needs(self, field: Field) -> bool:
+        """Whether the step of a field would change anything.
 
-        A greedy choice takes only those that count what came before: no other changes which token
+        For a greedy choice only those do that count what came before: no other changes which token
         is the likeliest.
         """
-        found, known = [], kinds(type(self))
-        for field in fields(self):
-            value, about = getattr(self, field.name), field.metadata
-            neutral = value in (field.default, about.get("neutral"))
-            if not neutral and (about["counted"] or not self.greedy):
-                bound = _bound(value, known[field.name].type)
-                found.append(Step(about["function"], bound, about["counted"]))
-        return found
+        value, about = getattr(self, field.name), field.metadata
+        neutral = value in (field.default, about.get("neutral"))
+        return not neutral and (about["counted"] or not self.greedy)
+
+
+def steps_of(rows: Sequence[Sampling], every: bool = False) -> list[Step]:
+    """The steps that change anything in any of the rows, in their order, with arrays (B, 1).
+
+    Args:
+        every: take the others too, so that all settings have the same.
+    """
+    found, known = [], kinds(type(rows[0]))
+    for field in fields(rows[0]):
+        needed = [row.needs(field) for row in rows]
+        if every or any(needed):
+            about, kind = field.metadata, known[field.name].type
+            idle = about.get("idle", field.default)
+            bounds = [
+                _bound(getattr(row, field.name), kind) if its else idle
+                for row, its in zip(rows, needed, strict=True)
+            ]
+            values = np.array(bounds, np.int32 if kind is int else np.float32).reshape(-1, 1)
+            found.append(Step(about["function"], values, about["counted"]))
+    return found
 
 
 # The least and the largest that a float setting counts as. Beyond them float32 would overflow, or
@@ -168,62 +194,89 @@ class Sampling(Checked):
 _LEAST, _LARGEST = 1e-15, 1e15
 
 
-def _bound(value: Any, kind: type) -> np.ndarray:
-    """A setting as an array (1,), within what float32 and int32 can say."""
+def _bound(value: Any, kind: type) -> float:
+    """A setting within what float32 and int32 can say."""
     if kind is int:
-        return np.array([min(value, 2**31 - 1)], np.int32)
+        return min(value, 2**31 - 1)
     size = min(max(abs(value), _LEAST), _LARGEST)
-    return np.array([size if value > 0 else -size], np.float32)
+    return size if value > 0 else -size
 
 
 def choose(
     logits: Tensor,
     steps: Sequence[Step],
     seeds: Tensor | None = None,
-    draw: Whole = 0,
+    draw: Position = 0,
     counts: Tensor | None = None,
 ) -> Tensor:
-    """The next token of each row.
+    """The next token of each row: what `pick` takes of what `apply` leaves, whose arguments these
+    are."""
+    return pick(logits, apply(logits, steps, counts), seeds, draw)
+
+
+def apply(logits: Tensor, steps: Sequence[Step], counts: Tensor | None = None) -> Tensor:
+    """The logits (B, V) once each step was applied, in this order.
 
     Args:
-        logits: float (B, V).
-        steps: what to apply first, in this order: see `Sampling.steps`. Bounds are tensors, (1,).
-        seeds: uint64 (B,), one for each row's own stream of draws; None is greedy.
-        draw: which draw of the stream this is.
+        steps: see `steps_of`. Bounds are tensors, (B, 1), or (1,) for all rows.
         counts: float (2, B, V): how often each token stands in prompt and text; in the text alone.
-    Returns:
-        int32 (B,), which is no id where a logit was no finite number: -1 or V.
     """
-    given = logits
     for step in steps:
         arguments = (step.bound, counts) if step.counted else (step.bound,)
         logits = step.function(logits, *arguments).contiguous()
+    return logits
+
+
+def pick(
+    given: Tensor,
+    kept: Tensor,
+    seeds: Tensor | None = None,
+    draw: Position = 0,
+    drawn: Tensor | None = None,
+) -> Tensor:
+    """The likeliest token of each row, or one that is drawn.
+
+    Args:
+        given: float (B, V), the model's logits.
+        kept: float (B, V), what the steps have left of them.
+        seeds: uint64 (B,), one for each row's own stream of draws; None: nothing is drawn.
+        draw: which draw of the stream this is; int (B,) for one of each row.
+        drawn: float (B, 1): 1 for a row that draws, 0 for one that takes the likeliest; None: all
+            draw.
+    Returns:
+        int32 (B,), which is no id where a logit was no finite number: -1 or V.
+    """
+    V = shape(given)[-1]
     if seeds is not None:
-        logits = logits + gumbel(seeds, draw, shape(logits)[-1])
-    logits, V = logits.contiguous(), shape(logits)[-1]
+        noise = gumbel(seeds, draw, V)
+        kept = kept + (noise if drawn is None else noise * drawn)
+    kept = kept.contiguous()
     # The first of the largest, as argmax has it. What is no number decides against all, in the same
     # kernel: filters may have hidden it, and a maximum may not see it. It is known by its exponent,
     # all ones: what comparing it says is not the same on every backend.
-    places = (logits == logits.max(-1, keepdim=True)) * Tensor.arange(V, 0, -1, dtype=dtypes.int32)
+    places = (kept == kept.max(-1, keepdim=True)) * Tensor.arange(V, 0, -1, dtype=dtypes.int32)
     exponents = given.cast(dtypes.float32).bitcast(dtypes.uint32) & 0x7F800000
     return V - (exponents != 0x7F800000).where(places, V + 1).max(-1).cast(dtypes.int32)
 
 
-def gumbel(seeds: Tensor, step: Whole, size: int) -> Tensor:
+def gumbel(seeds: Tensor, draw: Position, size: int) -> Tensor:
     """Gumbel noise: the argmax of logits plus it is a draw from their softmax.
 
-    The generator is tinygrad's Threefry, a pure function of (seed, step, place): a row draws the
+    The generator is tinygrad's Threefry, a pure function of (seed, draw, place): a row draws the
     same whatever stands beside it. Source: Maddison et al. 2014, "A* Sampling", section 2.
 
     Args:
         seeds: uint64 (B,).
-        step: int, from 0.
+        draw: from 0; int (B,) for one of each row.
     Returns:
         float32 (B, size).
     """
     places = Tensor.arange((size + 1) // 2, dtype=dtypes.uint32).cast(dtypes.uint64)
-    counter = places + plus(Tensor.zeros(1, dtype=dtypes.uint64), step) * 2**32
-    pairs = counter.reshape(1, -1).threefry(seeds.reshape(-1, 1))  # (B, size / 2) of 64 bits
+    if isinstance(draw, Tensor):
+        draws = draw.cast(dtypes.uint64).reshape(-1, 1)
+    else:
+        draws = plus(Tensor.zeros(1, 1, dtype=dtypes.uint64), draw)
+    pairs = (places + draws * 2**32).threefry(seeds.reshape(-1, 1))  # (B, size / 2) of 64 bits
     bits = Tensor.cat((pairs & 0xFFFFFFFF), pairs.rshift(32), dim=-1)[:, :size]
     # The middle of one of 2**23 equal steps: never 0 or 1, where a logarithm would be infinite.
     # Of 2**24 steps float32 cannot say the middles: the last would be 1.

@@ -1,47 +1,63 @@
-"""One stream of a batch over a KV cache: prefill, then decode, each a captured step."""
+"""A KV cache of several rows, and the captured steps that read it and write to it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ref
 
 import numpy as np
-from tinygrad import Tensor, UOp, Variable
+from tinygrad import Tensor, Variable
 from tinygrad.nn.state import get_state_dict
 
 from tinygpt.model import GPT
-from tinygpt.ops.sizes import Whole
+from tinygpt.ops.sizes import Position, Whole
 from tinygpt.runtime import buffers
 from tinygpt.runtime.capture import CapturedStep, capture
-from tinygpt.sampling import Step, choose
+from tinygpt.sampling import Step, apply, pick
+
+
+class Choice(NamedTuple):
+    """How the rows of one step choose: what `sampling.choose` takes, as arrays."""
+
+    steps: Sequence[Step]  # their bounds arrays (B, 1), or (B, V)
+    inputs: Mapping[str, np.ndarray]  # seeds, draw, drawn and counts, as far as they are needed
+
+
+_NONE = Choice((), {})
+
+
+class Chosen(NamedTuple):
+    """What the rows of one step chose."""
+
+    tokens: list[int]  # -1 or V where a logit was no finite number
+    logits: np.ndarray | None  # float32 (B, V): the model's own; None unless they are kept
+    kept: np.ndarray | None  # float32 (B, V): after the steps, -inf where ruled out
 
 
 class Session:
-    """A KV cache for one batch size, and the captured steps that read it and write to it.
-
-    Rows stand flush right: shorter ones are padded at the left, so that all have the same next
-    position, and the model is told how much of each is padding.
+    """A KV cache of n rows, and the steps over it: one for each size that is asked for.
 
     What a step reads lies in tensors that are captured with it, as the cache is: they cost nothing
     when the step is run, where arguments would have to be looked at.
     """
 
-    def __init__(self, model: GPT, batch_size: int, chunk_size: int) -> None:
-        self.batch_size, self.chunk_size = batch_size, chunk_size
+    def __init__(self, model: GPT, n: int, logits: bool = False) -> None:
+        """
+        Args:
+            n: the rows of the cache.
+            logits: whether steps give the logits too.
+        """
+        self.n, self.logits = n, logits
         self.block_size = model.config.block_size
         self._model = ref(model)  # whoever runs a step has it; an idle session does not keep it
         self._form = _form_of(model)
         self.collected = False
-        self.cache = model.empty_cache(batch_size, self.block_size)
-        self.position = 0  # where the next token stands
-        self.padding: Tensor | None = None
-        self._chunk_steps: dict[int, CapturedStep] = {}  # by the length of a chunk
-        self._choice_steps: dict[tuple, CapturedStep] = {}  # by length, and names of settings
+        self.cache = model.empty_cache(n, self.block_size)
+        self._steps: dict[tuple, CapturedStep] = {}  # by what they do, sizes, names of settings
         self._inputs: dict[tuple, Tensor] = {}  # by name and shape: see `_input`
-        self._choice: list[Step] = []  # how to choose, and
-        self._draws: dict[str, Tensor] = {}  # what else that takes: seeds and counts
+        self._written: dict[tuple, np.ndarray] = {}  # what those hold that seldom change
 
     @property
     def model(self) -> GPT:
@@ -50,12 +66,12 @@ class Session:
         assert model is not None
         return model
 
-    def fits(self, batch_size: int, chunk_size: int) -> bool:
-        """Whether it can be used for a batch of that size, and the model is still what it was.
+    def fits(self, n: int) -> bool:
+        """Whether it can be used for so many rows, and the model is still what it was.
 
         Weights and settings are a part of the captured steps: what was replaced would not be seen.
         """
-        if self.collected or (self.batch_size, self.chunk_size) != (batch_size, chunk_size):
+        if self.collected or self.n != n:
             return False
         return self._form == _form_of(self.model)
 
@@ -65,133 +81,152 @@ class Session:
         self.collected = True
 
     @property
-    def full(self) -> bool:
-        """Whether no position is left in the cache."""
-        return self.position == self.block_size
+    def step_count(self) -> int:
+        """How many kinds of steps were captured."""
+        return len(self._steps)
 
-    def prefill(
+    def fill(self, tokens: np.ndarray, start: int, slot: int) -> None:
+        """Read int32 (T,) at a position of one row of the cache."""
+        self._run(self._fill, tokens.reshape(1, -1), [start], [slot])
+
+    def score(self, tokens: np.ndarray, start: int, slot: int) -> np.ndarray:
+        """As `fill`; the logits after each token, float32 (T, V)."""
+        logits = self._run(self._score, tokens.reshape(1, -1), [start], [slot])
+        return buffers.read(logits).reshape(len(tokens), -1)
+
+    def choose(
         self,
-        contexts: list[list[int]],
-        choice: list[Step],
-        inputs: dict[str, np.ndarray],
-        step: int,
-    ) -> list[int]:
-        """Fill the cache with each row's tokens, chunk by chunk, and choose the token after them.
+        tokens: np.ndarray,
+        starts: Sequence[int],
+        slots: Sequence[int],
+        choice: Choice,
+        column: int = 0,
+        logits: bool = False,
+    ) -> Chosen:
+        """Read tokens, and choose what follows those in one column.
 
         Args:
-            choice: see `Sampling.steps`.
-            inputs: seeds and counts, as far as they are needed: see `sampling.choose`.
-            step: which draw of its stream each row makes.
-        Returns:
-            the id chosen for each row.
+            tokens: int32 (B, T), T being 1 unless B is.
+            starts: at which position each row begins; -1 for one that only makes up the size, of
+                which nothing is read.
+            slots: which row of the cache each takes, no two the same; of all, in their order.
+            choice: how each row chooses.
+            column: the one.
+            logits: give them too, where the session has them.
         """
-        self._choice = [each._replace(bound=self._input(each.name, each.bound)) for each in choice]
-        self._draws = {name: self._input(name, values) for name, values in inputs.items()}
-        longest = max(map(len, contexts))
-        padding = [longest - len(ids) for ids in contexts]
-        if self.batch_size > 1:
-            self.padding = self._input("padding", np.array(padding, np.int32))
-        tokens = np.zeros((self.batch_size, max(longest, self._chunk_length(longest))), np.int32)
-        for row, ids in enumerate(contexts):
-            tokens[row, padding[row] : longest] = ids
-        start = 0
-        while (length := self._chunk_length(longest - start)) < longest - start:
-            chunk = self._input("tokens", tokens[:, start : start + length])
-            if length not in self._chunk_steps:
-                self._chunk_steps[length] = self._captured(self._fill, tokens=chunk)
-            self._chunk_steps[length](self._start(start, length))
-            start += length
-        # The last chunk ends where the text does, and so may read some tokens twice. Of a text
-        # shorter than a chunk the rest is zeros: the positions they fill are written again
-        # before a query can see them.
-        start = max(0, longest - length)
-        self.position = longest
-        return self._choose(tokens[:, start : start + length], start, longest - 1 - start, step)
+        B, T = tokens.shape
+        row = column if T == 1 else Variable("row", 0, T - 1).bind(column)
+        chosen, *more = self._run(self._next, tokens, starts, slots, choice, row)
+        tokens_chosen = buffers.read(chosen).tolist()
+        if not logits:
+            return Chosen(tokens_chosen, None, None)
+        return Chosen(tokens_chosen, *(buffers.read(each).reshape(B, -1) for each in more))
 
-    def decode(self, last: list[int], inputs: dict[str, np.ndarray], step: int) -> list[int]:
-        """Read one more token of each row, and choose the one after it.
+    def copy(self, source: int, target: int) -> None:
+        """Make one row of the cache what another is."""
+        if ("copy",) not in self._steps:
+            self._steps["copy",] = self._captured(self._copy, {}, ("copy",))
+        places = {"source": source, "target": target}
+        self._steps["copy",](*(Variable(k, 0, self.n - 1).bind(i) for k, i in places.items()))
 
-        Args:
-            last: the tokens.
-            inputs: those that `prefill` was given, of which only counts may have changed.
-        Returns:
-            the id chosen for each row.
-        """
-        if "counts" in inputs:
-            self._input("counts", inputs["counts"])
-        self.position += 1
-        return self._choose(np.array(last, np.int32).reshape(-1, 1), self.position - 1, 0, step)
-
-    def _chunk_length(self, rest: int) -> int:
-        """Of the next chunk, where so many tokens are left to read."""
-        if rest > 3 * self.chunk_size:  # the large one takes the time of three
-            return min(4 * self.chunk_size, self.block_size)
-        return self.chunk_size if rest > 1 else 1
-
-    def _choose(self, ids: np.ndarray, start: int, row: int, step: int) -> list[int]:
-        """Read ids (B, T) at start, and choose what follows the one in column `row`."""
-        length, tokens = ids.shape[1], self._input("tokens", ids)
-        key = (length, *(each.name for each in self._choice), *self._draws)
-        if key not in self._choice_steps:
-            bounds = {each.name: each.bound for each in self._choice}
-            held = {"tokens": tokens, **self._draws}
-            function = partial(self._next, choice=self._choice)
-            self._choice_steps[key] = self._captured(function, bounds, **held)
-        chosen = self._choice_steps[key](
-            self._start(start, length),
-            row if length == 1 else Variable("row", 0, length - 1).bind(row),
-            Variable("step", 0, 2**31 - 1).bind(step) if "seeds" in self._draws else 0,
-        )
-        return buffers.read(chosen).tolist()
+    def _run(
+        self,
+        function: Callable[..., Any],
+        tokens: np.ndarray,
+        starts: Sequence[int],
+        slots: Sequence[int],
+        choice: Choice = _NONE,
+        row: Whole = 0,
+    ) -> Any:
+        """Call a function of what is held, captured at its first call for these sizes."""
+        T, start_pos = tokens.shape[1], 0
+        held = {"tokens": self._input("tokens", tokens)}
+        if self.n == 1:  # one place for all: then plain tensors need not write the whole cache
+            start_pos = Variable("start_pos", 0, max(1, self.block_size - T)).bind(starts[0])
+        else:
+            held["starts"] = self._input("starts", np.array(starts, np.int32))
+            if len(slots) < self.n:
+                held["slots"] = self._input("slots", np.array(slots, np.int32))
+        held |= {name: self._input(name, values) for name, values in choice.inputs.items()}
+        bounds = {step.name: self._input(step.name, step.bound) for step in choice.steps}
+        key = (function.__name__, tokens.shape, *bounds, *held)
+        if key not in self._steps:
+            steps = [step._replace(bound=bounds[step.name]) for step in choice.steps]
+            choosing = {"steps": steps} if function == self._next else {}
+            self._steps[key] = self._captured(
+                partial(function, **choosing, **held),
+                {**bounds, **held},
+                (function.__name__, *(step.function for step in steps)),
+            )
+        return self._steps[key](start_pos, row)
 
     def _input(self, name: str, values: np.ndarray) -> Tensor:
         """The values on the device, in the one tensor of the session for that name and shape."""
         if (key := (name, values.shape)) not in self._inputs:
             self._inputs[key] = buffers.tensor(values)
-        buffers.write(self._inputs[key], values)
+            self._written[key] = values
+        elif self._written[key] is not values:  # bounds are the same array as long as rows are
+            buffers.write(self._inputs[key], values)
+            self._written[key] = values
         return self._inputs[key]
 
-    def _start(self, start: int, length: int) -> UOp:
-        return Variable("start_pos", 0, max(1, self.block_size - length)).bind(start)
-
     def _captured(
-        self,
-        function: Callable[..., Tensor],
-        choice: Mapping[str, Tensor] | None = None,
-        **held: Tensor,
+        self, function: Callable[..., Any], held: Mapping[str, Tensor], what: tuple
     ) -> CapturedStep:
         """A function of what is held, captured at its first call, and kept on disk.
 
         Args:
-            choice: the bounds of the choice that the function makes, in order; None: it makes none.
+            what: it does, which tells it from the session's others.
         """
-        tensors = {**(choice or {}), **held, **get_state_dict(self.model)}
+        tensors = {**held, **get_state_dict(self.model)}
         for i, (keys, values) in enumerate(self.cache):
             tensors |= {f"keys {i}": keys, f"values {i}": values}
-        if self.padding is not None:
-            tensors["padding"] = self.padding
-        functions = None if choice is None else [each.function for each in self._choice]
-        key = (functions, self.model, type(self))
-        return capture(partial(function, **held), tensors, key)
+        return capture(function, tensors, (what, self.model, type(self), self.logits))
 
-    def _fill(self, start_pos: UOp, *, tokens: Tensor) -> Tensor:
-        # This is run for what it leaves in the cache. One row is the least to ask for.
-        return self.model.hidden_states(tokens, self.cache, start_pos, self.padding, row=0)
+    # These are what is captured. `start_pos` is 0 where there are `starts`.
+
+    def _fill(self, start_pos: Whole, row: Whole, **held: Tensor) -> Tensor:
+        # It is run for what it leaves in the cache. One column is the least to ask for.
+        return self._hidden_states(start_pos, 0, **held)
+
+    def _score(self, start_pos: Whole, row: Whole, **held: Tensor) -> Tensor:
+        return self.model.logits(self._hidden_states(start_pos, None, **held)).contiguous()
 
     def _next(
         self,
-        start_pos: UOp,
+        start_pos: Whole,
         row: Whole,
-        step: Whole,
         *,
         tokens: Tensor,
-        choice: list[Step],
-        seeds: Tensor | None = None,
+        steps: Sequence[Step],
+        starts: Tensor | None = None,
+        slots: Tensor | None = None,
         counts: Tensor | None = None,
-    ) -> Tensor:
+        **draws: Tensor,
+    ) -> list[Tensor]:
         only = None if tokens.shape[1] == 1 else row
-        x = self.model.hidden_states(tokens, self.cache, start_pos, self.padding, only)
-        return choose(self.model.logits(x[:, 0]), choice, seeds, step, counts)
+        x = self._hidden_states(start_pos, only, tokens, starts, slots)
+        logits = self.model.logits(x[:, 0])
+        kept = apply(logits, steps, counts)
+        chosen = pick(logits, kept, **draws)
+        return [chosen, logits.contiguous(), kept.contiguous()] if self.logits else [chosen]
+
+    def _hidden_states(
+        self,
+        start_pos: Whole,
+        row: Whole | None,
+        tokens: Tensor,
+        starts: Tensor | None = None,
+        slots: Tensor | None = None,
+    ) -> Tensor:
+        place: Position = start_pos if starts is None else starts
+        return self.model.hidden_states(tokens, self.cache, place, slots, row)
+
+    def _copy(self, source: Whole, target: Whole) -> list[Tensor]:
+        return [
+            buffers.written(part, part[target : target + 1], part[source : source + 1].contiguous())
+            for pair in self.cache for part in pair
+        ]  # fmt: skip
 
 
 def _form_of(value: Any) -> Any:

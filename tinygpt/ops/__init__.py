@@ -115,7 +115,7 @@ def attention(
     heads: Heads,
     cache: tuple[Tensor, Tensor] | None = None,
     start_pos: Position = 0,
-    padding: Tensor | None = None,
+    slots: Tensor | None = None,
     row: Whole | None = None,
     dropout: Dropout | None = None,
     weights: list[Tensor] | None = None,
@@ -126,11 +126,12 @@ def attention(
         q: float32 (B, M, C): a query for each of the T tokens, or with `row` for that one alone.
         k, v: float32 (B, T, C).
         heads: how many there are, and what scores are multiplied with.
-        cache: keys and values, each (B, H, S, D): k and v are written into it at start_pos, and
+        cache: keys and values, each (N, H, S, D): k and v are written into it at start_pos, and
             what stands before is read. None: the tokens stand alone.
         start_pos: position of the first token; a bound Variable compiles once for all. int32 (B,):
             one for each row.
-        padding: int32 (B,): how many positions at the start of each row are none.
+        slots: int32 (B,), each another one: which row of the cache each row takes, where start_pos
+            has one for each; None: its own, N being B.
         row: the one column of k whose query q is, M being 1.
         dropout: of the weights; only without a cache.
         weights: a list that the attention weights, float32 (B, H, M, S), are added to. The plain
@@ -141,10 +142,10 @@ def attention(
     """
     if weights is None and fast.usable(q, k, v):
         if cache is not None:
-            return fast.attention_cached(q, k, v, heads, cache, start_pos, padding, row)
+            return fast.attention_cached(q, k, v, heads, cache, start_pos, slots, row)
         if row is None:
-            return fast.attention(q, k, v, heads, padding, dropout)
-    return plain.attention(q, k, v, heads, cache, start_pos, padding, row, dropout, weights)
+            return fast.attention(q, k, v, heads, dropout)
+    return plain.attention(q, k, v, heads, cache, start_pos, slots, row, dropout, weights)
 
 
 def dropout(x: Tensor, dropout: Dropout, residual: Tensor | None = None) -> Tensor:
@@ -205,7 +206,7 @@ def threshold(order: Tensor, weights: Tensor, target: Tensor) -> Tensor:
     Args:
         order: uint32 (B, V).
         weights: float (B, V).
-        target: (1,).
+        target: (B, 1), or (1,) for all rows.
     Returns:
         uint32 (B, 1).
     """

@@ -11,11 +11,10 @@
 // stay in the second cache.
 enum { STRIP = 11 * ROWS, BAND = 96 };
 
-// Makes probabilities of the scores p[first..last), and zeros of all else in p[0..end).
-FREE static void softmax(float *p, float scale, int first, int last, int end) {
-  float top, share = 1 / exponentials(p + first, last - first, scale, &top);
-  AT_AN_EDGE for (int i = 0; i < first; i++) p[i] = 0;
-  for (int i = first; i < last; i++) p[i] *= share;
+// Makes probabilities of the scores p[0..last), and zeros of p[last..end).
+FREE static void softmax(float *p, float scale, int last, int end) {
+  float top, share = 1 / exponentials(p, last, scale, &top);
+  for (int i = 0; i < last; i++) p[i] *= share;
   for (int i = last; i < end; i++) p[i] = 0;
 }
 
@@ -52,7 +51,6 @@ static void attention(float *y,             // (B, T, C)
                       const float *k,
                       const float *v,
                       const unsigned *key,  // (3,): seed, step, first row; absent: no dropout
-                      const int *padding,   // (B,): how much of each row is none; or absent
                       int core_id, int threads, int B, int T, int n_head, int D, int place,
                       unsigned threshold, float scale, float dropout_scale) {
   long C = (long)n_head * D;
@@ -63,10 +61,8 @@ static void attention(float *y,             // (B, T, C)
       int rows = MIN(STRIP, T - t0), end = t0 + rows;
       float *weights = probs + ((long)i * T + t0) * T;
       gemm(weights, T, q + at + t0 * C, C, 0, k + at, C, 1, rows, end, D);
-      for (int r = 0; r < rows; r++) {
-        int t = t0 + r, first = padding ? MIN(padding[i / n_head], t) : 0;  // padding sees itself
-        softmax(weights + (long)r * T, scale, first, t + 1, end);
-      }
+      for (int r = 0; r < rows; r++)
+        softmax(weights + (long)r * T, scale, t0 + r + 1, end);
       if (key) {
         head_dropout d = dropout_of(key, i, T, place, threshold, dropout_scale, n_head);
         float *mine = scratch + (long)core_id * STRIP * T;
@@ -139,11 +135,11 @@ INLINE float dot(const float *a, const float *b, int n) {
   return s;
 }
 
-// y = the sum over s in [first, last) of p[s] * values[s], for 8 * W of D columns.
-INLINE void mix(float *y, const float *p, const float *values, int first, int last, int D, int W) {
+// y = the sum over s < last of p[s] * values[s], for 8 * W of D columns.
+INLINE void mix(float *y, const float *p, const float *values, int last, int D, int W) {
   vec acc[8];
   UNROLLED(i, 8) acc[i] = splat(0);
-  for (int s = first; s < last; s++)
+  for (int s = 0; s < last; s++)
     UNROLLED(i, 8)
       if (i < W) acc[i] += p[s] * load(values + (long)s * D + i * 8);
   UNROLLED(i, 8)
@@ -172,14 +168,14 @@ INLINE void remember(float *keys, float *values, const float *k, const float *v,
 // As `attention_cached`, for so few queries that a matrix product does not pay. One of them, in
 // column `row`, is M = 1; else there are M = T.
 static void attention_few(float *y,            // (B, M, C)
-                          float *keys,         // (B, H, S, D), as are values
+                          float *keys,         // (B or more, H, S, D), as are values
                           float *values,
                           float *scores,       // (threads, S)
                           const float *q,      // (B, M, C)
                           const float *k,      // (B, T, C), as is v
                           const float *v,
                           const int *starts,   // (B,): where each row begins; absent: start_pos
-                          const int *padding,  // (B,): how much of each row is none; or absent
+                          const int *slots,    // (B,): its row of the cache; absent: its own
                           int core_id, int threads, int start_pos, int row, int B, int T, int M,
                           int S, int n_head, int D, float scale) {
   long C = (long)n_head * D;
@@ -187,8 +183,9 @@ static void attention_few(float *y,            // (B, M, C)
   float *mine = scores + (long)core_id * S;
   for (int i = heads.first; i < heads.last; i++) {
     int b = i / n_head, h = i % n_head, start = starts ? starts[b] : start_pos;
-    int text = padding ? padding[b] : 0, first_query = start + (M < T ? row : 0);
-    float *old_keys = keys + (long)i * S * D, *old_values = values + (long)i * S * D;
+    int first_query = start + (M < T ? row : 0);
+    long slot = ((long)(slots ? slots[b] : b) * n_head + h) * S * D;
+    float *old_keys = keys + slot, *old_values = values + slot;
     if (!within(start, T, S)) {
       refuse(y + (long)b * M * C + h * D, M, C, D);
       continue;
@@ -197,14 +194,14 @@ static void attention_few(float *y,            // (B, M, C)
     remember(old_keys, old_values, k + new, v + new, start, T, C, D);
     for (int m = 0; m < M; m++) {
       long at = ((long)b * M + m) * C + h * D;
-      int t = first_query + m, first = MIN(text, t), last = t + 1, d = 0;
-      for (int s = first; s < last; s++) mine[s] = dot(q + at, old_keys + (long)s * D, D);
-      softmax(mine, scale, first, last, last);
-      for (; d + 64 <= D; d += 64) mix(y + at + d, mine, old_values + d, first, last, D, 8);
-      for (; d + 8 <= D; d += 8) mix(y + at + d, mine, old_values + d, first, last, D, 1);
+      int last = first_query + m + 1, d = 0;
+      for (int s = 0; s < last; s++) mine[s] = dot(q + at, old_keys + (long)s * D, D);
+      softmax(mine, scale, last, last);
+      for (; d + 64 <= D; d += 64) mix(y + at + d, mine, old_values + d, last, D, 8);
+      for (; d + 8 <= D; d += 8) mix(y + at + d, mine, old_values + d, last, D, 1);
       AT_AN_EDGE for (; d < D; d++) {
         float total = 0;
-        AT_AN_EDGE for (int s = first; s < last; s++) total += mine[s] * old_values[(long)s * D + d];
+        AT_AN_EDGE for (int s = 0; s < last; s++) total += mine[s] * old_values[(long)s * D + d];
         y[at + d] = total;
       }
     }
@@ -213,14 +210,14 @@ static void attention_few(float *y,            // (B, M, C)
 
 // Writes k and v into the cache, and lets T queries look at it, a band of them at a time.
 static void attention_cached(float *y,            // (B, T, C)
-                             float *keys,         // (B, H, S, D), as are values
+                             float *keys,         // (B or more, H, S, D), as are values
                              float *values,
                              float *scores,       // (threads, min(T, BAND), S)
                              const float *q,      // (B, T, C), as are k and v
                              const float *k,
                              const float *v,
                              const int *starts,   // (B,): where each row begins; absent: start_pos
-                             const int *padding,  // (B,): how much of each row is none; or absent
+                             const int *slots,    // (B,): its row of the cache; absent: its own
                              int core_id, int threads, int start_pos, int B, int T, int S, int n_head,
                              int D, float scale) {
   long C = (long)n_head * D;
@@ -228,8 +225,8 @@ static void attention_cached(float *y,            // (B, T, C)
   float *mine = scores + (long)core_id * MIN(T, BAND) * S;
   for (int i = heads.first; i < heads.last; i++) {
     int b = i / n_head, h = i % n_head, start = starts ? starts[b] : start_pos;
-    int text = padding ? padding[b] : 0;
-    float *old_keys = keys + (long)i * S * D, *old_values = values + (long)i * S * D;
+    long slot = ((long)(slots ? slots[b] : b) * n_head + h) * S * D;
+    float *old_keys = keys + slot, *old_values = values + slot;
     long at = (long)b * T * C + h * D;
     if (!within(start, T, S)) {
       refuse(y + at, T, C, D);
@@ -239,10 +236,8 @@ static void attention_cached(float *y,            // (B, T, C)
     for (int t0 = 0; t0 < T; t0 += BAND) {
       int rows = MIN(BAND, T - t0), end = start + t0 + rows;
       gemm(mine, S, q + at + t0 * C, C, 0, old_keys, D, 1, rows, end, D);
-      for (int r = 0; r < rows; r++) {
-        int t = start + t0 + r;
-        softmax(mine + (long)r * S, scale, MIN(text, t), t + 1, end);
-      }
+      for (int r = 0; r < rows; r++)
+        softmax(mine + (long)r * S, scale, start + t0 + r + 1, end);
       gemm(y + at + t0 * C, C, mine, S, 0, old_values, D, 0, rows, D, end);
     }
   }

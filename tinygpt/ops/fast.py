@@ -176,7 +176,6 @@ def attention(
     k: Tensor,
     v: Tensor,
     heads: Heads,
-    padding: Tensor | None,
     dropout: Dropout | None,
 ) -> Tensor:
     B, T, C = shape(q)
@@ -196,7 +195,7 @@ def attention(
 
     scratch = _empty(q, threads, 1 if key is None else _STRIP, T)
     tensors: Given = {"y": _empty(q, B, T, C), "probs": _empty(q, B, heads.n_head, T, T)}
-    tensors |= {"scratch": scratch, "q": q, "k": k, "v": v, "key": key, "padding": padding}
+    tensors |= {"scratch": scratch, "q": q, "k": k, "v": v, "key": key}
     return launch.call(_HERE / "attention.c", "attention", tensors, numbers, threads, flops,
                        gradient=gradient)["y"]  # fmt: skip
 
@@ -208,7 +207,7 @@ def attention_cached(
     heads: Heads,
     cache: tuple[Tensor, Tensor],
     start_pos: Position,
-    padding: Tensor | None,
+    slots: Tensor | None,
     row: Whole | None,
 ) -> Tensor:
     (B, M, C), T, S = shape(q), shape(k)[1], shape(cache[0])[2]
@@ -218,7 +217,7 @@ def attention_cached(
     few = M <= _FEW_ROWS
     scores = _empty(q, threads, 1 if few else min(M, _BAND), S)
     tensors: Given = {"y": _empty(q, B, M, C), "keys": cache[0], "values": cache[1]}
-    tensors |= {"scores": scores, "q": q, "k": k, "v": v, "starts": starts, "padding": padding}
+    tensors |= {"scores": scores, "q": q, "k": k, "v": v, "starts": starts, "slots": slots}
     numbers: dict[str, float | Whole] = {
         "start_pos": 0 if isinstance(start_pos, Tensor) else start_pos,
         "B": B, "T": T, "S": S, "D": C // heads.n_head, **asdict(heads),
@@ -311,7 +310,8 @@ def threshold(order: Tensor, weights: Tensor, target: Tensor) -> Tensor:
     B, V = shape(order)
     tensors = {
         "found": Tensor.empty(B, 1, dtype=dtypes.uint32, device=order.device),
-        "order": order, "weights": weights.float(), "target": target.float(),
+        "order": order, "weights": weights.float(),
+        "target": target.float().expand(B, 1).contiguous(),
     }  # fmt: skip
     flops = 64 * B * V
     return launch.call(_HERE / "sampling.c", "threshold", tensors, {"B": B, "V": V},

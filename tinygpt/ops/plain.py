@@ -110,16 +110,16 @@ def attention(
     heads: Heads,
     cache: tuple[Tensor, Tensor] | None,
     start_pos: Position,
-    padding: Tensor | None,
+    slots: Tensor | None,
     row: Whole | None,
     dropout: Dropout | None,
     seen: list[Tensor] | None = None,
 ) -> Tensor:
     T = shape(k)[1]
-    mask = _causal_mask(shape(q)[1], T, cache, start_pos, padding, row)
+    mask = _causal_mask(shape(q)[1], T, cache, start_pos, row)
     q, k, v = (x.reshape(*shape(x)[:2], heads.n_head, -1).transpose(1, 2) for x in (q, k, v))
     if cache is not None:
-        k, v = (_remember(new, old, start_pos) for new, old in zip((k, v), cache, strict=True))
+        k, v = (_remember(x, old, start_pos, slots) for x, old in zip((k, v), cache, strict=True))
     weights = attention_weights(q, k, heads.scale, mask)
     if seen is not None:
         seen.append(weights)
@@ -152,40 +152,43 @@ def _causal_mask(
     T: int,
     cache: tuple[Tensor, Tensor] | None,
     start_pos: Position,
-    padding: Tensor | None,
     row: Whole | None,
 ) -> Tensor | None:
-    """True where a query may look: at itself and before, but not at padding. (B or 1, 1, M, S)."""
+    """True where a query may look: at itself and before. (B or 1, 1, M, S)."""
     own_starts = isinstance(start_pos, Tensor)
-    if T == 1 and padding is None and not own_starts:
+    if T == 1 and not own_starts:
         return None
     start = start_pos.reshape(-1, 1, 1, 1) if isinstance(start_pos, Tensor) else start_pos
     S = shape(cache[0])[2] if own_starts and cache is not None else start_pos + T
     query = plus(Tensor.arange(M, dtype=dtypes.int32).reshape(1, 1, M, 1), start)
     query = query if row is None or M == T else plus(query, row)
     key = Tensor.arange(S, dtype=dtypes.int32).reshape(1, 1, 1, S)
-    mask = key <= query
-    if padding is not None:
-        # A query of padding may see itself, since a softmax over nothing would be NaN.
-        mask = mask & (key >= padding.reshape(-1, 1, 1, 1).minimum(query))
-    return mask
+    return key <= query
 
 
-def _remember(new: Tensor, cache: Tensor, start_pos: Position) -> Tensor:
-    """`new` (B, H, T, D) written into the cache at start_pos; the cache up to there: (B, H, S, D).
+def _remember(new: Tensor, cache: Tensor, start_pos: Position, slots: Tensor | None) -> Tensor:
+    """`new` (B, H, T, D) written into the cache at start_pos; its rows up to there: (B, H, S, D).
 
     The write happens when the result is computed: in place, so that a JIT sees one fixed buffer.
     """
     T, new = shape(new)[2], new.cast(cache.dtype)
     if isinstance(start_pos, Tensor):  # each row has a place of its own, so all of it is written
-        B, H, S, D = shape(cache)
+        old = cache if slots is None else cache[slots]
+        B, H, S, D = shape(old)
         at = Tensor.arange(S, dtype=dtypes.int32).reshape(1, 1, S, 1)
         at = at - start_pos.reshape(-1, 1, 1, 1)
         rows = new.gather(2, at.clip(0, T - 1).expand(B, H, S, D))
         inside = (start_pos >= 0) & (start_pos + T <= S)
         here = (at >= 0) & (at < T) & inside.reshape(-1, 1, 1, 1)
-        whole = here.where(rows, cache)
-        return buffers.written(cache, cache, whole.contiguous())
+        whole = here.where(rows, old).contiguous()
+        if slots is None:
+            return buffers.written(cache, cache, whole)
+        # What each row of the cache becomes: of the batch's row that has it, or what it was.
+        own = Tensor.arange(shape(cache)[0], dtype=dtypes.int32).reshape(-1, 1)
+        taken = (own == slots.reshape(1, -1)) & inside.reshape(1, -1)  # (N, B)
+        new = whole[taken.argmax(1)]
+        new = taken.any(1).reshape(-1, 1, 1, 1).where(new, cache)
+        return buffers.written(cache, cache, new.contiguous())[slots]
     end = start_pos + T
     return buffers.written(cache, cache[:, :, start_pos:end], new)[:, :, :end]
 

@@ -6,7 +6,7 @@
 static void threshold(unsigned *found,        // (B, 1)
                       const unsigned *order,  // (B, V): bits in the order of the numbers
                       const float *weights,   // (B, V)
-                      const float *target,    // (1,)
+                      const float *target,    // (B, 1)
                       int core_id, int threads, int B, int V) {
   range rows = share(B, core_id, threads);
   for (int row = rows.first; row < rows.last; row++) {
@@ -24,7 +24,7 @@ static void threshold(unsigned *found,        // (B, 1)
       float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
       for (; i < V; i++)
         if (p[i] >= trial) total += w[i];
-      if (total >= *target) t = trial;
+      if (total >= target[row]) t = trial;
     }
     found[row] = t;
   }
