@@ -33,8 +33,9 @@ def scored(token: int, logits: np.ndarray, kept: np.ndarray | None, top: int) ->
     """
     logprobs = _log_softmax(logits)
     after = np.exp(logprobs if kept is None else _log_softmax(kept))
-    best = np.argpartition(-logprobs, min(top, len(logprobs)) - 1)[:top] if top else []
-    order = sorted((int(i) for i in best), key=lambda i: (-logprobs[i], i))
+    top = min(top, len(logprobs))
+    best = np.argpartition(-logprobs, max(top - 1, 0))[:top].tolist()
+    order = sorted(best, key=lambda i: (-logprobs[i], i))
     likely = tuple(Likely(i, float(logprobs[i]), float(after[i])) for i in order)
     return Token(token, float(logprobs[token]), likely)
 

@@ -237,7 +237,8 @@ class Slots:
         """Read a chunk of a prompt; what follows it, where that was the last."""
         text = self._texts[slot]
         if text.scores:
-            return self._score_chunk(slot)
+            self._score_chunk(slot)
+            return None
         length = self._large_chunk if text.left > 3 * self.chunk_size else self.chunk_size
         if length < text.left:
             self._session.fill(_array(text.context, text.held, length), text.held, slot)

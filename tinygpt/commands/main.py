@@ -33,6 +33,7 @@ VERBS = {
     "models": "list the models that are on this machine, or remove one that was fetched",
     "plot": "draw the curves of training runs",
     "report": "make one page about a training run, with a look inside what came of it",
+    "serve": "answer over HTTP, as OpenAI's clients ask, with a page to read on",
     "bench": "measure how fast this machine generates, beside other programs if you like",
     "doctor": "show what this machine has, what would help it, and whether it computes right",
     "completion": "print what makes bash, zsh or fish complete commands and flags",

@@ -1,0 +1,289 @@
+"""POST /v1/completions: from a request to texts that run, and from their tokens to the answer."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from tinygpt.errors import InputError
+from tinygpt.logprobs import Token
+from tinygpt.model import NOT_NUMBERS
+from tinygpt.sampling import Sampling
+from tinygpt.server.choice import Choice, Piece, logprobs_of
+from tinygpt.server.engine import Draining, Engine, Full, Job, NotNumbers
+from tinygpt.server.fields import COMPLETION, read_fields
+from tinygpt.server.problems import Problem
+from tinygpt.writer import Writer
+
+_RETRY_AFTER_S = "1"
+_SETTINGS = tuple(field.name for field in fields(Sampling))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the program was told to allow."""
+
+    max_tokens: int | None = None  # of one text; None: as the window allows
+    timeout_s: float = 600.0
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One of the prompts of a request."""
+
+    ids: list[int]
+    text: str  # as echo gives it
+    shown: bool  # whether its ids are those of its text; not those that stand for an empty one
+
+
+class Completion:
+    """One request: what it asks for, checked, and the texts that answer it."""
+
+    def __init__(self, body: Any, writer: Writer, name: str, limits: Limits) -> None:
+        """
+        Raises:
+            Problem: for what cannot be answered.
+        """
+        asked = read_fields(body, COMPLETION)
+        self.asked, self.writer, self.name, self.limits = asked, writer, name, limits
+        if asked["model"] not in (None, name):
+            message = f"the model {asked['model']!r} does not exist: this server has {name!r}"
+            raise Problem(404, message, "model", "model_not_found")
+        self.stream, self.n = asked["stream"], asked["n"]
+        self.best_of = asked["best_of"] or self.n
+        if self.best_of < self.n:
+            raise Problem(400, f"best_of is {self.best_of}, less than n, {self.n}", "best_of")
+        if self.best_of > self.n and self.stream:
+            raise Problem(
+                400, "best_of above n cannot be streamed: it is known at the end", "best_of"
+            )
+        if asked["stream_options"] is not None and not self.stream:
+            raise Problem(400, "stream_options are for stream alone", "stream_options")
+        stop = asked["stop"] or []
+        self.stop = [stop] if isinstance(stop, str) else stop
+        self.settings = self._settings()
+        self.max_tokens = asked["max_tokens"]
+        self.prompts = [self._fits(prompt) for prompt in self._prompts(asked["prompt"])]
+        self.bias = {int(token): bias for token, bias in (asked["logit_bias"] or {}).items()}
+        for token in self.bias:
+            self._check_id(token, "logit_bias")
+        self.id, self.created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
+        self.seed = secrets.randbits(32) if asked["seed"] is None else asked["seed"]
+        self.completion_tokens = 0
+        self.heard: Callable[[], None] = lambda: None  # called at each token
+        self.jobs: list[Job] = []
+
+    def _settings(self) -> Sampling:
+        given = {name: self.asked[name] for name in _SETTINGS if self.asked[name] is not None}
+        if given.get("top_k") == 0:
+            given["top_k"] = None
+        try:
+            return Sampling.of(**{**self.writer.sampling, **given})
+        except InputError as error:  # the model's own files, which nobody checked yet
+            raise Problem(500, str(error)) from error
+
+    def _prompts(self, given: Any) -> list[Prompt]:
+        if isinstance(given, str):
+            return [self._of_text(given)]
+        if isinstance(given[0], int):
+            return [self._of_ids(given)]
+        return [self._of_text(p) if isinstance(p, str) else self._of_ids(p) for p in given]
+
+    def _of_text(self, text: str) -> Prompt:
+        return Prompt(self.writer.encode(text), text, shown=bool(text))
+
+    def _of_ids(self, ids: list[int]) -> Prompt:
+        for token in ids:
+            self._check_id(token, "prompt")
+        return Prompt(ids, self.writer.tokenizer.decode(ids), shown=True)
+
+    def _check_id(self, token: int, param: str) -> None:
+        most = self.writer.model.config.vocab_size - 1
+        if not 0 <= token <= most:
+            raise Problem(400, f"{param} has the id {token}: ids are 0 to {most}", param)
+
+    def _fits(self, prompt: Prompt) -> Prompt:
+        """Refuse what is longer than the window, or shorten it where that was asked for."""
+        window, most = self.writer.model.config.block_size, self.limits.max_tokens
+        if most is not None and self.max_tokens > most:
+            raise Problem(
+                400, f"max_tokens is {self.max_tokens}: this server writes {most}", "max_tokens"
+            )
+        if len(prompt.ids) + self.max_tokens <= window:
+            return prompt
+        room = window - self.max_tokens
+        if self.asked["truncate_prompt"] and room > 0:
+            return self._of_ids(prompt.ids[-room:])
+        message = (
+            f"the prompt has {len(prompt.ids)} tokens and max_tokens is {self.max_tokens}, more "
+            f"than the model's window of {window}: ask for fewer, or set truncate_prompt"
+        )
+        raise Problem(400, message, "prompt", "context_length_exceeded")
+
+    def submit(self, engine: Engine) -> None:
+        """Let the texts wait for their turn.
+
+        Raises:
+            Problem: when they cannot.
+        """
+        loop = asyncio.get_running_loop()
+        self.events: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
+
+        def telling(index: int) -> Any:
+            def tell(event: Token | Exception | None) -> None:
+                loop.call_soon_threadsafe(self.events.put_nowait, (index, event))
+
+            return tell
+
+        scores = self.asked["echo"] and self.asked["logprobs"] is not None
+        top = self.asked["logprobs"]
+        if top is None and self.best_of > self.n:
+            top = 0
+        jobs = list[Job]()
+        for prompt in self.prompts:
+            for sample in range(self.best_of):
+                jobs.append(
+                    Job(
+                        prompt.ids, self.max_tokens, telling(len(jobs)), self.settings,
+                        (self.seed + sample) % 2**64, top, self.bias, scores,
+                        frozenset(self.writer.tokenizer.ends),
+                    )
+                )  # fmt: skip
+        most = engine.slots.n + engine.queue
+        if len(jobs) > most:
+            raise Problem(400, f"{len(jobs)} texts at once: this server takes {most}", "n")
+        self.jobs = jobs
+        if not self.max_tokens and not scores:  # there is nothing to compute
+            for index in range(len(jobs)):
+                self.events.put_nowait((index, None))
+            return
+        try:
+            engine.submit(jobs)
+        except Full as error:
+            headers = {"Retry-After": _RETRY_AFTER_S}
+            message = f"{engine.queue} texts wait already: try again"
+            raise Problem(429, message, code="queue_full", headers=headers) from error
+        except Draining as error:
+            raise ending() from error
+
+    async def pieces(self, engine: Engine) -> AsyncGenerator[tuple[Choice, Piece]]:
+        """The texts piece by piece, as they come; of a text that has ended the last piece too.
+
+        Raises:
+            Problem: when one of them cannot go on.
+        """
+        choices = [
+            Choice(self.writer.tokenizer, self.stop, index) for index in range(len(self.jobs))
+        ]
+        self.echoed = [not self.asked["echo"]] * len(choices)
+        open_choices = set(range(len(choices)))
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.limits.timeout_s
+        try:
+            while open_choices:
+                index, event = await asyncio.wait_for(self.events.get(), deadline - loop.time())
+                if index not in open_choices:
+                    continue
+                choice = choices[index]
+                if isinstance(event, Exception):
+                    raise _problem_of(event)
+                piece = self._piece(choice, event)
+                if choice.finish:
+                    open_choices.remove(index)
+                    engine.cancel([self.jobs[index]])
+                yield choice, piece
+        except TimeoutError as error:
+            message = f"the request took longer than {self.limits.timeout_s:g} s"
+            raise Problem(504, message, code="timeout") from error
+        finally:
+            engine.cancel(self.jobs)
+
+    def _piece(self, choice: Choice, token: Token | None) -> Piece:
+        piece = Piece()
+        if not self.echoed[choice.index]:
+            self.echoed[choice.index] = True
+            prompt = self.prompts[choice.index // self.best_of]
+            scores = token.prompt if token is not None else ()
+            ids = prompt.ids if prompt.shown and self.asked["logprobs"] is not None else []
+            piece = choice.echo(prompt.text, ids, scores)
+        if token is None:
+            return piece + choice.end("length")
+        if not self.max_tokens:
+            return piece
+        self.completion_tokens += 1
+        self.heard()
+        if token.token in self.writer.tokenizer.ends:
+            return piece + choice.end("stop")
+        return piece + choice.add(token)
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """The field `usage`."""
+        prompt_tokens = sum(len(prompt.ids) for prompt in self.prompts)
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": prompt_tokens + self.completion_tokens,
+        }
+
+    def frame(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        """An answer, or one event of it."""
+        head = {"id": self.id, "object": "text_completion", "created": self.created}
+        return {**head, "model": self.name, "choices": choices, **more}
+
+    def choice_of(self, index: int, piece: Piece, finish: str | None) -> dict[str, Any]:
+        """One of the field `choices`."""
+        wanted = self.asked["logprobs"] is not None
+        logprobs = logprobs_of(piece, self.writer.tokenizer) if wanted else None
+        return {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": finish}
+
+    async def whole(self, engine: Engine) -> dict[str, Any]:
+        """The answer in one piece."""
+        texts = [Piece() for _ in self.jobs]
+        ends: list[str | None] = [None] * len(self.jobs)
+        async for choice, piece in self.pieces(engine):
+            texts[choice.index] += piece
+            ends[choice.index] = choice.finish
+        kept = list[int]()
+        for first in range(0, len(texts), self.best_of):
+            group = range(first, first + self.best_of)
+            best = (
+                group if self.best_of == self.n else sorted(group, key=lambda i: -_mean(texts[i]))
+            )
+            kept += list(best)[: self.n]
+        choices = [self.choice_of(i, texts[j], ends[j]) for i, j in enumerate(kept)]
+        return self.frame(choices, usage=self.usage)
+
+    async def events_of(self, engine: Engine) -> AsyncGenerator[dict[str, Any]]:
+        """The answer event by event."""
+        counted = bool((self.asked["stream_options"] or {}).get("include_usage"))
+        more = {"usage": None} if counted else {}
+        async for choice, piece in self.pieces(engine):
+            if piece.text or piece.tokens or choice.finish:
+                yield self.frame([self.choice_of(choice.index, piece, choice.finish)], **more)
+        if counted:
+            yield self.frame([], usage=self.usage)
+
+
+def ending() -> Problem:
+    """What is said while the program ends."""
+    headers = {"Retry-After": _RETRY_AFTER_S}
+    return Problem(503, "the server is shutting down", code="draining", headers=headers)
+
+
+def _problem_of(error: Exception) -> Problem:
+    if isinstance(error, Draining):
+        return ending()
+    if isinstance(error, NotNumbers):
+        return Problem(500, NOT_NUMBERS, code="not_numbers")
+    return Problem(500, "the model failed on this text", code="engine_error")
+
+
+def _mean(piece: Piece) -> float:
+    """The mean log-probability of a text's tokens."""
+    values = [token.logprob for token in piece.tokens if token.logprob is not None]
+    return sum(values) / len(values) if values else float("-inf")

@@ -1,0 +1,41 @@
+"""uvicorn around the application, and its end in order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from types import ModuleType
+
+from tinygpt.commands.interrupts import asking
+from tinygpt.server.app import Server
+from tinygpt.server.protocol import Protocol
+
+
+def serve(uvicorn: ModuleType, server: Server, listener: socket.socket) -> None:
+    """Answer until a signal comes; then let what runs finish, and refuse what waits.
+
+    A second signal ends at once.
+    """
+    config = uvicorn.Config(
+        server.app(), http=Protocol, loop="asyncio", lifespan="off", ws="none", log_config=None,
+        access_log=False, server_header=False, timeout_keep_alive=30, backlog=2048,
+    )  # fmt: skip
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+    running = uvicorn.Server(config)
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+
+        def end() -> None:
+            running.force_exit = running.should_exit
+            running.should_exit = True
+            server.engine.drain()
+
+        for number in asking():
+            loop.add_signal_handler(number, end)
+        await running._serve([listener])
+
+    asyncio.run(run())
+    signal.set_wakeup_fd(-1)
