@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 
@@ -41,11 +42,11 @@ class _Scaled:
         return self.linear(parts.reshape(x.shape).contiguous(), residual)
 
 
-def with_heads(model: GPT, factors: Tensor) -> GPT:
+def with_heads(model: GPT, factors: Tensor | Sequence[Tensor]) -> GPT:
     """The same model, of the same weights, in which each head's output is multiplied.
 
     Args:
-        factors: float32 (L, H); 0 leaves a head out.
+        factors: float32 (L, H), or (H,) for each block; 0 leaves a head out.
     """
     twin = copy(model)
     twin.blocks = []

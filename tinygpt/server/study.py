@@ -1,0 +1,405 @@
+"""/study: what the study tools see in a text, and how it goes on, also without parts of the model.
+
+What is computed is the study tools' own; it runs in the engine's thread, between two steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing, suppress
+from dataclasses import asdict, replace
+from typing import Any, TypeVar
+
+import numpy as np
+
+from tinygpt.errors import InputError, check_int, show
+from tinygpt.logprobs import Token
+from tinygpt.model import NOT_NUMBERS
+from tinygpt.server.choice import token_text
+from tinygpt.server.completions import Completion, Limits, ending
+from tinygpt.server.engine import Engine
+from tinygpt.server.fields import COMPLETION, Field, Schema, read_fields
+from tinygpt.server.problems import Problem
+from tinygpt.server.without import Reduced
+from tinygpt.study.attention import HeadScores, entropies, head_scores
+from tinygpt.study.attribution import attribute
+from tinygpt.study.inside import Inside, look
+from tinygpt.study.lens import lens
+from tinygpt.study.predictions import predictions
+from tinygpt.study.without import check_parts
+from tinygpt.writer import Writer
+
+_Found = TypeVar("_Found")
+_ONCE = 64  # the least tokens that are looked at: kernels are made for this, and twice as many, ...
+_MOST_LIKELY = 20
+
+
+def _prompt(name: str, value: Any) -> None:
+    if isinstance(value, list):
+        if not value or not all(type(each) is int for each in value):
+            raise InputError(f"{name} is {show(value)}: it must be a text, or a list of ids")
+    elif not isinstance(value, str):
+        raise InputError(f"{name} is {show(value)}: it must be a text, or a list of ids")
+
+
+def _place(name: str, value: Any) -> None:
+    check_int(name, value, 0)
+
+
+def _pairs(name: str, value: Any) -> None:
+    rows = value if isinstance(value, list) else [None]
+    if not all(isinstance(e, list) and len(e) == 2 and _are_ids(e) for e in rows):
+        raise InputError(f"{name} is {show(value)}: it must be a list of [block, head]")
+
+
+def _numbers(name: str, value: Any) -> None:
+    if not isinstance(value, list) or not _are_ids(value):
+        raise InputError(f"{name} is {show(value)}: it must be a list of whole numbers")
+
+
+def _are_ids(values: list[Any]) -> bool:
+    return all(type(each) is int for each in values)
+
+
+_INTEGER: Schema = {"type": "integer", "minimum": 0}
+_IDS: Schema = {"type": "array", "items": _INTEGER}
+_PROMPT = Field(
+    _prompt,
+    {"anyOf": [{"type": "string"}, {**_IDS, "minItems": 1}], "description": "a text, or its ids"},
+    "",
+)
+_MODEL = {"prompt": _PROMPT, "model": COMPLETION["model"]}
+
+
+def _integer(words: str) -> Field:
+    return Field(_place, {**_INTEGER, "description": words})
+
+
+_SETTINGS = {
+    name: COMPLETION[name]
+    for name in (
+        "temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty",
+        "repetition_penalty", "logit_bias",
+    )
+}  # fmt: skip
+CONTINUE = "/study/continue"
+# The fields of each address; a text is given to all of them.
+STUDIES: dict[str, dict[str, Field]] = {
+    "/study/tokens": {**_MODEL},
+    "/study/attention": {
+        **_MODEL, "block": _integer("which block"), "head": _integer("which head of it"),
+    },
+    "/study/lens": {**_MODEL, "index": _integer("behind which token; the last if left out")},
+    "/study/attribute": {
+        **_MODEL,
+        "index": _integer("behind which token; the last if left out"),
+        "token": _integer("the id whose logit it is; the likeliest if left out"),
+        "against": _integer("an id whose logit is taken away"),
+    },
+    CONTINUE: {
+        **_MODEL, **_SETTINGS,
+        "max_tokens": COMPLETION["max_tokens"],
+        "echo": COMPLETION["echo"],
+        "top": replace(COMPLETION["logprobs"], default=10),
+        "heads": Field(_pairs, {"type": "array", "items": {**_IDS, "minItems": 2, "maxItems": 2},
+                                "description": "pairs of block and head to leave out"}),
+        "blocks": Field(_numbers, {**_IDS, "description": "blocks to leave out"}),
+    },
+}  # fmt: skip
+
+
+class Studies:
+    """What the handlers of /study share."""
+
+    def __init__(self, writer: Writer, engine: Engine, name: str) -> None:
+        self.writer, self.engine, self.name = writer, engine, name
+        self.reduced = Reduced(engine)
+        self._inside: Inside | None = None  # of the last text; padded, see `_look`
+        self._length = 0  # of that text
+        self._scores: HeadScores | None = None
+        self._waiting = 0
+
+    async def answer(self, path: str, body: Any) -> dict[str, Any]:
+        """The answer of an address, but for /study/continue.
+
+        Raises:
+            Problem: for what cannot be answered.
+        """
+        asked = read_fields(body, STUDIES[path])
+        ids = self._ids(asked)
+        handlers: Mapping[str, Callable[[list[int], dict[str, Any]], dict[str, Any]]] = {
+            "/study/tokens": self._tokens,
+            "/study/attention": self._attention,
+            "/study/lens": self._lens,
+            "/study/attribute": self._attribute,
+        }
+        return await self._between_steps(lambda: handlers[path](ids, asked))
+
+    def about(self) -> dict[str, Any]:
+        """The model, in words and numbers."""
+        model, tokenizer = self.writer.model, self.writer.tokenizer
+        return {
+            "id": self.name,
+            "config": asdict(model.config),
+            "parameters": model.config.parameter_count,
+            "tokenizer": tokenizer.name,
+            "sampling": self.writer.sampling,
+        }
+
+    def _ids(self, asked: Mapping[str, Any]) -> list[int]:
+        """The tokens of a request's text."""
+        if asked["model"] not in (None, self.name):
+            message = f"the model {show(asked['model'])} does not exist: this server has "
+            raise Problem(404, message + repr(self.name), "model", "model_not_found")
+        given, config = asked["prompt"], self.writer.model.config
+        ids = self.writer.encode(given) if isinstance(given, str) else given
+        for token in ids:
+            self._check_id("prompt", token)
+        if len(ids) > config.block_size:
+            message = (
+                f"the prompt has {len(ids)} tokens, more than the model's window of "
+                f"{config.block_size}: give a shorter text"
+            )
+            raise Problem(400, message, "prompt", "context_length_exceeded")
+        return ids
+
+    def _check_id(self, name: str, token: int) -> None:
+        most = self.writer.model.config.vocab_size - 1
+        if not 0 <= token <= most:
+            raise Problem(400, f"{name} has the id {token}: ids are 0 to {most}", name)
+
+    async def _between_steps(self, function: Callable[[], _Found]) -> _Found:
+        """What a function gives in the engine's thread."""
+        if self.engine.draining:
+            raise ending()
+        if self._waiting > self.engine.queue:
+            headers = {"Retry-After": "1"}
+            message = f"{self._waiting} studies wait already: try again"
+            raise Problem(429, message, code="queue_full", headers=headers)
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[_Found] = loop.create_future()
+
+        def settle(found: Any, error: Exception | None) -> None:
+            if future.done():  # the client has left
+                return
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(found)
+
+        def run() -> None:
+            found, error = None, None
+            try:
+                found = function()
+            except Exception as problem:  # it is the request's, and ends nothing else
+                error = _problem_of(problem)
+            with suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(settle, found, error)
+
+        self._waiting += 1
+        try:
+            self.engine.call(run)
+            return await future
+        finally:
+            self._waiting -= 1
+
+    # These run in the engine's thread.
+
+    def _look(self, ids: list[int]) -> Inside:
+        """A forward pass of a text with zeros behind it, which no token before them sees.
+
+        So there are few lengths, for which kernels are made. That of the last text is kept.
+        """
+        held = self._inside
+        if held is None or self._length != len(ids) or held.ids[: len(ids)] != ids:
+            self._inside, size = None, _ONCE
+            while size < len(ids):
+                size *= 2
+            size = min(size, self.writer.model.config.block_size)
+            self._inside = held = look(self.writer.model, ids + [0] * (size - len(ids)))
+            self._length = len(ids)
+        return held
+
+    def _tokens(self, ids: list[int], asked: Mapping[str, Any]) -> dict[str, Any]:
+        inside = self._look(ids)
+        found = predictions(replace(inside, ids=ids, logits=inside.logits[: len(ids)]))
+        return {
+            "tokens": [
+                {
+                    **self._token(token),
+                    "loss": _number(found.loss[i]),
+                    "rank": int(found.rank[i]) or None,
+                    "entropy": _number(found.entropy[i]),
+                    "likeliest": [
+                        {**self._token(other), "probability": float(p)}
+                        for other, p in zip(found.likeliest[i], found.probability[i], strict=True)
+                        if i
+                    ],
+                }
+                for i, token in enumerate(ids)
+            ]
+        }
+
+    def _attention(self, ids: list[int], asked: Mapping[str, Any]) -> dict[str, Any]:
+        T, config = len(ids), self.writer.model.config
+        block, head = asked["block"], asked["head"]
+        if (block is None) != (head is None):
+            missing = "head" if head is None else "block"
+            raise Problem(400, f"{missing} is missing: give block and head, or neither", missing)
+        for name, value, size in (("block", block, config.n_layer), ("head", head, config.n_head)):
+            if value is not None and value >= size:
+                raise Problem(400, f"{name} is {value}: it must be from 0 to {size - 1}", name)
+        attention = self._look(ids).attention[:, :, :T, :T]
+        if self._scores is None:
+            self._scores = head_scores(self.writer.model)
+        scores = self._scores
+        wide = entropies(attention) if T > 1 else np.full(attention.shape[:2], np.nan)
+        kinds = {name: getattr(scores, name) for name in _KINDS}
+        heads = [
+            {
+                "block": i,
+                "head": h,
+                **{name: float(kind[i, h]) for name, kind in kinds.items()},
+                "entropy": _number(wide[i, h]),
+            }
+            for i, h in np.ndindex(wide.shape)
+        ]
+        weights = None
+        if block is not None:
+            weights = [
+                [round(float(each), 6) for each in row[: i + 1]]
+                for i, row in enumerate(attention[block, head])
+            ]
+        return {"heads": heads, "chance": scores.chance, "weights": weights}
+
+    def _lens(self, ids: list[int], asked: Mapping[str, Any]) -> dict[str, Any]:
+        index, inside = self._index(ids, asked), self._look(ids)
+        part = slice(index, index + 1)
+        one = replace(
+            inside,
+            ids=[ids[index]],
+            residuals=inside.residuals[:, part],
+            logits=inside.logits[part],
+        )
+        found = lens(self.writer.model, one)
+        return {
+            "index": index,
+            "places": [
+                {
+                    "place": place,
+                    **self._token(found.likeliest[i, 0]),
+                    "probability": float(found.probability[i, 0]),
+                    "rank": int(found.rank[i, 0]),
+                    "divergence": float(found.divergence[i, 0]),
+                }
+                for i, place in enumerate(found.places)
+            ],
+        }
+
+    def _attribute(self, ids: list[int], asked: Mapping[str, Any]) -> dict[str, Any]:
+        index, token, against = self._index(ids, asked), asked["token"], asked["against"]
+        for name in ("token", "against"):
+            if asked[name] is not None:
+                self._check_id(name, asked[name])
+        inside = self._look(ids)
+        if token is None:
+            token = int(inside.logits[index].argmax())
+        found = attribute(self.writer.model, inside, token, against, index)
+        return {
+            "index": index,
+            "token": self._token(token),
+            "against": None if against is None else self._token(against),
+            "logit": found.logit,
+            "sum": float(found.values.sum()),
+            "parts": [
+                {"part": name, "logit": float(value)}
+                for name, value in zip(found.components, found.values, strict=True)
+            ],
+        }
+
+    def _index(self, ids: list[int], asked: Mapping[str, Any]) -> int:
+        last, index = len(ids) - 1, asked["index"]
+        if index is not None and index > last:
+            raise Problem(400, f"index is {index}: the text's tokens are 0 to {last}", "index")
+        return last if index is None else index
+
+    def _token(self, token: int) -> dict[str, Any]:
+        return {"id": int(token), "text": token_text(self.writer.tokenizer, int(token))}
+
+
+_KINDS = ("previous", "first", "duplicate", "induction")
+
+
+class Continuation(Completion):
+    """A text token by token, with what else might have come before and after the settings."""
+
+    def __init__(self, body: Any, studies: Studies, limits: Limits) -> None:
+        """
+        Raises:
+            Problem: for what cannot be answered.
+        """
+        asked = read_fields(body, STUDIES[CONTINUE])
+        own = {name: value for name, value in asked.items() if name in COMPLETION}
+        top = asked["top"]
+        super().__init__(
+            {**own, "logprobs": top, "stream": True}, studies.writer, studies.name, limits
+        )
+        heads, blocks = asked["heads"] or [], asked["blocks"] or []
+        config = studies.writer.model.config
+        try:
+            check_parts((config.n_layer, config.n_head), heads, blocks)
+        except InputError as error:
+            raise Problem(400, str(error), str(error).split()[0]) from error
+        self.engine: Any = studies.engine
+        if heads or blocks:
+            self.engine = studies.reduced.without([(i, h) for i, h in heads], blocks)
+
+    async def events_of(self, engine: Any) -> AsyncGenerator[dict[str, Any]]:
+        """An event for each token, and one for the end."""
+        async with aclosing(self.pieces(self.engine)) as pieces:
+            written = not self.asked["echo"]
+            if not written:
+                yield {"prompt": self.prompts[0].ids}
+            async for choice, piece in pieces:
+                for token in piece.tokens if written else piece.tokens[: self._prompt_length]:
+                    yield self._event(token, prompt=not written)
+                if not written:
+                    for token in piece.tokens[self._prompt_length :]:
+                        yield self._event(token)
+                    written = True
+                if choice.finish:
+                    yield {"finish": choice.finish, "usage": self.usage}
+
+    @property
+    def _prompt_length(self) -> int:
+        prompt = self.prompts[0]
+        return len(prompt.ids) if prompt.shown else 0
+
+    def _event(self, token: Token, prompt: bool = False) -> dict[str, Any]:
+        tokenizer, greedy = self.writer.tokenizer, self.settings.greedy and not prompt
+        return {
+            "id": token.token,
+            "text": token_text(tokenizer, token.token),
+            "echo": prompt,
+            "logprob": token.logprob,
+            "likely": [
+                {"id": each.token, "text": token_text(tokenizer, each.token),
+                 "logprob": each.logprob,
+                 "kept": float(each.token == token.token) if greedy else each.kept}
+                for each in token.top
+            ],
+        }  # fmt: skip
+
+
+def _problem_of(error: Exception) -> Problem:
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, InputError):
+        text = str(error)
+        return Problem(500, text, code="not_numbers") if text == NOT_NUMBERS else Problem(400, text)
+    return Problem(500, "the model failed on this text", code="engine_error")
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
