@@ -12,10 +12,11 @@ from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 import numpy as np
+from tinygrad.nn.state import get_state_dict
 
 from tinygpt.errors import InputError, check_int, show
 from tinygpt.logprobs import Token
-from tinygpt.model import NOT_NUMBERS
+from tinygpt.model import DTYPES, NOT_NUMBERS
 from tinygpt.server.choice import token_text
 from tinygpt.server.completions import Completion, Limits, ending
 from tinygpt.server.engine import Engine
@@ -32,7 +33,7 @@ from tinygpt.writer import Writer
 
 _Found = TypeVar("_Found")
 _ONCE = 64  # the least tokens that are looked at: kernels are made for this, and twice as many, ...
-_MOST_LIKELY = 20
+_DRAWS = 8
 
 
 def _prompt(name: str, value: Any) -> None:
@@ -117,7 +118,8 @@ class Studies:
         self.reduced = Reduced(engine)
         self._inside: Inside | None = None  # of the last text; padded, see `_look`
         self._length = 0  # of that text
-        self._scores: HeadScores | None = None
+        self._scores: list[HeadScores] = []  # one for each draw
+        self._random = np.random.default_rng(0)
         self._waiting = 0
 
     async def answer(self, path: str, body: Any) -> dict[str, Any]:
@@ -134,6 +136,9 @@ class Studies:
             "/study/lens": self._lens,
             "/study/attribute": self._attribute,
         }
+        if path == "/study/attention" and asked["block"] is None:
+            for _ in range(_DRAWS - len(self._scores)):
+                await self._between_steps(self._score)
         return await self._between_steps(lambda: handlers[path](ids, asked))
 
     def about(self) -> dict[str, Any]:
@@ -143,6 +148,8 @@ class Studies:
             "id": self.name,
             "config": asdict(model.config),
             "parameters": model.config.parameter_count,
+            "dtype": next(name for name, kind in DTYPES.items() if kind == model.wte.weight.dtype),
+            "bytes": sum(part.nbytes() for part in get_state_dict(model).values()),
             "tokenizer": tokenizer.name,
             "sampling": self.writer.sampling,
         }
@@ -251,27 +258,27 @@ class Studies:
             if value is not None and value >= size:
                 raise Problem(400, f"{name} is {value}: it must be from 0 to {size - 1}", name)
         attention = self._look(ids).attention[:, :, :T, :T]
-        if self._scores is None:
-            self._scores = head_scores(self.writer.model)
-        scores = self._scores
+        if block is not None:
+            rows = attention[block, head]
+            weights = [[round(float(w), 6) for w in row[: i + 1]] for i, row in enumerate(rows)]
+            return {"block": block, "head": head, "weights": weights}
         wide = entropies(attention) if T > 1 else np.full(attention.shape[:2], np.nan)
-        kinds = {name: getattr(scores, name) for name in _KINDS}
         heads = [
             {
                 "block": i,
                 "head": h,
-                **{name: float(kind[i, h]) for name, kind in kinds.items()},
+                **{kind: float(np.mean([getattr(s, kind)[i, h] for s in self._scores]))
+                   for kind in _KINDS},
                 "entropy": _number(wide[i, h]),
             }
             for i, h in np.ndindex(wide.shape)
-        ]
-        weights = None
-        if block is not None:
-            weights = [
-                [round(float(each), 6) for each in row[: i + 1]]
-                for i, row in enumerate(attention[block, head])
-            ]
-        return {"heads": heads, "chance": scores.chance, "weights": weights}
+        ]  # fmt: skip
+        return {"heads": heads, "chance": self._scores[0].chance}
+
+    def _score(self) -> None:
+        """One more draw of the heads' scores: as `head_scores` itself, but one at a time."""
+        if len(self._scores) < _DRAWS:
+            self._scores += [head_scores(self.writer.model, 1, self._random)]
 
     def _lens(self, ids: list[int], asked: Mapping[str, Any]) -> dict[str, Any]:
         index, inside = self._index(ids, asked), self._look(ids)
