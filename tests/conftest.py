@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from prepared import TEXT
+from serving import Running, model_to_serve, serving
 from tinygrad import Device, Tensor
 from tinygrad.helpers import NOOPT, Context
 from tinygrad.nn.state import get_state_dict
@@ -109,6 +110,18 @@ def model() -> GPT:
 @pytest.fixture(scope="session")
 def generator(model: GPT) -> Generator:
     return Generator(model, chunk_size=4)
+
+
+@pytest.fixture(scope="session")
+def served_model() -> GPT:
+    return model_to_serve()
+
+
+@pytest.fixture(scope="package")
+def running(served_model) -> Iterator[Running]:
+    """A server of a small model."""
+    with serving(served_model) as found:
+        yield found
 
 
 @pytest.fixture

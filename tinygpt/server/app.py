@@ -6,9 +6,11 @@ import asyncio
 import hmac
 import json
 import time
+import traceback
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
@@ -23,6 +25,7 @@ from tinygpt.server.completions import Completion, Limits, ending
 from tinygpt.server.engine import Engine
 from tinygpt.server.fields import Field, read_fields
 from tinygpt.server.metrics import Metrics
+from tinygpt.server.openapi import openapi
 from tinygpt.server.page import page_routes
 from tinygpt.server.problems import Problem
 from tinygpt.server.read_json import read_json
@@ -69,6 +72,7 @@ class Server:
             Route("/tokenize", self.tokenize, methods=["POST"]),
             Route("/detokenize", self.detokenize, methods=["POST"]),
             Route("/tokenizer_info", self.tokenizer_info),
+            Route("/openapi.json", self.openapi),
             *(Route(path, self.study, methods=["POST"]) for path in STUDIES if path != CONTINUE),
             Route(CONTINUE, self.continued, methods=["POST"]),
             Route("/study/model", self.about),
@@ -78,7 +82,9 @@ class Server:
             Problem: lambda request, problem: answer(problem),
             HTTPException: lambda request, error: answer(_of_starlette(request, error)),
         }
-        return Guard(Starlette(routes=routes, exception_handlers=handlers), self)
+        app = Starlette(routes=routes, exception_handlers=handlers)
+        app.router.redirect_slashes = False
+        return Guard(app, self)
 
     async def health(self, request: Request) -> Response:
         """200 as soon as texts can be continued."""
@@ -123,19 +129,23 @@ class Server:
 
     async def tokenize(self, request: Request) -> Response:
         """A text's ids."""
-        asked = await self.asked(request, {"prompt": TEXT, "model": TEXT})
+        asked = await self.asked(request, FIELDS["/tokenize"])
         ids = self.writer.tokenizer.encode(asked["prompt"] or "") if asked["prompt"] else []
         config = self.writer.model.config
         return JSONResponse({"count": len(ids), "max_model_len": config.block_size, "tokens": ids})
 
     async def detokenize(self, request: Request) -> Response:
         """The text of ids."""
-        asked = await self.asked(request, {"tokens": IDS, "model": TEXT})
+        asked = await self.asked(request, FIELDS["/detokenize"])
         most = self.writer.model.config.vocab_size - 1
         for token in (ids := asked["tokens"] or []):
             if not 0 <= token <= most:
                 raise Problem(400, f"tokens has the id {token}: ids are 0 to {most}", "tokens")
         return JSONResponse({"prompt": self.writer.tokenizer.decode(ids)})
+
+    async def openapi(self, request: Request) -> Response:
+        """All of this in words of OpenAPI."""
+        return JSONResponse(openapi({**FIELDS, **STUDIES}, self.access.api_key is not None))
 
     async def tokenizer_info(self, request: Request) -> Response:
         """What clients that count tokens want to know."""
@@ -267,6 +277,11 @@ def _is_ids(name: str, value: Any) -> None:
 TEXT = Field(_is_text, {"type": "string"})
 IDS = Field(_is_ids, {"type": "array", "items": {"type": "integer", "minimum": 0}})
 
+FIELDS: dict[str, dict[str, Field]] = {
+    "/tokenize": {"prompt": TEXT, "model": TEXT},
+    "/detokenize": {"tokens": IDS, "model": TEXT},
+}
+
 
 async def body_of(request: Request) -> Any:
     """The JSON of a request's body.
@@ -343,7 +358,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status = time.perf_counter(), 500
+        began, status = time.perf_counter(), 0
         request = Request(scope)
         cors = self._cors(request)
 
@@ -362,9 +377,13 @@ class Guard:
                 await PlainTextResponse("", 204)(scope, receive, sending)
             else:
                 await self.app(scope, receive, sending)
-        except TimeoutError:
-            status = 499
-            raise
+        except Exception as error:  # of a client that does not read, or of ours
+            last = traceback.extract_tb(error.__traceback__)[-1]  # which has nobody's prompt
+            where = f"{type(error).__name__} in {Path(last.filename).name}, line {last.lineno}"
+            say(f"error: {request.method} {request.url.path[:100]}: {where}")
+            if status:
+                raise
+            await answer(Problem(500, "the server failed on this request"))(scope, receive, sending)
         finally:
             self._count(request, status, time.perf_counter() - began)
 

@@ -11,6 +11,8 @@ from tinygpt.logprobs import Token
 from tinygpt.tokenizer.text_stream import TextStream
 from tinygpt.tokenizer.tokenizer import Tokenizer
 
+_BROKEN = "\ufffd"  # what stands for bytes that are no character
+
 
 @dataclass
 class Piece:
@@ -38,8 +40,7 @@ class Choice:
         self.finish: str | None = None  # "stop" or "length", at the end
         self._tokenizer = tokenizer
         self._stream = TextStream(tokenizer, stop)
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._decoded = 0  # characters of the text, whether shown or held back
+        self._places, self._echoed = _Places(tokenizer), 0
         self._shown = 0  # characters that were sent
         self._held: list[tuple[int, Token]] = []  # tokens that were not sent, with their offsets
 
@@ -52,12 +53,9 @@ class Choice:
             scores: of all of them but the first.
         """
         tokens = [Token(each) for each in ids[:1]] + list(scores)
-        decoder, offsets, place = codecs.getincrementaldecoder("utf-8")("replace"), [], 0
-        for token in tokens:
-            offsets.append(place)
-            place += len(decoder.decode(self._tokenizer.token_bytes(token.token)))
-        self._decoded = self._shown = len(text)
-        return Piece(text, tokens, offsets)
+        places = _Places(self._tokenizer)
+        self._echoed = self._shown = len(text)
+        return Piece(text, tokens, [places.of(token.token) for token in tokens])
 
     @property
     def stopped(self) -> bool:
@@ -66,8 +64,7 @@ class Choice:
 
     def add(self, token: Token) -> Piece:
         """What one more token lets be sent."""
-        self._held.append((self._decoded, token))
-        self._decoded += len(self._decoder.decode(self._tokenizer.token_bytes(token.token)))
+        self._held.append((self._echoed + self._places.of(token.token), token))
         piece = self._shows(self._stream.add(token.token))
         if self.stopped:
             self.finish, self._held = "stop", []
@@ -85,6 +82,24 @@ class Choice:
         count = sum(everything or offset < self._shown for offset, _ in self._held)
         sent, self._held = self._held[:count], self._held[count:]
         return Piece(text, [token for _, token in sent], [offset for offset, _ in sent])
+
+
+class _Places:
+    """Where in a text each of its tokens begins, in characters."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._count = 0
+
+    def of(self, token: int) -> int:
+        """The place of the next token; of one within a character, that of the character."""
+        raw, begun = self._tokenizer.token_bytes(token), self._decoder.getstate()[0]
+        text = self._decoder.decode(raw)
+        # A character that was begun and is not gone on with has a place before the token.
+        broken = begun and text[:1] == _BROKEN and not (begun + raw).startswith(_BROKEN.encode())
+        place, self._count = self._count + bool(broken), self._count + len(text)
+        return place
 
 
 def logprobs_of(piece: Piece, tokenizer: Tokenizer) -> dict[str, Any]:

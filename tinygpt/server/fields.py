@@ -45,9 +45,8 @@ def _text(name: str, value: Any) -> None:
 
 def _prompt(name: str, value: Any) -> None:
     """A text, texts, ids, or rows of ids."""
-    rows = value if isinstance(value, list) else [value]
-    kinds = {_kind(each) for each in rows}
-    if not rows or len(kinds) != 1 or None in kinds:
+    kinds = {_kind(each) for each in value} if isinstance(value, list) else {None}
+    if not isinstance(value, str) and (len(kinds) != 1 or None in kinds):
         raise InputError(
             f"{name} is {show(value)}: it must be a text, a list of texts, a list of ids, or a "
             "list of lists of ids, none of them empty"

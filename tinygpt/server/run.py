@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import socket
 from types import ModuleType
+from typing import Any
 
 from tinygpt.commands.interrupts import asking
 from tinygpt.server.app import Server
 from tinygpt.server.protocol import Protocol
+
+
+def prepare(uvicorn: ModuleType, server: Server) -> Any:
+    """A `uvicorn.Server` for the application, which says nothing of its own."""
+    config = uvicorn.Config(
+        server.app(), http=Protocol, loop="asyncio", lifespan="off", ws="none", log_config=None,
+        access_log=False, server_header=False, timeout_keep_alive=30, backlog=2048,
+    )  # fmt: skip
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+    return uvicorn.Server(config)
 
 
 def serve(uvicorn: ModuleType, server: Server, listener: socket.socket) -> None:
@@ -18,12 +28,7 @@ def serve(uvicorn: ModuleType, server: Server, listener: socket.socket) -> None:
 
     A second signal ends at once.
     """
-    config = uvicorn.Config(
-        server.app(), http=Protocol, loop="asyncio", lifespan="off", ws="none", log_config=None,
-        access_log=False, server_header=False, timeout_keep_alive=30, backlog=2048,
-    )  # fmt: skip
-    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
-    running = uvicorn.Server(config)
+    running = prepare(uvicorn, server)
 
     async def run() -> None:
         loop = asyncio.get_running_loop()
@@ -35,7 +40,7 @@ def serve(uvicorn: ModuleType, server: Server, listener: socket.socket) -> None:
 
         for number in asking():
             loop.add_signal_handler(number, end)
+        # `serve` would take the signals for itself, and end by them once it is done.
         await running._serve([listener])
 
     asyncio.run(run())
-    signal.set_wakeup_fd(-1)

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import builtins
+import http.client
+import json
+import re
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+
+import pytest
+from conftest import save_with_bytes
+from program import is_refused, start
+from serving import model_to_serve
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    pytest.importorskip("uvicorn", reason="needs the extra serve")
+    path = tmp_path_factory.mktemp("served") / "tiny"
+    save_with_bytes(model_to_serve(4096), path)  # long texts, so that signals come amid them
+    return path
+
+
+@pytest.fixture
+def program(folder):
+    """The program as it is started, and where it listens."""
+    process = start("serve", folder, "--port", "0", "--slots", "1", "--queue", "4")
+    lines = []
+    while not lines or "listening" not in lines[-1]:
+        lines.append(process.stderr.readline().decode())
+        assert lines[-1], lines
+    port = int(re.search(r"http://127.0.0.1:(\d+)", lines[-1])[1])
+    with process:
+        yield process, port
+        process.kill()
+
+
+@contextmanager
+def asking(port: int, path: str, **body) -> Iterator[http.client.HTTPResponse]:
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=120)) as connection:
+        connection.request("POST" if body else "GET", path, json.dumps(body) if body else None)
+        yield connection.getresponse()
+
+
+def ask(port: int, path: str = "/v1/completions", **body) -> tuple[int, bytes]:
+    with asking(port, path, **body) as answer:
+        return answer.status, answer.read()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_what_runs_finish_and_refuses_what_waits(program, number):
+    process, port = program
+    asked = {"prompt": "ab", "max_tokens": 4000, "stream": True, "temperature": 0}
+    with asking(port, "/v1/completions", **asked) as running, ThreadPoolExecutor() as pool:
+        running.readline()
+        waiting = pool.submit(ask, port, prompt="c", max_tokens=9)
+        while b"tinygpt_queue_length 1" not in (text := ask(port, "/metrics")[1]):
+            assert b"tinygpt_slots_busy 1" in text, "the text had ended before"
+        process.send_signal(number)
+        text = running.read()
+        assert text.endswith(b"data: [DONE]\n\n")
+        assert b'"finish_reason":"length"' in text
+        status, answer = waiting.result()
+    assert (status, json.loads(answer)["error"]["code"]) == (503, "draining")
+    assert process.wait(60) == 0
+    assert "Traceback" not in process.stderr.read().decode()
+
+
+def test_what_is_printed_has_no_prompts(program):
+    process, port = program
+    ask(port, prompt="Open Sesame", max_tokens=2)
+    ask(port, prompt="Open Sesame", max_tokens=2, suffix="x")
+    process.terminate()
+    process.wait(60)
+    told = process.stderr.read().decode()
+    assert "POST /v1/completions 200" in told
+    assert "Sesame" not in told
+    assert process.stdout.read() == b""
+
+
+def test_a_port_that_is_taken_is_told(cli):
+    pytest.importorskip("uvicorn", reason="needs the extra serve")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        refused = cli("serve", "--port", port)
+    assert is_refused(refused, f"cannot listen on 127.0.0.1, port {port}: address already in use")
+    assert is_refused(cli("serve", "--host", "no.such.host.invalid"), "--host no.such.host.invalid")
+    assert is_refused(cli("serve", "--host", "192.0.2.1"), "cannot assign requested address")
+
+
+def test_bad_flags_are_told(cli):
+    for argument, words in (
+        (("--port", "70000"), "--port is 70000"),
+        (("--slots", "0"), "--slots is 0"),
+        (("--queue", "-1"), "--queue is -1"),
+        (("--timeout", "0"), "--timeout is 0"),
+        (("--max-tokens", "0"), "--max-tokens is 0"),
+        (("--cors", ""), "--cors is empty"),
+        (("--slot", "1"), "did you mean --slots?"),
+    ):
+        assert is_refused(cli("serve", *argument), words)
+
+
+def test_what_is_missing_is_named(cli, monkeypatch):
+    usual = builtins.__import__
+
+    def without(name, *rest):
+        if name.partition(".")[0] in ("uvicorn", "starlette"):
+            raise ImportError(name)
+        return usual(name, *rest)
+
+    for name in [
+        name for name in sys.modules if name.partition(".")[0] in ("uvicorn", "starlette")
+    ]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert is_refused(cli("serve"), "pip install 'tinygpt[serve]'")

@@ -1,0 +1,294 @@
+from __future__ import annotations
+
+import json
+import random
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import reference_of
+from serving import serving
+from tinygrad.engine.realize import runtime_cache
+
+from tinygpt import Generator, load_tokenizer
+from tinygpt.logprobs import Token
+from tinygpt.server.choice import Choice, logprobs_of
+
+BYTES = load_tokenizer("bytes")
+TEXTS = ["Once upon a time", "", "é", "a\n\n", "<|endoftext|>", "人", "x" * 60]
+
+
+def greedy(**more):
+    return {"temperature": 0, "max_tokens": 12, "prompt": "Once upon", **more}
+
+
+def random_request(draw: random.Random) -> dict:
+    """Any of what can be asked for, but for what is sent back at once."""
+    beginning = draw.choice(["The King had three sons", "Once upon a time there was "])
+    asked = {
+        "prompt": beginning[: draw.randint(1, 30)] + draw.choice(TEXTS),
+        "max_tokens": draw.randint(1, 30),
+        "seed": draw.randrange(1000),
+        "temperature": draw.choice([0, 1, 1, 0.7]),
+    }
+    for name, values in (
+        ("n", [1, 2, 3]),
+        ("logprobs", [0, 1, 5]),
+        ("top_k", [5, 40]),
+        ("top_p", [0.5, 0.9]),
+        ("min_p", [0.05]),
+        ("presence_penalty", [0.5, -1]),
+        ("frequency_penalty", [0.7]),
+        ("repetition_penalty", [1.3]),
+        ("logit_bias", [{"5": 3.0, "70": -100}]),
+        ("echo", [True]),
+        ("stop", [["e"], ["a", "th"]]),
+    ):
+        if draw.random() < 0.3:
+            asked[name] = draw.choice(values)
+    return asked
+
+
+def comparable(answer: dict) -> list:
+    """What must not hang on what else runs; log-probabilities may by their rounding."""
+    found = []
+    for choice in sorted(answer["choices"], key=lambda choice: choice["index"]):
+        logprobs = choice["logprobs"] or {}
+        found.append(
+            (choice["text"], choice["finish_reason"], logprobs.get("tokens"),
+             logprobs.get("text_offset"))
+        )  # fmt: skip
+    return [*found, answer["usage"]]
+
+
+def join(events: list[dict]) -> dict:
+    """One answer of the events of a stream."""
+    choices: dict[int, dict] = {}
+    for event in events[:-1]:
+        for each in event["choices"]:
+            whole = choices.setdefault(each["index"], {**each, "text": "", "logprobs": None})
+            whole["text"] += each["text"]
+            whole["finish_reason"] = each["finish_reason"]
+            if each["logprobs"]:
+                old = whole["logprobs"] or {name: [] for name in each["logprobs"]}
+                whole["logprobs"] = {k: old[k] + v for k, v in each["logprobs"].items()}
+    assert events[-1]["choices"] == []
+    return {"choices": list(choices.values()), "usage": events[-1]["usage"]}
+
+
+def hold_equal(running, count: int, clients: int) -> None:
+    """Requests alone on one slot, among many, streamed, and once more."""
+    draw = random.Random(0)
+    requests = [random_request(draw) for _ in range(count)]
+    alone = [comparable(running.complete(**each)) for each in requests]
+    with ThreadPoolExecutor(clients) as pool:
+        among = list(pool.map(lambda each: comparable(running.complete(**each)), requests))
+    options = {"stream_options": {"include_usage": True}}
+    streamed = [comparable(join(running.stream(**each, **options))) for each in requests]
+    assert among == alone
+    assert streamed == alone
+
+
+def test_a_text_is_the_same_alone_among_others_and_streamed(running):
+    built = len(runtime_cache), running.engine.slots.step_count
+    hold_equal(running, 25, 8)
+    assert (len(runtime_cache), running.engine.slots.step_count) == built
+
+
+@pytest.mark.slow
+def test_two_hundred_texts_are_the_same_under_32_clients_on_16_slots(served_model):
+    with serving(served_model, slots=16, queue=200) as many:
+        hold_equal(many, 200, 32)
+
+
+def test_a_seed_writes_what_it_writes_elsewhere(running, served_model):
+    settings = {"temperature": 0.8, "top_k": 30}
+    answer = running.complete(prompt="Once upon", max_tokens=20, seed=5, n=2, **settings)
+    for choice in answer["choices"]:
+        ids = list(
+            Generator(served_model).generate(
+                BYTES.encode("Once upon"), 20, 5 + choice["index"], BYTES.ends, **settings
+            )
+        )
+        assert choice["text"] == BYTES.decode(ids)
+
+
+def test_prompts_of_any_form_are_answered_in_their_order(running):
+    ids = BYTES.encode("Once upon")
+    one = running.complete(**greedy())["choices"][0]["text"]
+    for prompt in ("Once upon", ids, ["Once upon"], [ids]):
+        answer = running.complete(**greedy(prompt=prompt))
+        assert [choice["text"] for choice in answer["choices"]] == [one]
+        assert answer["usage"] == {
+            "prompt_tokens": 9, "completion_tokens": 12, "total_tokens": 21,
+        }  # fmt: skip
+    prompts = ["A", "Once upon", "A much longer one " * 3]
+    answer = running.complete(**greedy(prompt=prompts, n=2, temperature=1, seed=3))
+    assert [choice["index"] for choice in answer["choices"]] == list(range(6))
+    assert answer["usage"]["prompt_tokens"] == sum(map(len, prompts))
+    for number, prompt in enumerate(prompts):
+        alone = running.complete(**greedy(prompt=prompt, n=2, temperature=1, seed=3))
+        texts = [choice["text"] for choice in answer["choices"][2 * number :][:2]]
+        assert texts == [choice["text"] for choice in alone["choices"]]
+
+
+def test_log_probabilities_are_the_models(running, served_model):
+    """Of the prompt too, where it is echoed; the token itself is always among them."""
+    answer = running.complete(**greedy(echo=True, logprobs=3, temperature=1, seed=1))
+    found = answer["choices"][0]["logprobs"]
+    ids = BYTES.encode("Once upon")
+    for name in found["tokens"][9:]:
+        ids.append(int(name[-2:], 16) if name.startswith("bytes:") else BYTES.encode(name)[0])
+    logits = reference_of(served_model).row(ids)
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    assert len(found["tokens"]) == 21
+    assert found["token_logprobs"][0] is None is found["top_logprobs"][0]
+    for place in range(1, 21):
+        expected = logprobs[place - 1]
+        got = found["token_logprobs"][place]
+        assert got == pytest.approx(expected[ids[place]], abs=1e-4)
+        top = found["top_logprobs"][place]
+        assert top[found["tokens"][place]] == got
+        assert len(top) in (3, 4)
+        best = sorted(top.values())[::-1][:3]
+        np.testing.assert_allclose(best, np.sort(expected)[::-1][:3], atol=1e-4)
+
+
+def test_zero_log_probabilities_are_a_request(running):
+    found = running.complete(**greedy(logprobs=0))["choices"][0]["logprobs"]
+    assert [len(top) for top in found["top_logprobs"]] == [1] * 12
+    assert running.complete(**greedy())["choices"][0]["logprobs"] is None
+
+
+def test_echo_alone_is_the_prompt_with_what_it_cost(running):
+    for prompt in ("Once upon", "é人", BYTES.encode("Once")):
+        text = prompt if isinstance(prompt, str) else BYTES.decode(prompt)
+        answer = running.complete(prompt=prompt, max_tokens=0, echo=True, logprobs=1)
+        (choice,) = answer["choices"]
+        assert (choice["text"], choice["finish_reason"]) == (text, "length")
+        assert len(choice["logprobs"]["tokens"]) == len(BYTES.encode(text))
+        assert answer["usage"]["completion_tokens"] == 0
+        bare = running.complete(prompt=prompt, max_tokens=0, echo=True)["choices"][0]
+        assert (bare["text"], bare["logprobs"]) == (text, None)
+    assert running.complete(prompt="a", max_tokens=0)["choices"][0]["text"] == ""
+
+
+def test_the_best_of_several_are_those_likeliest_a_token(running):
+    asked = {"prompt": "Once", "max_tokens": 6, "seed": 9, "logprobs": 0}
+    all_of_them = running.complete(**asked, n=5)["choices"]
+    means = [np.mean(choice["logprobs"]["token_logprobs"]) for choice in all_of_them]
+    order = np.argsort(means)[::-1][:2]
+    best = running.complete(**asked, n=2, best_of=5)
+    assert [choice["text"] for choice in best["choices"]] == [all_of_them[i]["text"] for i in order]
+    assert best["usage"]["completion_tokens"] == 30
+
+
+def pieces_of(texts: list[bytes], stop: list[str], finish: str = "length"):
+    """What a choice shows of tokens with these bytes, token by token, and at the end."""
+    tokenizer = SimpleNamespace(token_bytes=lambda token: texts[token])
+    choice, shown = Choice(tokenizer, stop, 0), []
+    for token in range(len(texts)):
+        shown.append(choice.add(Token(token, -1.0)))
+        if choice.stopped:
+            return choice, shown, tokenizer
+    shown.append(choice.end(finish))
+    return choice, shown, tokenizer
+
+
+@pytest.mark.parametrize(
+    ("texts", "stop", "expected", "finish", "tokens"),
+    [
+        ([b"a", b"\xe4\xba", b"\xba", b"b"], [], "a人b", "length", 4),
+        ([b"a", b"\xe4\xba"], [], "a\ufffd", "length", 2),  # an invalid tail
+        ([b"ab", b"ST", b"OP", b"c"], ["STOP"], "ab", "stop", 1),
+        ([b"ab", b"ST", b"OX", b"c"], ["STOP"], "abSTOXc", "length", 4),  # begun, not finished
+        ([b"ab", b"ST"], ["STOP"], "abST", "length", 2),
+        ([b"aa", b"b", b"ab"], ["aab"], "", "stop", 0),
+        ([b"a", b"a", b"a", b"b"], ["aab", "ab"], "a", "stop", 1),  # overlapping
+        ([b"xay", b"bz"], ["yb"], "xa", "stop", 1),  # the token is cut, but has begun before
+        ([b"a", b"\xc3", b"\xa9", b"z"], ["\xe9"], "a", "stop", 1),
+    ],
+)
+def test_a_piece_splits_no_character_and_shows_nothing_of_a_stop_text(
+    texts, stop, expected, finish, tokens
+):
+    choice, shown, tokenizer = pieces_of(texts, stop)
+    assert "".join(piece.text for piece in shown) == expected
+    assert choice.finish == finish
+    rows = [row for piece in shown for row in logprobs_of(piece, tokenizer)["text_offset"]]
+    assert len(rows) == tokens
+    whole = b"".join(texts).decode(errors="replace")
+    begun = [len(b"".join(texts[:i]).decode(errors="ignore")) for i in range(len(texts))]
+    assert rows == begun[:tokens]
+    assert whole.startswith(expected)
+
+
+def test_offsets_count_the_characters_of_the_text_that_is_given(running):
+    for echo in (False, True):
+        for stream in (False, True):
+            asked = greedy(
+                prompt="人é", echo=echo, logprobs=0, max_tokens=20, temperature=1, seed=4
+            )
+            if stream:
+                options = {"stream_options": {"include_usage": True}}
+                (choice,) = join(running.stream(**asked, **options))["choices"]
+            else:
+                (choice,) = running.complete(**asked)["choices"]
+            found = choice["logprobs"]
+            assert found["text_offset"] == sorted(found["text_offset"])
+            assert choice["text"].startswith("人é") == echo
+            for name, offset in zip(found["tokens"], found["text_offset"], strict=True):
+                if not name.startswith("bytes:"):
+                    assert choice["text"][offset:].startswith(name)
+
+
+def test_a_stop_text_ends_the_text_before_it(running):
+    whole = running.complete(**greedy(max_tokens=40))["choices"][0]["text"]
+    stop = whole[7:9]
+    for stops in (stop, [stop], ["never to be seen", stop]):
+        (choice,) = running.complete(**greedy(max_tokens=40, stop=stops))["choices"]
+        assert choice["text"] == whole[: whole.index(stop)]
+        assert choice["finish_reason"] == "stop"
+
+
+def test_an_end_token_ends_the_text(running):
+    forced = greedy(logit_bias={"256": 100})
+    answer = running.complete(**forced)
+    (choice,) = answer["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("", "stop")
+    assert answer["usage"]["completion_tokens"] == 1
+
+
+def test_the_events_of_a_stream_are_as_clients_read_them(running):
+    events = running.stream(**greedy(), stream_options={"include_usage": True})
+    whole = running.complete(**greedy())
+    assert {event["object"] for event in events} == {"text_completion"}
+    assert len({event["id"] for event in events}) == 1
+    assert all(event["usage"] is None for event in events[:-1])
+    assert events[-1]["usage"] == whole["usage"]
+    assert "usage" not in running.stream(**greedy())[0]
+    ends = [choice["finish_reason"] for event in events for choice in event["choices"]]
+    assert ends == [None] * (len(ends) - 1) + ["length"]
+
+
+def test_a_text_past_the_window_is_refused_unless_it_may_be_cut(running):
+    long = "".join(chr(97 + i % 26) for i in range(140))
+    for asked in ({"prompt": long}, {"prompt": "a", "max_tokens": 128}):
+        status, _, answer = running.ask("/v1/completions", asked)
+        assert status == 400
+        assert answer["error"]["code"] == "context_length_exceeded"
+        assert "window of 128" in answer["error"]["message"]
+        assert str(asked.get("max_tokens", 16)) in answer["error"]["message"]
+    cut = running.complete(prompt=long, truncate_prompt=True, temperature=0)
+    same = running.complete(prompt=long[-112:], temperature=0)
+    assert cut["choices"] == same["choices"]
+    assert running.complete(prompt=long[:112], temperature=0)["usage"]["total_tokens"] == 128
+
+
+def test_bodies_say_what_json_says(running):
+    """Whole numbers that are written as such, and text in any of its spellings."""
+    escaped = json.dumps(greedy(prompt="人\U0001f600"), ensure_ascii=True).encode()
+    plain = json.dumps(greedy(prompt="人\U0001f600"), ensure_ascii=False).encode()
+    one, two = (running.ask("/v1/completions", body)[2]["choices"] for body in (escaped, plain))
+    assert one == two

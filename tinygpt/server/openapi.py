@@ -1,0 +1,143 @@
+"""What the server answers, in words of OpenAPI: made of the same fields that are checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tinygpt import __version__
+from tinygpt.server.fields import COMPLETION, Field, Schema, schema_of
+
+_ERROR: Schema = {
+    "type": "object",
+    "properties": {
+        "error": {
+            "type": "object",
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+            "required": ["message", "type", "param", "code"],
+        }
+    },
+    "required": ["error"],
+}
+_INTEGER: Schema = {"type": "integer"}
+_USAGE: Schema = {
+    "type": "object",
+    "properties": dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), _INTEGER),
+    "required": ["prompt_tokens", "completion_tokens", "total_tokens"],
+}
+_LOGPROBS: Schema = {
+    "type": ["object", "null"],
+    "properties": {
+        "tokens": {"type": "array", "items": {"type": "string"}},
+        "token_logprobs": {"type": "array", "items": {"type": ["number", "null"]}},
+        "top_logprobs": {"type": "array", "items": {"type": ["object", "null"]}},
+        "text_offset": {"type": "array", "items": _INTEGER},
+    },
+    "required": ["tokens", "token_logprobs", "top_logprobs", "text_offset"],
+}
+_CHOICE: Schema = {
+    "type": "object",
+    "properties": {
+        "index": _INTEGER,
+        "text": {"type": "string"},
+        "logprobs": _LOGPROBS,
+        "finish_reason": {"enum": ["stop", "length", None]},
+    },
+    "required": ["index", "text", "logprobs", "finish_reason"],
+}
+_COMPLETION: Schema = {
+    "type": "object",
+    "properties": {
+        "id": {"type": "string"},
+        "object": {"const": "text_completion"},
+        "created": _INTEGER,
+        "model": {"type": "string"},
+        "choices": {"type": "array", "items": _CHOICE},
+        "usage": _USAGE,
+    },
+    "required": ["id", "object", "created", "model", "choices", "usage"],
+}
+_MODEL: Schema = {
+    "type": "object",
+    "properties": {
+        "id": {"type": "string"},
+        "object": {"const": "model"},
+        "created": _INTEGER,
+        "owned_by": {"type": "string"},
+        "max_model_len": _INTEGER,
+    },
+    "required": ["id", "object", "created", "owned_by", "max_model_len"],
+}
+_MODELS: Schema = {
+    "type": "object",
+    "properties": {"object": {"const": "list"}, "data": {"type": "array", "items": _MODEL}},
+    "required": ["object", "data"],
+}
+_ANY: Schema = {"type": "object"}
+
+
+def openapi(more: Mapping[str, Mapping[str, Field]], keyed: bool) -> dict[str, Any]:
+    """The document of `/openapi.json`.
+
+    Args:
+        more: the addresses that take fields, besides `/v1/completions`.
+        keyed: whether a key is asked for.
+    """
+    named = {"in": "path", "name": "name", "required": True, "schema": {"type": "string"}}
+    paths: dict[str, Any] = {
+        "/health": {"get": _operation("whether texts can be continued", _ANY)},
+        "/metrics": {"get": _operation("what was counted", {"type": "string"}, "text/plain")},
+        "/v1/models": {"get": _operation("the one model", _MODELS)},
+        "/v1/models/{name}": {
+            "get": {**_operation("the model of a name", _MODEL), "parameters": [named]}
+        },
+        "/v1/completions": {
+            "post": _operation("texts continued", _COMPLETION, fields=COMPLETION, events=True)
+        },
+        "/tokenizer_info": {"get": _operation("about the tokenizer", _ANY)},
+        "/study/model": {"get": _operation("about the model", _ANY)},
+    }
+    for path, fields in more.items():
+        events = path == "/study/continue"
+        operation = _operation(f"what {path} says", _ANY, fields=fields, events=events)
+        paths[path] = {"post": operation}
+    scheme = {"type": "http", "scheme": "bearer"}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "tinygpt", "version": __version__},
+        "paths": paths,
+        "components": {
+            "schemas": {"Error": _ERROR},
+            "securitySchemes": {"key": scheme} if keyed else {},
+        },
+        "security": [{"key": []}] if keyed else [],
+    }
+
+
+def _operation(
+    summary: str,
+    answer: Schema,
+    kind: str = "application/json",
+    fields: Mapping[str, Field] | None = None,
+    events: bool = False,
+) -> dict[str, Any]:
+    content: dict[str, Any] = {kind: {"schema": answer}}
+    if events:
+        content["text/event-stream"] = {"schema": {"type": "string"}}
+    error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    found: dict[str, Any] = {
+        "summary": summary,
+        "responses": {
+            "200": {"description": "as asked", "content": content},
+            "default": {"description": "why it cannot be", "content": error},
+        },
+    }
+    if fields is not None:
+        required = {"application/json": {"schema": schema_of(fields)}}
+        found["requestBody"] = {"required": True, "content": required}
+    return found
