@@ -28,7 +28,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; border-left: 3px solid #76
   padding-left: 1rem }
 figure { margin: 1.5rem 0 } figcaption { font-weight: 600 } .note { color: #444 }
 .plot { display: grid; grid-template-columns: auto 1fr; gap: .2rem .5rem; max-width: 44rem;
-  font-size: .85rem }
+  margin-top: .8rem; font-size: .85rem }
 .plot svg { width: 100%; height: 16rem; border: solid #767676; border-width: 0 0 1px 1px;
   box-sizing: border-box; overflow: visible }
 .axis { display: flex; justify-content: space-between }
