@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
@@ -24,7 +25,8 @@ import tinygpt
 from tinygpt.checkpoints import hub
 from tinygpt.checkpoints.open_checkpoint import open_checkpoint
 from tinygpt.checkpoints.run_folder import NAMES, checkpoint_in, followed, steps
-from tinygpt.commands.flags import add_flag
+from tinygpt.commands.flags import add_flag, given, spelled
+from tinygpt.commands.shown_as import show_report
 from tinygpt.config import GPTConfig
 from tinygpt.data.dataset import Dataset
 from tinygpt.errors import CheckpointError, InputError, one_line, reason, show
@@ -32,6 +34,7 @@ from tinygpt.generator import Generator
 from tinygpt.model import GPT
 from tinygpt.runtime import clang, device, graph, memory
 from tinygpt.study.proofs import prove
+from tinygpt.study.shown import proofs_report
 from tinygpt.training import run_files
 
 # The small model that `--backends` runs, and the logits of its prompt. They come from the NumPy
@@ -52,6 +55,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", nargs="?", metavar="RUN|TEXT", help=words)
     words = "compute the logits of a text in each way that there is, and compare, only that"
     add_flag(parser, "--prove", metavar="MODEL", help=words)
+    words = "with --prove: write one page that stands by itself"
+    add_flag(parser, "--html", metavar="FILE", help=words)
+    add_flag(parser, "--json", kind=bool, help="with --prove: print one JSON object")
     words = "also run a small model on each backend"
     add_flag(parser, "--backends", kind=bool, help=words)
 
@@ -66,7 +72,9 @@ def run(args: argparse.Namespace) -> int:
     if args.backends and (args.prove or args.run):
         raise InputError("--backends tries a small model of its own: leave out --prove and the run")
     if args.prove:
-        return _report_proofs(args.prove, args.run or _TEXT)
+        return _report_proofs(args.prove, args.run or _TEXT, args)
+    for name in given(args, ["html", "json"]):
+        raise InputError(f"{spelled(args)(name)} is for doctor --prove MODEL")
     if args.run:
         return _report_run(Path(args.run))
     devices = device.devices()
@@ -82,11 +90,15 @@ def run(args: argparse.Namespace) -> int:
     return 0 if True in outcomes and False not in outcomes else 1
 
 
-def _report_proofs(name: str, text: str) -> int:
+def _report_proofs(name: str, text: str, args: argparse.Namespace) -> int:
     """Say how far apart the ways are in which a model's logits of a text can be computed."""
     found = open_checkpoint(name)
     tokenizer, model = found.tokenizer(), found.load("float32")
     proofs = prove(model, tokenizer.encode(text))
+    if args.html or args.json:
+        about = f"The model {name}, and the text: {text}"
+        show_report(replace(proofs_report(proofs), about=about), args)
+        return 0 if all(each.holds for each in proofs) else 1
     width = max(len(each.claim) for each in proofs)
     for each in proofs:
         said = "holds" if each.holds else "DOES NOT HOLD"

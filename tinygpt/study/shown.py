@@ -16,6 +16,7 @@ from tinygpt.study.inside import Inside
 from tinygpt.study.lens import Lens
 from tinygpt.study.norms import EVERY, KINDS, STEPS, Norms, Trained
 from tinygpt.study.predictions import Predictions
+from tinygpt.study.proofs import TOLERANCE, Proof
 from tinygpt.study.report import Chart, Map, Part, Report, Table
 from tinygpt.tokenizer.tokenizer import Tokenizer
 
@@ -112,12 +113,12 @@ def heads_report(scores: HeadScores, found: LeftOut, windows: int) -> Report:
             *(kind[i, h] for kind in kinds_of(scores)),
             found.without[i, h],
             found.error[i, h],
-            "" if found.matters[i, h] else "no effect",
+            "yes" if found.matters[i, h] else "none",
         ]
         for i, h in np.ndindex(found.without.shape)
     ]
     kinds = ("previous", "first", "duplicate", "induction")
-    columns = ("block", "head", *kinds, "loss without", "+-", "")
+    columns = ("block", "head", *kinds, "loss without", "+-", "effect")
     note = (
         f"the loss of all is {found.loss:.4f} nats; loss without: how much higher it is when the "
         f"head's output is zero, over {windows} windows, with its standard error, below two of "
@@ -137,7 +138,23 @@ def attribution_report(
     rows += [["sum", float(found.values.sum())], ["the model's own", found.logit]]
     name = piece(tokenizer, token)
     other = "" if against is None else f" over {piece(tokenizer, against)}"
-    return Report(f"What speaks for {name}{other}", [Table("", ("part", "logit"), rows)], found)
+    note = (
+        "what each part adds to the logit itself; what it says to later parts, which then add to "
+        "the logit, is counted as theirs"
+    )
+    table = Table("", ("part", "logit"), rows, note)
+    return Report(f"What speaks for {name}{other}", [table], found)
+
+
+def proofs_report(found: list[Proof]) -> Report:
+    """How far apart the ways are in which the same can be computed."""
+    rows: list[list[object]] = [
+        [each.claim, each.holds, each.difference, each.scale] for each in found
+    ]
+    note = f"a claim holds where the difference is at most {TOLERANCE:g} of the largest number"
+    table = Table("", ("claim", "holds", "largest difference", "largest number"), rows, note)
+    result = [{**vars(each), "holds": each.holds} for each in found]
+    return Report("Whether every way gives the same", [table], result)
 
 
 def kinds_of(scores: HeadScores) -> Sequence[np.ndarray]:
@@ -212,7 +229,7 @@ def induction_report(found: Induction) -> Report:
 
 def norms_report(found: Norms) -> Report:
     """What became of each cell, and what was measured on its way."""
-    columns = ("layer norm", "init", "blocks", "rate", "warm-up", "seed", "loss", "")
+    columns = ("layer norm", "init", "blocks", "rate", "warm-up", "seed", "loss", "verdict")
     rows: list[list[object]] = [
         [*each.cell[:3], str(each.cell.rate), *each.cell[4:], each.result,
          each.verdict(found.unigram)]
