@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinygpt.errors import InputError, say, show
 from tinygpt.server.completions import Completion, Limits, ending
+from tinygpt.server.continuation import Continuation
 from tinygpt.server.engine import Engine
 from tinygpt.server.fields import Field, read_fields
 from tinygpt.server.metrics import Metrics
@@ -29,7 +30,8 @@ from tinygpt.server.openapi import openapi
 from tinygpt.server.page import page_routes
 from tinygpt.server.problems import Problem
 from tinygpt.server.read_json import read_json
-from tinygpt.server.study import CONTINUE, STUDIES, Continuation, Studies
+from tinygpt.server.study import Studies
+from tinygpt.server.study_fields import CONTINUE, STUDIES
 from tinygpt.writer import Writer
 
 MOST_BODY_BYTES = 1_000_000

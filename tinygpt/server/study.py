@@ -6,108 +6,33 @@ What is computed is the study tools' own; it runs in the engine's thread, betwee
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 import numpy as np
 from tinygrad.nn.state import get_state_dict
 
-from tinygpt.errors import InputError, check_int, show
-from tinygpt.logprobs import Token
+from tinygpt.errors import InputError, show
 from tinygpt.model import DTYPES, NOT_NUMBERS
 from tinygpt.server.choice import token_text
-from tinygpt.server.completions import Completion, Limits, ending
+from tinygpt.server.completions import ending
 from tinygpt.server.engine import Engine
-from tinygpt.server.fields import COMPLETION, Field, Schema, read_fields
+from tinygpt.server.fields import read_fields
 from tinygpt.server.problems import Problem
+from tinygpt.server.study_fields import STUDIES
 from tinygpt.server.without import Reduced
 from tinygpt.study.attention import HeadScores, entropies, head_scores
 from tinygpt.study.attribution import attribute
 from tinygpt.study.inside import Inside, look
 from tinygpt.study.lens import lens
 from tinygpt.study.predictions import predictions
-from tinygpt.study.without import check_parts
 from tinygpt.writer import Writer
 
 _Found = TypeVar("_Found")
 _ONCE = 64  # the least tokens that are looked at: kernels are made for this, and twice as many, ...
 _DRAWS = 8
-
-
-def _prompt(name: str, value: Any) -> None:
-    if isinstance(value, list):
-        if not value or not all(type(each) is int for each in value):
-            raise InputError(f"{name} is {show(value)}: it must be a text, or a list of ids")
-    elif not isinstance(value, str):
-        raise InputError(f"{name} is {show(value)}: it must be a text, or a list of ids")
-
-
-def _place(name: str, value: Any) -> None:
-    check_int(name, value, 0)
-
-
-def _pairs(name: str, value: Any) -> None:
-    rows = value if isinstance(value, list) else [None]
-    if not all(isinstance(e, list) and len(e) == 2 and _are_ids(e) for e in rows):
-        raise InputError(f"{name} is {show(value)}: it must be a list of [block, head]")
-
-
-def _numbers(name: str, value: Any) -> None:
-    if not isinstance(value, list) or not _are_ids(value):
-        raise InputError(f"{name} is {show(value)}: it must be a list of whole numbers")
-
-
-def _are_ids(values: list[Any]) -> bool:
-    return all(type(each) is int for each in values)
-
-
-_INTEGER: Schema = {"type": "integer", "minimum": 0}
-_IDS: Schema = {"type": "array", "items": _INTEGER}
-_PROMPT = Field(
-    _prompt,
-    {"anyOf": [{"type": "string"}, {**_IDS, "minItems": 1}], "description": "a text, or its ids"},
-    "",
-)
-_MODEL = {"prompt": _PROMPT, "model": COMPLETION["model"]}
-
-
-def _integer(words: str) -> Field:
-    return Field(_place, {**_INTEGER, "description": words})
-
-
-_SETTINGS = {
-    name: COMPLETION[name]
-    for name in (
-        "temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty",
-        "repetition_penalty", "logit_bias",
-    )
-}  # fmt: skip
-CONTINUE = "/study/continue"
-# The fields of each address; a text is given to all of them.
-STUDIES: dict[str, dict[str, Field]] = {
-    "/study/tokens": {**_MODEL},
-    "/study/attention": {
-        **_MODEL, "block": _integer("which block"), "head": _integer("which head of it"),
-    },
-    "/study/lens": {**_MODEL, "index": _integer("behind which token; the last if left out")},
-    "/study/attribute": {
-        **_MODEL,
-        "index": _integer("behind which token; the last if left out"),
-        "token": _integer("the id whose logit it is; the likeliest if left out"),
-        "against": _integer("an id whose logit is taken away"),
-    },
-    CONTINUE: {
-        **_MODEL, **_SETTINGS,
-        "max_tokens": COMPLETION["max_tokens"],
-        "echo": COMPLETION["echo"],
-        "top": replace(COMPLETION["logprobs"], default=10),
-        "heads": Field(_pairs, {"type": "array", "items": {**_IDS, "minItems": 2, "maxItems": 2},
-                                "description": "pairs of block and head to leave out"}),
-        "blocks": Field(_numbers, {**_IDS, "description": "blocks to leave out"}),
-    },
-}  # fmt: skip
 
 
 class Studies:
@@ -336,67 +261,6 @@ class Studies:
 
 
 _KINDS = ("previous", "first", "duplicate", "induction")
-
-
-class Continuation(Completion):
-    """A text token by token, with what else might have come before and after the settings."""
-
-    def __init__(self, body: Any, studies: Studies, limits: Limits) -> None:
-        """
-        Raises:
-            Problem: for what cannot be answered.
-        """
-        asked = read_fields(body, STUDIES[CONTINUE])
-        own = {name: value for name, value in asked.items() if name in COMPLETION}
-        top = asked["top"]
-        super().__init__(
-            {**own, "logprobs": top, "stream": True}, studies.writer, studies.name, limits
-        )
-        heads, blocks = asked["heads"] or [], asked["blocks"] or []
-        config = studies.writer.model.config
-        try:
-            check_parts((config.n_layer, config.n_head), heads, blocks)
-        except InputError as error:
-            raise Problem(400, str(error), str(error).split()[0]) from error
-        self.engine: Any = studies.engine
-        if heads or blocks:
-            self.engine = studies.reduced.without([(i, h) for i, h in heads], blocks)
-
-    async def events_of(self, engine: Any) -> AsyncGenerator[dict[str, Any]]:
-        """An event for each token, and one for the end."""
-        async with aclosing(self.pieces(self.engine)) as pieces:
-            written = not self.asked["echo"]
-            if not written:
-                yield {"prompt": self.prompts[0].ids}
-            async for choice, piece in pieces:
-                for token in piece.tokens if written else piece.tokens[: self._prompt_length]:
-                    yield self._event(token, prompt=not written)
-                if not written:
-                    for token in piece.tokens[self._prompt_length :]:
-                        yield self._event(token)
-                    written = True
-                if choice.finish:
-                    yield {"finish": choice.finish, "usage": self.usage}
-
-    @property
-    def _prompt_length(self) -> int:
-        prompt = self.prompts[0]
-        return len(prompt.ids) if prompt.shown else 0
-
-    def _event(self, token: Token, prompt: bool = False) -> dict[str, Any]:
-        tokenizer, greedy = self.writer.tokenizer, self.settings.greedy and not prompt
-        return {
-            "id": token.token,
-            "text": token_text(tokenizer, token.token),
-            "echo": prompt,
-            "logprob": token.logprob,
-            "likely": [
-                {"id": each.token, "text": token_text(tokenizer, each.token),
-                 "logprob": each.logprob,
-                 "kept": float(each.token == token.token) if greedy else each.kept}
-                for each in token.top
-            ],
-        }  # fmt: skip
 
 
 def _problem_of(error: Exception) -> Problem:
