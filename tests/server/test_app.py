@@ -59,7 +59,6 @@ MALFORMED = [
     ({"logprobs": True}, "logprobs is True"),
     ({"echo": "yes"}, "echo is 'yes'"),
     ({"stream": 1}, "stream is 1"),
-    ({"stream_options": {"include_usage": True}}, "for stream alone"),
     ({"stream": True, "stream_options": []}, "stream_options is []"),
     ({"stream": True, "stream_options": {"usage": True}}, "unknown field of stream_options"),
     ({"presence_penalty": 3}, "presence_penalty is 3"),

@@ -142,7 +142,8 @@ class Server:
         most = self.writer.model.config.vocab_size - 1
         for token in (ids := asked["tokens"] or []):
             if not 0 <= token <= most:
-                raise Problem(400, f"tokens has the id {token}: ids are 0 to {most}", "tokens")
+                message = f"tokens has the id {token}: ids are 0 to {most}"
+                raise Problem(400, message, "tokens", "unknown_id")
         return JSONResponse({"prompt": self.writer.tokenizer.decode(ids)})
 
     async def openapi(self, request: Request) -> Response:

@@ -20,6 +20,7 @@ from tinygpt.server.problems import Problem
 from tinygpt.writer import Writer
 
 _RETRY_AFTER_S = "1"
+_USUAL_TOKENS = 16
 _SETTINGS = tuple(field.name for field in fields(Sampling))
 
 
@@ -56,17 +57,17 @@ class Completion:
         self.stream, self.n = asked["stream"], asked["n"]
         self.best_of = asked["best_of"] or self.n
         if self.best_of < self.n:
-            raise Problem(400, f"best_of is {self.best_of}, less than n, {self.n}", "best_of")
+            message = f"best_of is {self.best_of}, less than n, {self.n}"
+            raise Problem(400, message, "best_of", "combination")
         if self.best_of > self.n and self.stream:
-            raise Problem(
-                400, "best_of above n cannot be streamed: it is known at the end", "best_of"
-            )
-        if asked["stream_options"] is not None and not self.stream:
-            raise Problem(400, "stream_options are for stream alone", "stream_options")
+            message = "best_of above n cannot be streamed: it is known at the end"
+            raise Problem(400, message, "best_of", "combination")
         stop = asked["stop"] or []
         self.stop = [stop] if isinstance(stop, str) else stop
         self.settings = self._settings()
         self.max_tokens = asked["max_tokens"]
+        if self.max_tokens is None:
+            self.max_tokens = min(_USUAL_TOKENS, limits.max_tokens or _USUAL_TOKENS)
         self.prompts = [self._fits(prompt) for prompt in self._prompts(asked["prompt"])]
         self.bias = {int(token): bias for token, bias in (asked["logit_bias"] or {}).items()}
         for token in self.bias:
@@ -104,15 +105,15 @@ class Completion:
     def _check_id(self, token: int, param: str) -> None:
         most = self.writer.model.config.vocab_size - 1
         if not 0 <= token <= most:
-            raise Problem(400, f"{param} has the id {token}: ids are 0 to {most}", param)
+            message = f"{param} has the id {token}: ids are 0 to {most}"
+            raise Problem(400, message, param, "unknown_id")
 
     def _fits(self, prompt: Prompt) -> Prompt:
         """Refuse what is longer than the window, or shorten it where that was asked for."""
         window, most = self.writer.model.config.block_size, self.limits.max_tokens
         if most is not None and self.max_tokens > most:
-            raise Problem(
-                400, f"max_tokens is {self.max_tokens}: this server writes {most}", "max_tokens"
-            )
+            message = f"max_tokens is {self.max_tokens}: this server writes {most} at most"
+            raise Problem(400, message, "max_tokens", "too_many_tokens")
         if len(prompt.ids) + self.max_tokens <= window:
             return prompt
         room = window - self.max_tokens
@@ -155,7 +156,8 @@ class Completion:
                 )  # fmt: skip
         most = engine.slots.n + engine.queue
         if len(jobs) > most:
-            raise Problem(400, f"{len(jobs)} texts at once: this server takes {most}", "n")
+            message = f"{len(jobs)} texts at once: this server takes {most}"
+            raise Problem(400, message, "n", "too_many_texts")
         self.jobs = jobs
         if not self.max_tokens and not scores:  # there is nothing to compute
             for index in range(len(jobs)):

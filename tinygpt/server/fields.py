@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from tinygpt.server.problems import Problem
 
 Schema = dict[str, Any]
 _LONGEST_STOPS = 4
+_BIASED = "(0|[1-9][0-9]{0,8})"  # an id as a key
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def _bias(name: str, value: Any) -> None:
     if not isinstance(value, dict):
         raise InputError(f"{name} is {show(value)}: it must be an object of ids and numbers")
     for token, bias in value.items():
-        if not (token.isascii() and token.isdigit() and len(token) < 10):
+        if not re.fullmatch(_BIASED, token):
             raise InputError(f"{name} has the key {show(token)}: it must be an id")
         check_float(f"{name}.{token}", bias, low=-100, most=100)
 
@@ -103,7 +105,7 @@ _WORDS = "as the model's files say, else "
 COMPLETION: dict[str, Field] = {
     "model": Field(_text, {"type": "string", "description": "one of /v1/models"}),
     "prompt": Field(_prompt, {**PROMPT, "description": "one text or several, or their ids"}, ""),
-    "max_tokens": _whole(16, 0, 2**31 - 1, "how many tokens to write at most"),
+    "max_tokens": _whole(None, 0, 2**31 - 1, "how many tokens to write at most; usually 16"),
     "temperature": _number(f"0 takes the likeliest ({_WORDS}0)", low=0),
     "top_p": _number("only the likeliest that together reach it", above=0, most=1),
     "top_k": _whole(None, 0, 2**31 - 1, "only so many of the likeliest; 0 for all"),
@@ -131,7 +133,7 @@ COMPLETION: dict[str, Field] = {
         _bias,
         {"type": "object", "additionalProperties": {"type": "number", "minimum": -100,
                                                     "maximum": 100},
-         "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+         "propertyNames": {"pattern": f"^{_BIASED}$"},
          "description": "added to the logits of these ids"},
     ),
     "truncate_prompt": _yes_or_no("read the end of a prompt that is too long, and refuse none"),

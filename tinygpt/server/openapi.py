@@ -128,7 +128,8 @@ def _operation(
 ) -> dict[str, Any]:
     content: dict[str, Any] = {kind: {"schema": answer}}
     if events:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        event = {"type": "object", "properties": {"data": {"type": "string"}}}
+        content["text/event-stream"] = {"schema": event}
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     found: dict[str, Any] = {
         "summary": summary,

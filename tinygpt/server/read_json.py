@@ -26,7 +26,9 @@ def read_json(body: bytes) -> Any:
     if _depth(text) > DEEPEST:
         raise InputError(f"the body is deeper than {DEEPEST} lists or objects in each other")
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+        value = json.loads(
+            text, object_pairs_hook=_object, parse_constant=_constant, parse_float=_number
+        )
     except (json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"the body is not JSON: {error}") from error
     except InputError:
@@ -53,6 +55,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise InputError(f"the name {show(name)} stands twice in one object")
         found[name] = value
     return found
+
+
+def _number(text: str) -> float:
+    """A number; JSON does not tell 4.0 from 4."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
 
 
 def _constant(name: str) -> NoReturn:
