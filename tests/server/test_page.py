@@ -180,8 +180,10 @@ def test_a_branch_begins_with_another_token_and_the_tree_is_kept(running, browse
         branch = ids_in(page)
         assert branch[:place] == first[:place]
         assert branch[place] == other
+        expect(page.locator("#text-A [aria-current=true]")).to_have_attribute(
+            "data-index", str(place)
+        )
 
-        choose(page, place)
         page.click("#go-on")
         expect(page.locator("#tree [role=treeitem]")).to_have_count(3)
         expect(page.locator("#stop")).to_be_disabled()
@@ -210,6 +212,7 @@ def test_a_branch_begins_with_another_token_and_the_tree_is_kept(running, browse
     [
         ("no", "it is not JSON"),
         ("[]", "its format is another"),
+        ('{"format": "tinygpt tree 1", "model": "gpt2", "texts": []}', "of the model gpt2"),
         ('{"format": "tinygpt tree 1", "texts": [{"id": 1, "parent": 7}]}', "no place in it"),
         ('{"format": "tinygpt tree 1", "texts": [{"id": 1, "parent": null, "at": 3, '
          '"hidden": [], "tokens": []}]}', "begins where there is nothing"),
@@ -218,7 +221,7 @@ def test_a_branch_begins_with_another_token_and_the_tree_is_kept(running, browse
     ],
 )  # fmt: skip
 def test_a_file_that_is_no_tree_changes_nothing(running, browser, tmp_path, content, told):
-    (file := tmp_path / "tree.json").write_text(content)
+    (file := tmp_path / "tree.json").write_text(content, encoding="utf-8")
     with shown(browser, running) as page:
         write(page)
         before = pieces(page)
@@ -258,6 +261,7 @@ def test_without_a_head_or_a_block_the_text_is_another(running, browser):
         page.click("[data-head='1.0']")
         page.check("#leave-head")
         expect(page.locator("#settings-A .out")).to_have_text("Left out: block 1 head 0.")
+        expect(page.locator("#whole-note")).to_be_visible()
         assert '"heads":[[1,0]]' in page.locator("#curl").text_content()
         write(page)
         without_head = ids_in(page)

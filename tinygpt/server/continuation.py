@@ -36,7 +36,7 @@ class Continuation(Completion):
         try:
             check_parts((config.n_layer, config.n_head), heads, blocks)
         except InputError as error:
-            raise Problem(400, str(error), str(error).split()[0]) from error
+            raise Problem(400, str(error), str(error).split()[0], "unknown_part") from error
         self.engine: Any = studies.engine
         if heads or blocks:
             self.engine = studies.reduced.without([(i, h) for i, h in heads], blocks)

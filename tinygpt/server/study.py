@@ -99,7 +99,8 @@ class Studies:
     def _check_id(self, name: str, token: int) -> None:
         most = self.writer.model.config.vocab_size - 1
         if not 0 <= token <= most:
-            raise Problem(400, f"{name} has the id {token}: ids are 0 to {most}", name)
+            message = f"{name} has the id {token}: ids are 0 to {most}"
+            raise Problem(400, message, name, "unknown_id")
 
     async def _between_steps(self, function: Callable[[], _Found]) -> _Found:
         """What a function gives in the engine's thread."""
@@ -178,10 +179,12 @@ class Studies:
         block, head = asked["block"], asked["head"]
         if (block is None) != (head is None):
             missing = "head" if head is None else "block"
-            raise Problem(400, f"{missing} is missing: give block and head, or neither", missing)
+            message = f"{missing} is missing: give block and head, or neither"
+            raise Problem(400, message, missing, "combination")
         for name, value, size in (("block", block, config.n_layer), ("head", head, config.n_head)):
             if value is not None and value >= size:
-                raise Problem(400, f"{name} is {value}: it must be from 0 to {size - 1}", name)
+                message = f"{name} is {value}: it must be from 0 to {size - 1}"
+                raise Problem(400, message, name, "unknown_part")
         attention = self._look(ids).attention[:, :, :T, :T]
         if block is not None:
             rows = attention[block, head]
@@ -253,7 +256,8 @@ class Studies:
     def _index(self, ids: list[int], asked: Mapping[str, Any]) -> int:
         last, index = len(ids) - 1, asked["index"]
         if index is not None and index > last:
-            raise Problem(400, f"index is {index}: the text's tokens are 0 to {last}", "index")
+            message = f"index is {index}: the text's tokens are 0 to {last}"
+            raise Problem(400, message, "index", "outside_of_text")
         return last if index is None else index
 
     def _token(self, token: int) -> dict[str, Any]:
@@ -272,5 +276,5 @@ def _problem_of(error: Exception) -> Problem:
     return Problem(500, "the model failed on this text", code="engine_error")
 
 
-def _number(value: float) -> float | None:
+def _number(value: Any) -> float | None:
     return None if np.isnan(value) else float(value)
