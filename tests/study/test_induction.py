@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import needs_clang
 from tinygrad.nn.state import get_state_dict
 
 from tinygpt import GPTConfig
@@ -13,8 +12,6 @@ from tinygpt.study.heads import with_heads
 from tinygpt.study.induction import attention_only, learn_induction, repeated
 from tinygpt.study.shown import induction_report
 from tinygpt.study.terminal import lines
-
-pytestmark = needs_clang
 
 
 def test_sequences_repeat_after_their_period_from_its_first_token():
@@ -48,6 +45,8 @@ def test_a_few_steps_are_measured_and_shown(capsys):
     assert not found.found
     shown = "\n".join(lines(induction_report(found), 100))
     assert "no head is on that diagonal" in shown
+    place = np.unravel_index(found.left_out.without.argmax(), (2, 4))
+    assert "block {} head {} costs the most".format(*place) in shown.replace("\n", " ")
     assert main(["study", "induction", "--steps", "1"]) == 0
     captured = capsys.readouterr()
     assert "step 1: loss of the first copy" in captured.err
