@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from conftest import needs_clang
 from tinygrad.nn.state import get_state_dict
 
 from tinygpt import GPTConfig
@@ -37,6 +38,7 @@ def test_a_model_of_attention_alone_has_no_feed_forward():
     assert with_heads(model, model.wte.weight[:2, :2])  # heads can be left out of it too
 
 
+@needs_clang  # a minute without
 def test_a_few_steps_are_measured_and_shown(capsys):
     told = []
     found = learn_induction(steps=4, every=2, tell=lambda *it: told.append(it))
@@ -55,6 +57,7 @@ def test_a_few_steps_are_measured_and_shown(capsys):
         assert main(["study", "induction", *bad]) == 2
 
 
+@needs_clang
 @pytest.mark.slow
 def test_copying_is_learnt():
     found = learn_induction(steps=600)

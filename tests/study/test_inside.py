@@ -251,6 +251,7 @@ def test_head_scores_are_one_for_heads_made_so_and_chance_for_random_ones():
         assert kind == pytest.approx(random.chance, rel=0.1)
 
 
+@needs_clang
 @pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the text of the built-in model")
 def test_the_lens_and_the_heads_of_the_built_in_model_are_those_measured_elsewhere():
