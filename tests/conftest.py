@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import started
 from prepared import TEXT
 from tinygrad import Device, Tensor
 from tinygrad.helpers import NOOPT, Context
@@ -115,6 +116,13 @@ def generator(model: GPT) -> Generator:
 def cli(capsys):
     """Runs the program in this process: arguments -> (exit status, stdout, stderr)."""
     return lambda *argv: (main([str(word) for word in argv]), *capsys.readouterr())
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, for `browser.opened`."""
+    with started() as chromium:
+        yield chromium
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import subprocess
+from html import escape
 
 import numpy as np
 import pytest
@@ -67,6 +68,21 @@ def test_a_way_that_gives_something_else_is_told(tmp_path, cli, monkeypatch):
     assert status == 1
     assert out.count("DOES NOT HOLD") == 1
     assert "reference in float64" in next(x for x in out.splitlines() if "NOT" in x)
+
+
+def test_the_proofs_are_a_page_and_json_too_and_nothing_else_is(tmp_path, cli):
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=64, vocab_size=257)
+    save_with_bytes(randomize(GPT(config)), tmp_path)
+    page = tmp_path / "proofs.html"
+    status, out, _ = cli("doctor", "--prove", tmp_path, "a<b", "--json", "--html", page)
+    found = json.loads(out)
+    assert status == 0
+    assert all(each["holds"] and each["difference"] >= 0 for each in found)
+    html = page.read_text(encoding="utf-8")
+    assert all(escape(each["claim"]) in html for each in found)
+    assert "and the text: a&lt;b" in html
+    for flag in (["--html", page], ["--json"]):
+        assert is_refused(cli("doctor", *flag), f"{flag[0]} is for doctor --prove MODEL")
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
@@ -97,7 +98,8 @@ def _report_proofs(args: argparse.Namespace) -> int:
     found = open_checkpoint(args.prove)
     tokenizer, model = found.tokenizer(), as_float32(found.load())
     proofs = prove(model, tokenizer.encode(text, True))
-    show_report(proofs_report(proofs, no_sum(model.config)), args)
+    about = f"The model {args.prove}, and the text: {text}"
+    show_report(replace(proofs_report(proofs, no_sum(model.config)), about=about), args)
     return 0 if all(each.holds for each in proofs) else 1
 
 

@@ -164,8 +164,7 @@ def _compared(args: argparse.Namespace) -> Report:
             raise InputError(f"{args.run} is no run with checkpoints: give the folder of one")
     frames, text = [], _text(rest)  # once: there is nothing behind the end of stdin
     for name in names:
-        subject = _subject(name, text, args)
-        found = WHATS[look].function(subject)
+        found = _look(WHATS[look], name, text, args)
         frames.append(
             replace(found, title=f"{Path(name).name if args.run else name}: {found.title}")
         )
@@ -260,7 +259,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         what = WHATS[args.what]
         _refuse_flags(args, what.flags)
-        report = what.function(_subject(args.model or hub.DEFAULT, _text(args.text), args))
+        report = _look(what, args.model or hub.DEFAULT, _text(args.text), args)
     show_report(report, args)
     return 0
 
@@ -287,6 +286,11 @@ def _text(words: list[str]) -> str:
     if len(words) > 1:
         raise InputError(f"{show(words[1])} is one text too many: put a text in quotes")
     return read_prompt(words[0] if words else None)
+
+
+def _look(what: _What, name: str, text: str, args: argparse.Namespace) -> Report:
+    report = what.function(_subject(name, text, args))
+    return replace(report, about=f"The model {name}" + (f", and the text: {text}" if text else ""))
 
 
 def _subject(name: str, text: str, args: argparse.Namespace) -> _Subject:

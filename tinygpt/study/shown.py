@@ -129,12 +129,12 @@ def heads_report(scores: HeadScores, found: LeftOut, windows: int, by: str) -> R
             *(kind[i, h] for kind in kinds_of(scores)),
             found.without[i, h],
             found.error[i, h],
-            "" if found.matters[i, h] else "no effect",
+            "yes" if found.matters[i, h] else "none",
         ]
         for i, h in np.ndindex(found.without.shape)
     ]
     kinds = ("previous", "first", "duplicate", "induction")
-    columns = ("block", "head", *kinds, "loss without", "+-", "")
+    columns = ("block", "head", *kinds, "loss without", "+-", "effect")
     note = (
         f"the loss of all is {found.loss:.4f} nats; loss without: how much higher it is when the "
         f"head's output is {by}, over {windows} windows, with its standard error, below two of "
@@ -154,7 +154,12 @@ def attribution_report(
     rows += [["sum", float(found.values.sum())], ["the model's own", found.logit]]
     name = piece(tokenizer, token)
     other = "" if against is None else f" over {piece(tokenizer, against)}"
-    return Report(f"What speaks for {name}{other}", [Table("", ("part", "logit"), rows)], found)
+    note = (
+        "what each part adds to the logit itself; what it says to later parts, which then add to "
+        "the logit, is counted as theirs"
+    )
+    table = Table("", ("part", "logit"), rows, note)
+    return Report(f"What speaks for {name}{other}", [table], found)
 
 
 def kinds_of(scores: HeadScores) -> Sequence[np.ndarray]:
@@ -224,7 +229,7 @@ def induction_report(found: Induction) -> Report:
 
 def norms_report(found: Norms) -> Report:
     """What became of each cell, and what was measured on its way."""
-    columns = ("layer norm", "init", "blocks", "rate", "warm-up", "seed", "loss", "")
+    columns = ("layer norm", "init", "blocks", "rate", "warm-up", "seed", "loss", "verdict")
     rows: list[list[object]] = [
         [*each.cell[:3], str(each.cell.rate), *each.cell[4:], each.result,
          each.verdict(found.unigram)]
