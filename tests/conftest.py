@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import started
 from prepared import TEXT
 from serving import Running, model_to_serve, serving
 from tinygrad import Device, Tensor
@@ -128,6 +129,13 @@ def running(served_model) -> Iterator[Running]:
 def cli(capsys):
     """Runs the program in this process: arguments -> (exit status, stdout, stderr)."""
     return lambda *argv: (main([str(word) for word in argv]), *capsys.readouterr())
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, for `browser.opened`."""
+    with started() as chromium:
+        yield chromium
 
 
 @pytest.fixture

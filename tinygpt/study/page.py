@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import struct
 import zlib
 from html import escape
@@ -13,17 +14,30 @@ from tinygpt.errors import one_line, visible
 from tinygpt.study.report import Chart, Map, Part, Report, Table, written
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 60rem;
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 80rem;
   margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; margin: 1rem 0 }
+h1 { line-height: 1.2; overflow-wrap: anywhere } p { max-width: 60rem }
+table { border-collapse: collapse; font-size: .9rem }
 caption { text-align: left; font-weight: 600; padding: .3rem 0 }
-th, td { padding: .15rem .7rem; border-bottom: 1px solid #ccc; text-align: right }
-th:first-child, td:first-child { text-align: left }
-td.text { text-align: left; font-family: ui-monospace, monospace; white-space: pre-wrap }
-img { image-rendering: pixelated; width: min(100%, 32rem); border: 1px solid #767676 }
-pre { white-space: pre-wrap; border-left: 3px solid #767676; padding-left: 1rem }
-svg { max-width: 44rem; width: 100% }
-figure { margin: 1rem 0 } p.note { color: #444 }
+th, td { padding: .2rem .5rem; border-bottom: 1px solid #ccc; text-align: right }
+th:first-child, td:first-child { position: sticky; left: 0; background: #fff }
+.text { text-align: left } td.text { font-family: ui-monospace, monospace; white-space: pre }
+td.long { white-space: pre-wrap; min-width: 12rem }
+.wide { overflow-x: auto; margin: 1rem 0 }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; border-left: 3px solid #767676;
+  padding-left: 1rem }
+figure { margin: 1.5rem 0 } figcaption { font-weight: 600 } .note { color: #444 }
+.plot { display: grid; grid-template-columns: auto 1fr; gap: .2rem .5rem; max-width: 44rem;
+  margin-top: .8rem; font-size: .85rem }
+.plot svg { width: 100%; height: 16rem; border: solid #767676; border-width: 0 0 1px 1px;
+  box-sizing: border-box; overflow: visible }
+.axis { display: flex; justify-content: space-between }
+.high { flex-direction: column; text-align: right; margin: -.6rem 0 } .low { grid-column: 2 }
+.curves { list-style: none; padding: 0; margin: .3rem 0; font-size: .85rem }
+.curves li { display: inline-block; margin-right: 1.5rem }
+polyline, .curves path { fill: none; stroke-width: 1.8; vector-effect: non-scaling-stroke }
+image { image-rendering: pixelated } .map text { font: 12px ui-monospace, monospace }
+#frame { width: min(100%, 32rem); display: block }
 """
 
 # Colours that are told apart by who sees few, on white, and dashes for who sees none.
@@ -31,9 +45,13 @@ _PENS = (
     ("#0060a8", "none"), ("#b03a00", "6 3"), ("#4a6800", "2 3"), ("#7a2a8a", "9 3 2 3"),
     ("#595959", "1 4"), ("#806000", "12 5"),
 )  # fmt: skip
+_SHORT = 24  # the letters of a text that stands in one line
 _SLIDER = """
 const frame = document.getElementById("frame"), all = document.querySelectorAll("section");
-const show = () => all.forEach((each, i) => { each.hidden = i != frame.value; });
+const show = () => {
+  all.forEach((each, i) => { each.hidden = i != frame.value; });
+  frame.setAttribute("aria-valuetext", all[frame.value].querySelector("h2").textContent);
+};
 frame.addEventListener("input", show);
 show();
 """
@@ -41,7 +59,8 @@ show();
 
 def page(report: Report) -> str:
     """The HTML of a report."""
-    parts = _parts(report)
+    parts = [f"<p>{escape(one_line(report.about, 400))}</p>"] * bool(report.about)
+    parts += _parts(report)
     if report.frames:
         parts.append(_film(report.frames))
     title = escape(one_line(report.title, 1000))
@@ -71,7 +90,11 @@ def _part(part: Part) -> str:
 
 
 def _chart(chart: Chart) -> str:
-    """Curves as one drawing, each with a name in its own colour and its own dashes."""
+    """Curves as one drawing, each with a name, its own colour and its own dashes.
+
+    What is written stands beside the drawing, which is stretched, so that it can be read on a
+    narrow screen too.
+    """
     points = [point for curve in chart.curves.values() for point in curve]
     xs, ys = zip(*points, strict=True)
     left, right, low, high = min(xs), max(xs), min(ys), max(ys)
@@ -79,28 +102,27 @@ def _chart(chart: Chart) -> str:
 
     def place(point: tuple[float, float]) -> str:
         x, y = point
-        return f"{50 + 640 * (x - left) / wide:.1f},{270 - 250 * (y - low) / tall:.1f}"
+        return f"{1000 * (x - left) / wide:.1f},{1000 - 1000 * (y - low) / tall:.1f}"
 
-    drawn = []
+    drawn, names, words = [], [], []
     for number, (name, curve) in enumerate(chart.curves.items()):
         colour, dashes = _PENS[number % len(_PENS)]
-        style = f'fill="none" stroke="{colour}" stroke-width="1.5" stroke-dasharray="{dashes}"'
-        drawn.append(f'<polyline {style} points="{" ".join(map(place, curve))}"/>')
-        y = 24 + 20 * number
-        drawn.append(
-            f'<path {style} d="M560 {y - 4}h30"/><text x="596" y="{y}">{escape(name)}</text>'
-        )
-    marks = (
-        f'<text x="50" y="290">{left:g}</text><text x="690" y="290" text-anchor="end">'
-        f'{escape(chart.x)} {right:g}</text><text x="46" y="274" text-anchor="end">{low:.3g}</text>'
-        f'<text x="46" y="26" text-anchor="end">{high:.3g}</text>'
-    )
+        pen = f'stroke="{colour}" stroke-dasharray="{dashes}"'
+        drawn.append(f'<polyline {pen} points="{" ".join(map(place, curve))}"/>')
+        line = f'<svg width="32" height="8" aria-hidden="true"><path {pen} d="M0 4h32"/></svg>'
+        names.append(f"<li>{line} {escape(name)}</li>")
+        words.append(f"{name} from {curve[0][1]:.3g} to {curve[-1][1]:.3g}")
+    middle = f"{(low + high) / 2:.3g}" if high > low else ""
+    up = "".join(f"<span>{each}</span>" for each in (f"{high:.3g}", middle, f"{low:.3g}"))
+    across = (f"{left:g}", escape(chart.x), f"{right:g}")
+    along = "".join(f"<span>{each}</span>" for each in across)
     title = escape(chart.title)
     return (
-        f"<figure><figcaption>{title}</figcaption>"
-        f'<svg viewBox="0 0 700 300" role="img" aria-label="{title}" font-size="12">'
-        f'<path d="M50 20v250h640" fill="none" stroke="#767676"/>{marks}{"".join(drawn)}</svg>'
-        f"</figure>{_note(chart.note)}"
+        f'<figure><figcaption>{title}</figcaption><ul class="curves">{"".join(names)}</ul>'
+        f'<div class="plot"><div class="axis high">{up}</div>'
+        f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" '
+        f'aria-label="{title}: {escape("; ".join(words))}">{"".join(drawn)}</svg>'
+        f'<div class="axis low">{along}</div></div></figure>{_note(chart.note)}'
     )
 
 
@@ -113,41 +135,71 @@ def _film(frames: list[Report]) -> str:
         for frame in frames
     ]
     return (
-        f'<p><label>Which one <input id="frame" type="range" min="0" max="{len(frames) - 1}" '
-        f'value="0"></label></p>\n' + "\n".join(shown) + f"\n<script>{_SLIDER}</script>"
+        f'<p><label>Which of the {len(frames)}, by mouse or arrow keys: <input id="frame" '
+        f'type="range" min="0" max="{len(frames) - 1}" value="0"></label></p>\n'
+        + "\n".join(shown)
+        + f"\n<script>{_SLIDER}</script>"
     )
 
 
 def _table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.columns)
+    columns = range(len(table.columns))
+    texts = [any(isinstance(row[i], str) for row in table.rows) for i in columns]
+    head = "".join(
+        f'<th scope="col"{_class(text)}>{escape(name)}</th>'
+        for name, text in zip(table.columns, texts, strict=True)
+    )
     rows = ["".join(map(_cell, row)) for row in table.rows]
     body = "\n".join(f"<tr>{row}</tr>" for row in rows)
     title = f"<caption>{escape(table.title)}</caption>" if table.title else ""
-    return f"<table>{title}\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>" + (
-        _note(table.note)
-    )
+    shown = f"<table>{title}\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
+    return _scrolled(shown, table.title or "table") + _note(table.note)
 
 
 def _cell(value: object) -> str:
-    text = escape(one_line(written(value), 1000))
-    return f'<td class="text">{text}</td>' if isinstance(value, str) else f"<td>{text}</td>"
+    text = one_line(written(value), 1000)
+    return f"<td{_class(isinstance(value, str), len(text) > _SHORT)}>{escape(text)}</td>"
+
+
+def _class(text: bool, long: bool = False) -> str:
+    return f' class="text{" long" * long}"' if text else ""
+
+
+def _scrolled(html: str, name: str) -> str:
+    """What may be wider than the screen moves by itself, by the keyboard too."""
+    return f'<div class="wide" tabindex="0" role="group" aria-label="{escape(name)}">{html}</div>'
 
 
 def _figure(drawn: Map) -> str:
-    title = escape(drawn.title)
-    rows, columns = drawn.values.shape
-    image = base64.b64encode(grey_png(drawn.values)).decode()
-    source = f"data:image/png;base64,{image}"
-    size = f'width="{columns}" height="{rows}"'
-    words = f"{title}: {rows} rows, {columns} columns, darker is more"
+    """A picture with the tokens beside its rows and above its columns, as many as have room."""
+    title, (rows, columns) = escape(drawn.title), drawn.values.shape
+    side = max(1, min(20, 1000 // max(rows, columns)))  # of a place, in pixels
+    names = [one_line(name, _SHORT) for name in drawn.rows]
+    edge, every = 8 + 8 * max(map(len, names)), -(-16 // side)
+    labels = []
+    for i in range(0, rows, every):
+        at, name = edge + side * i + side / 2 + 4, escape(names[i])
+        labels.append(f'<text x="{edge - 5}" y="{at:g}" text-anchor="end">{name}</text>')
+        labels.append(f'<text transform="translate({at:g} {edge - 5}) rotate(-90)">{name}</text>')
+    source = "data:image/png;base64," + base64.b64encode(grey_png(drawn.values)).decode()
+    width, height = side * columns, side * rows
+    size = f'width="{width}" height="{height}"'
+    words = "a row is a token that reads, a column one that is read; white is 0, black is 1"
+    map_ = (
+        f'<svg class="map" width="{edge + width + 1}" height="{edge + height + 1}" role="img" '
+        f'aria-label="{title}: {rows} rows, {columns} columns, darker is more">{"".join(labels)}'
+        f'<image x="{edge}" y="{edge}" {size} preserveAspectRatio="none" href="{source}"/>'
+        f'<rect x="{edge}" y="{edge}" {size} fill="none" stroke="#767676"/></svg>'
+    )
     return (
-        f'<figure><figcaption>{title}</figcaption><img {size} alt="{words}" src="{source}">'
-        f"</figure>{_note(drawn.note)}"
+        f'<figure><figcaption>{title}</figcaption><p class="note">{words}</p>'
+        f"{_scrolled(map_, drawn.title)}</figure>{_note(drawn.note)}"
     )
 
 
 def _note(text: str) -> str:
-    return f'\n<p class="note">{escape(text)}</p>' if text else ""
+    shown = re.sub("`(.+?)`", r"<code>\1</code>", escape(text))
+    return f'\n<p class="note">{shown}</p>' if shown else ""
 
 
 def grey_png(values: np.ndarray) -> bytes:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+BLANK = 0.05  # below which a terminal shows nothing in a map
+
 
 @dataclass(frozen=True)
 class Table:
@@ -25,8 +27,8 @@ class Map:
     """Numbers from 0 to 1 as shades, the darkest for 1."""
 
     title: str
-    values: np.ndarray  # float (rows, columns)
-    rows: list[str]  # what stands before each row
+    values: np.ndarray  # float (rows, rows): each reads all
+    rows: list[str]  # what stands before each row, and above each column
     note: str = ""
 
 
@@ -60,6 +62,7 @@ class Report:
     parts: list[Part] = field(default_factory=list)
     result: Any = None  # the dataclass of arrays that is shown, for JSON
     frames: list[Report] = field(default_factory=list)  # the same look at several models
+    about: str = ""  # which model and text it is about: a page says so, who typed it knows
 
 
 def written(value: Any) -> str:
