@@ -82,7 +82,7 @@ def test_the_proofs_are_a_page_and_json_too_and_nothing_else_is(tmp_path, cli):
     assert all(escape(each["claim"]) in html for each in found)
     assert "and the text: a&lt;b" in html
     for flag in (["--html", page], ["--json"]):
-        assert is_refused(cli("doctor", *flag), f"{flag[0]} is for doctor --prove MODEL")
+        assert is_refused(cli("doctor", *flag), "show what --prove finds: name a model by it")
 
 
 @pytest.mark.slow
