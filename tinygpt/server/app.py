@@ -22,19 +22,23 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinygpt.errors import InputError, say, show
 from tinygpt.server.completions import Completion, Limits, ending
+from tinygpt.server.continuation import Continuation
 from tinygpt.server.engine import Engine
 from tinygpt.server.fields import Field, check_text, read_fields, yes_or_no
 from tinygpt.server.metrics import Metrics
 from tinygpt.server.openapi import openapi
+from tinygpt.server.page import page_routes
 from tinygpt.server.problems import Problem
 from tinygpt.server.read_json import read_json
+from tinygpt.server.study import Studies
+from tinygpt.server.study_fields import CONTINUE, STUDIES
 from tinygpt.writer import Writer
 
 MOST_BODY_BYTES = 1_000_000
 _BODY_S = 30.0  # in which a body has to come
 _SEND_S = 30.0  # in which a reader has to take what was sent
 _PING_S = 10.0  # between comments while there is nothing to send
-_PUBLIC = ("/", "/health", "/page.js", "/page.css")
+_PUBLIC = ("/", "/health", "/favicon.ico")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -56,6 +60,7 @@ class Server:
         self.writer, self.engine, self.name = writer, engine, name
         self.limits, self.access = limits, access
         self.metrics, self.created = Metrics(), int(time.time())
+        self.studies = Studies(writer, engine, name)
 
     def app(self) -> ASGIApp:
         """The application that uvicorn runs."""
@@ -70,6 +75,10 @@ class Server:
             Route("/detokenize", self.detokenize, methods=["POST"]),
             Route("/tokenizer_info", self.tokenizer_info),
             Route("/openapi.json", self.openapi),
+            *(Route(path, self.study, methods=["POST"]) for path in STUDIES if path != CONTINUE),
+            Route(CONTINUE, self.continued, methods=["POST"]),
+            Route("/study/model", self.about),
+            *page_routes(),
         ]
         handlers: dict[Any, Any] = {
             Problem: lambda request, problem: answer(problem),
@@ -144,7 +153,7 @@ class Server:
 
     async def openapi(self, request: Request) -> Response:
         """All of this in words of OpenAPI."""
-        return JSONResponse(openapi(FIELDS, self.access.api_key is not None))
+        return JSONResponse(openapi({**FIELDS, **STUDIES}, self.access.api_key is not None))
 
     async def tokenizer_info(self, request: Request) -> Response:
         """What clients that count tokens want to know."""
@@ -172,6 +181,26 @@ class Server:
         if completion.stream:
             return EventStream(self._events(completion))
         return await self._unless_left(request, self._whole(completion))
+
+    async def study(self, request: Request) -> Response:
+        """What a study tool sees in a text."""
+        self.require_ready()
+        found = self.studies.answer(request.url.path, await body_of(request))
+        return JSONResponse(await found)
+
+    async def continued(self, request: Request) -> Response:
+        """A text token by token, also without parts of the model."""
+        self.require_ready()
+        began = time.perf_counter()
+        continuation = Continuation(await body_of(request), self.studies, self.limits)
+        continuation.submit(continuation.engine)
+        self.metrics.prompt_tokens += continuation.usage["prompt_tokens"]
+        continuation.heard = self._counting(began)
+        return EventStream(self._events(continuation))
+
+    async def about(self, request: Request) -> Response:
+        """What the model is made of."""
+        return JSONResponse(self.studies.about())
 
     def _counting(self, began: float) -> Callable[[], None]:
         """What is called at each token of a request, and counts its time."""
@@ -408,7 +437,7 @@ class Guard:
 KNOWN = frozenset(
     ("/", "/health", "/metrics", "/openapi.json", "/v1/models", "/v1/completions",
      "/v1/chat/completions", "/tokenize", "/detokenize", "/tokenizer_info", "/study/tokens",
-     "/study/attention", "/study/lens", "/study/attribute")
+     "/study/attention", "/study/lens", "/study/attribute", "/study/continue", "/study/model")
 )  # fmt: skip
 
 

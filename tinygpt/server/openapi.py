@@ -100,9 +100,12 @@ def openapi(more: Mapping[str, Mapping[str, Field]], keyed: bool) -> dict[str, A
             "post": _operation("texts continued", _COMPLETION, fields=COMPLETION, events=True)
         },
         "/tokenizer_info": {"get": _operation("about the tokenizer", _ANY)},
+        "/study/model": {"get": _operation("about the model", _ANY)},
     }
     for path, fields in more.items():
-        paths[path] = {"post": _operation(f"what {path} says", _ANY, fields=fields)}
+        events = path == "/study/continue"
+        operation = _operation(f"what {path} says", _ANY, fields=fields, events=events)
+        paths[path] = {"post": operation}
     scheme = {"type": "http", "scheme": "bearer"}
     return {
         "openapi": "3.1.0",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 
@@ -44,11 +45,11 @@ class _Masked:
         return self.linear(kept.reshape(x.shape).contiguous(), residual)
 
 
-def with_heads(model: GPT, mask: Tensor, mean: bool = False) -> GPT:
+def with_heads(model: GPT, mask: Tensor | Sequence[Tensor], mean: bool = False) -> GPT:
     """The same model, of the same weights, without some of its heads.
 
     Args:
-        mask: float32 (L, H): 1 keeps a head, 0 leaves it out.
+        mask: float32 (L, H), or (H,) for each block: 1 keeps a head, 0 leaves it out.
         mean: put the mean of a head's outputs in their place, over all tokens that are given,
             so that it still adds what it always adds; otherwise zero.
     """

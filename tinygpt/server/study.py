@@ -1,0 +1,280 @@
+"""/study: what the study tools see in a text, and how it goes on, also without parts of the model.
+
+What is computed is the study tools' own; it runs in the engine's thread, between two steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, replace
+from typing import Any, TypeVar
+
+import numpy as np
+from tinygrad.nn.state import get_state_dict
+
+from tinygpt.errors import InputError, show
+from tinygpt.model import DTYPES, NOT_NUMBERS
+from tinygpt.server.choice import token_text
+from tinygpt.server.completions import ending
+from tinygpt.server.engine import Engine
+from tinygpt.server.fields import read_fields
+from tinygpt.server.problems import Problem
+from tinygpt.server.study_fields import STUDIES
+from tinygpt.server.without import Reduced
+from tinygpt.study.attention import HeadScores, entropies, head_scores
+from tinygpt.study.attribution import attribute
+from tinygpt.study.inside import Inside, look
+from tinygpt.study.lens import lens
+from tinygpt.study.predictions import predictions
+from tinygpt.writer import Writer
+
+_Found = TypeVar("_Found")
+_ONCE = 64  # the least tokens that are looked at: kernels are made for this, and twice as many, ...
+_DRAWS = 8
+
+
+class Studies:
+    """What the handlers of /study share."""
+
+    def __init__(self, writer: Writer, engine: Engine, name: str) -> None:
+        self.writer, self.engine, self.name = writer, engine, name
+        self.reduced = Reduced(engine)
+        self._inside: Inside | None = None  # of the last text; padded, see `_look`
+        self._length = 0  # of that text
+        self._scores: list[HeadScores] = []  # one for each draw
+        self._random = np.random.default_rng(0)
+        self._waiting = 0
+
+    async def answer(self, path: str, body: Any) -> dict[str, Any]:
+        """The answer of an address, but for /study/continue.
+
+        Raises:
+            Problem: for what cannot be answered.
+        """
+        asked = read_fields(body, STUDIES[path])
+        ids = self._ids(asked)
+        handlers: Mapping[str, Callable[[list[int], dict[str, Any]], dict[str, Any]]] = {
+            "/study/tokens": self._tokens,
+            "/study/attention": self._attention,
+            "/study/lens": self._lens,
+            "/study/attribute": self._attribute,
+        }
+        if path == "/study/attention" and asked["block"] is None:
+            for _ in range(_DRAWS - len(self._scores)):
+                await self._between_steps(self._score)
+        return await self._between_steps(lambda: handlers[path](ids, asked))
+
+    def about(self) -> dict[str, Any]:
+        """The model, in words and numbers."""
+        model, tokenizer = self.writer.model, self.writer.tokenizer
+        return {
+            "id": self.name,
+            "config": asdict(model.config),
+            "parameters": model.config.parameter_count,
+            "dtype": next(name for name, kind in DTYPES.items() if kind == model.wte.weight.dtype),
+            "bytes": sum(part.nbytes() for part in get_state_dict(model).values()),
+            "tokenizer": tokenizer.name,
+            "sampling": self.writer.sampling,
+        }
+
+    def _ids(self, asked: Mapping[str, Any]) -> list[int]:
+        """The tokens of a request's text."""
+        if asked["model"] not in (None, self.name):
+            message = f"the model {show(asked['model'])} does not exist: this server has "
+            raise Problem(404, message + repr(self.name), "model", "model_not_found")
+        given, config = asked["prompt"], self.writer.model.config
+        ids = self.writer.encode(given) if isinstance(given, str) else given
+        for token in ids:
+            self._check_id("prompt", token)
+        if len(ids) > config.block_size:
+            message = (
+                f"the prompt has {len(ids)} tokens, more than the model's window of "
+                f"{config.block_size}: give a shorter text"
+            )
+            raise Problem(400, message, "prompt", "context_length_exceeded")
+        return ids
+
+    def _check_id(self, name: str, token: int) -> None:
+        most = self.writer.model.config.vocab_size - 1
+        if not 0 <= token <= most:
+            message = f"{name} has the id {token}: ids are 0 to {most}"
+            raise Problem(400, message, name, "unknown_id")
+
+    async def _between_steps(self, function: Callable[[], _Found]) -> _Found:
+        """What a function gives in the engine's thread."""
+        if self.engine.draining:
+            raise ending()
+        if self._waiting > self.engine.queue:
+            headers = {"Retry-After": "1"}
+            message = f"{self._waiting} studies wait already: try again"
+            raise Problem(429, message, code="queue_full", headers=headers)
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[_Found] = loop.create_future()
+
+        def settle(found: Any, error: Exception | None) -> None:
+            if future.done():  # the client has left
+                return
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(found)
+
+        def run() -> None:
+            found, error = None, None
+            try:
+                found = function()
+            except Exception as problem:  # it is the request's, and ends nothing else
+                error = _problem_of(problem)
+            with suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(settle, found, error)
+
+        self._waiting += 1
+        try:
+            self.engine.call(run)
+            return await future
+        finally:
+            self._waiting -= 1
+
+    # These run in the engine's thread.
+
+    def _look(self, ids: list[int]) -> Inside:
+        """A forward pass of a text with zeros behind it, which no token before them sees.
+
+        So there are few lengths, for which kernels are made. That of the last text is kept.
+        """
+        held = self._inside
+        if held is None or self._length != len(ids) or held.ids[: len(ids)] != ids:
+            self._inside, size = None, _ONCE
+            while size < len(ids):
+                size *= 2
+            size = min(size, self.writer.model.config.block_size)
+            self._inside = held = look(self.writer.model, ids + [0] * (size - len(ids)))
+            self._length = len(ids)
+        return held
+
+    def _tokens(self, ids: list[int], asked: Mapping[str, Any]) -> dict[str, Any]:
+        inside = self._look(ids)
+        found = predictions(replace(inside, ids=ids, logits=inside.logits[: len(ids)]))
+        return {
+            "tokens": [
+                {
+                    **self._token(token),
+                    "loss": _number(found.loss[i]),
+                    "rank": int(found.rank[i]) or None,
+                    "entropy": _number(found.entropy[i]),
+                    "likeliest": [
+                        {**self._token(other), "probability": float(p)}
+                        for other, p in zip(found.likeliest[i], found.probability[i], strict=True)
+                        if i
+                    ],
+                }
+                for i, token in enumerate(ids)
+            ]
+        }
+
+    def _attention(self, ids: list[int], asked: Mapping[str, Any]) -> dict[str, Any]:
+        T, config = len(ids), self.writer.model.config
+        block, head = asked["block"], asked["head"]
+        if (block is None) != (head is None):
+            missing = "head" if head is None else "block"
+            message = f"{missing} is missing: give block and head, or neither"
+            raise Problem(400, message, missing, "combination")
+        for name, value, size in (("block", block, config.n_layer), ("head", head, config.n_head)):
+            if value is not None and value >= size:
+                message = f"{name} is {value}: it must be from 0 to {size - 1}"
+                raise Problem(400, message, name, "unknown_part")
+        attention = self._look(ids).attention[:, :, :T, :T]
+        if block is not None:
+            rows = attention[block, head]
+            weights = [[round(float(w), 6) for w in row[: i + 1]] for i, row in enumerate(rows)]
+            return {"block": block, "head": head, "weights": weights}
+        wide = entropies(attention) if T > 1 else np.full(attention.shape[:2], np.nan)
+        heads = [
+            {
+                "block": i,
+                "head": h,
+                **{kind: float(np.mean([getattr(s, kind)[i, h] for s in self._scores]))
+                   for kind in _KINDS},
+                "entropy": _number(wide[i, h]),
+            }
+            for i, h in np.ndindex(wide.shape)
+        ]  # fmt: skip
+        return {"heads": heads, "chance": self._scores[0].chance}
+
+    def _score(self) -> None:
+        """One more draw of the heads' scores: as `head_scores` itself, but one at a time."""
+        if len(self._scores) < _DRAWS:
+            self._scores += [head_scores(self.writer.model, 1, self._random)]
+
+    def _lens(self, ids: list[int], asked: Mapping[str, Any]) -> dict[str, Any]:
+        index, inside = self._index(ids, asked), self._look(ids)
+        part = slice(index, index + 1)
+        one = replace(
+            inside,
+            ids=[ids[index]],
+            residuals=inside.residuals[:, part],
+            logits=inside.logits[part],
+        )
+        found = lens(self.writer.model, one)
+        return {
+            "index": index,
+            "places": [
+                {
+                    "place": place,
+                    **self._token(found.likeliest[i, 0]),
+                    "probability": float(found.probability[i, 0]),
+                    "rank": int(found.rank[i, 0]),
+                    "divergence": float(found.divergence[i, 0]),
+                }
+                for i, place in enumerate(found.places)
+            ],
+        }
+
+    def _attribute(self, ids: list[int], asked: Mapping[str, Any]) -> dict[str, Any]:
+        index, token, against = self._index(ids, asked), asked["token"], asked["against"]
+        for name in ("token", "against"):
+            if asked[name] is not None:
+                self._check_id(name, asked[name])
+        inside = self._look(ids)
+        if token is None:
+            token = int(inside.logits[index].argmax())
+        found = attribute(self.writer.model, inside, token, against, index)
+        return {
+            "index": index,
+            "token": self._token(token),
+            "against": None if against is None else self._token(against),
+            "logit": found.logit,
+            "sum": float(found.values.sum()),
+            "parts": [
+                {"part": name, "logit": float(value)}
+                for name, value in zip(found.components, found.values, strict=True)
+            ],
+        }
+
+    def _index(self, ids: list[int], asked: Mapping[str, Any]) -> int:
+        last, index = len(ids) - 1, asked["index"]
+        if index is not None and index > last:
+            message = f"index is {index}: the text's tokens are 0 to {last}"
+            raise Problem(400, message, "index", "outside_of_text")
+        return last if index is None else index
+
+    def _token(self, token: int) -> dict[str, Any]:
+        return {"id": int(token), "text": token_text(self.writer.tokenizer, int(token))}
+
+
+_KINDS = ("previous", "first", "duplicate", "induction")
+
+
+def _problem_of(error: Exception) -> Problem:
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, InputError):
+        text = str(error)
+        return Problem(500, text, code="not_numbers") if text == NOT_NUMBERS else Problem(400, text)
+    return Problem(500, "the model failed on this text", code="engine_error")
+
+
+def _number(value: Any) -> float | None:
+    return None if np.isnan(value) else float(value)
