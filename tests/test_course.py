@@ -10,6 +10,7 @@ from conftest import needs_clang
 from pytest_examples import find_examples
 
 COURSE = Path(__file__).parents[1] / "docs" / "course"
+GLOSSARY = COURSE.parent / "glossary.md"
 CHAPTERS = sorted(COURSE.glob("[0-9][0-9]-*.md"))
 
 
@@ -40,6 +41,19 @@ def test_a_chapter_has_a_picture_and_an_exercise_with_a_tested_answer(chapter):
     answer = text.split("## Exercise")[1].split("<summary>Answer</summary>")[1]
     assert re.search(r"```python\n.*?\bassert\b.*?```.*?</details>", answer, re.DOTALL)
     assert "## In the package" in answer
+    assert len(text.splitlines()) <= 150, "a chapter is read in one sitting"
+
+
+def test_the_glossary_has_each_term_that_the_course_sets_in_italics():
+    rows = re.findall(r"^\| ([^|]+) \|", GLOSSARY.read_text(encoding="utf-8"), re.MULTILINE)
+    words = [word.casefold() for row in rows for word in row.split(", ")]
+    for page in (COURSE / "README.md", *CHAPTERS):
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for found in re.findall(r"(?<![*\w])\*([^*]+)\*(?![*\w])", text):
+            term = " ".join(found.split()).casefold()
+            # Or a word of the glossary with an ending, as "vanishes" is.
+            known = [word for word in words if term.startswith(word) and len(term) - len(word) < 3]
+            assert known, f"{page.name}: {term}"
 
 
 @titled(CHAPTERS)

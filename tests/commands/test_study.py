@@ -11,13 +11,14 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from conftest import needs_clang, randomize, save_with_bytes
+from conftest import randomize, save_with_bytes
 from prepared import prepared
 
 from tinygpt import GPT, GPTConfig, load_tokenizer
 from tinygpt.commands import study
 from tinygpt.commands.main import main
 from tinygpt.commands.study import WHATS
+from tinygpt.study.attention import entropies
 from tinygpt.study.attribution import attribute
 from tinygpt.study.inside import look
 from tinygpt.study.page import grey_png
@@ -34,8 +35,7 @@ LOOKS = {
     "heads": [],
     "attribute": [TEXT, "--token", "e", "--against", "x"],
 }
-# Without clang these are not tried yet: of tinygrad's assembler some crash.
-pytestmark = [pytest.mark.usefixtures("no_network"), needs_clang]
+pytestmark = pytest.mark.usefixtures("no_network")
 
 
 @pytest.fixture(scope="module")
@@ -201,11 +201,46 @@ def test_one_map_is_drawn_as_wide_as_the_terminal_and_without_blocks_in_ascii(fo
     rows = [line for line in out.splitlines() if line.strip().startswith('"')]
     assert len(rows) == len(TEXT.encode())
     assert any(shade in out for shade in "░▒▓█")
+    for text in ("abcdefg", "ab"):
+        out = cli("study", "attention", text, "--rollout", "--block", 0, "--model", folder)[1]
+        assert "rollout through block 0" in out
+        names, *rows = out.splitlines()[3 : 4 + len(text)]
+        assert names.split() == list(text)
+        assert [row.strip()[:3] for row in rows] == [f'"{each}"' for each in text]
+        assert 80 < max(map(len, rows)) <= 100
     drawn = Map("", np.tril(np.ones((50, 50))), [str(i) for i in range(50)])
     for encoding, shade in (("utf-8", "█"), ("ascii", "@"), ("no such", "@")):
         shown = list(lines(Report("A map", [drawn]), 40, encoding))
         assert max(map(len, shown)) <= 40
         assert shown[-1].endswith(shade * 30)
+
+
+def test_a_part_of_a_character_is_shown_as_its_bytes_and_what_a_terminal_lacks_too(folder, cli):
+    out = cli("study", "tokens", "é", "--model", folder)[1]
+    assert [line.split()[0] for line in out.splitlines()[3:5]] == [r'"\xc3"', r'"\xa9"']
+    table = Table("", ("piece", "n"), [["猫猫", 1], ["é", 22]])
+    wide = [*lines(Report("R", [table]), 40)][3:]
+    assert wide == ["猫猫    1", "é      22"]  # a letter of Chinese is as wide as two
+    narrow = [*lines(Report("R", [table]), 40, "ascii")][3:]
+    assert narrow == [r"\u732b\u732b   1", r"\xe9          22"]
+
+
+def test_the_overview_of_attention_has_the_entropy_of_the_text_as_json_too(folder, cli):
+    argv = ["study", "attention", TEXT, "--model", folder]
+    found = json.loads(cli(*argv, "--json")[1])
+    assert set(found) == {"scores", "entropy"}
+    assert np.shape(found["entropy"]) == (2, 2)
+    inside = look(GPT.from_pretrained(folder), load_tokenizer("bytes").encode(TEXT))
+    assert np.array(found["entropy"]) == pytest.approx(entropies(inside.attention), abs=1e-5)
+
+
+def test_heads_are_left_out_by_zero_or_by_their_mean(folder, cli):
+    argv = ["study", "heads", "the sea " * 12, "--model", folder]
+    zero, mean = (json.loads(cli(*argv, *more, "--json")[1]) for more in ([], ["--by", "mean"]))
+    assert zero["scores"] == mean["scores"]
+    assert zero["left_out"]["loss"] == pytest.approx(mean["left_out"]["loss"], abs=1e-5)
+    assert zero["left_out"]["without"] != mean["left_out"]["without"]
+    assert "head's output is its mean" in cli(*argv, "--by", "mean")[1].replace("\n", " ")
 
 
 def test_a_text_comes_from_a_pipe_and_a_long_one_loses_its_begin(folder, monkeypatch, cli):
@@ -230,6 +265,8 @@ def test_a_text_comes_from_a_pipe_and_a_long_one_loses_its_begin(folder, monkeyp
         (["study", "lens", "xyz", "--position", "3"], "--position is 3: it must be"),
         (["study", "attribute", "x"], "study attribute needs --token"),
         (["study", "attribute", "x", "--token", "ab"], '--token \'ab\' is 2 pieces: "a" "b"'),
+        (["study", "heads", "--by", "median"], "unknown --by 'median'"),
+        (["study", "attention", "x", "--rollout", "--head", "1"], "--rollout is of all heads"),
         (["study", "heads", "x" * 60], "the text has 60 tokens: give 65 or more"),
         (["study", "tokens", "x", "--html", "no/such/folder.html"], "cannot write"),
     ],

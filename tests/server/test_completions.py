@@ -258,6 +258,11 @@ def test_an_end_token_ends_the_text(running):
     (choice,) = answer["choices"]
     assert (choice["text"], choice["finish_reason"]) == ("", "stop")
     assert answer["usage"]["completion_tokens"] == 1
+    found = running.complete(**forced, echo=True, logprobs=1)["choices"][0]
+    assert found["text"] == "Once upon"
+    assert len(found["logprobs"]["tokens"]) == 9 + 1
+    assert found["logprobs"]["tokens"][-1] == "<|endoftext|>"
+    assert found["logprobs"]["text_offset"][-1] == 9
 
 
 def test_the_events_of_a_stream_are_as_clients_read_them(running):

@@ -14,8 +14,6 @@ from tinygpt.study.induction import attention_only, learn_induction, repeated
 from tinygpt.study.shown import induction_report
 from tinygpt.study.terminal import lines
 
-pytestmark = needs_clang
-
 
 def test_sequences_repeat_after_their_period_from_its_first_token():
     found = repeated(np.random.default_rng(0), 50)
@@ -40,6 +38,7 @@ def test_a_model_of_attention_alone_has_no_feed_forward():
     assert with_heads(model, model.wte.weight[:2, :2])  # heads can be left out of it too
 
 
+@needs_clang  # a minute without
 def test_a_few_steps_are_measured_and_shown(capsys):
     told = []
     found = learn_induction(steps=4, every=2, tell=lambda *it: told.append(it))
@@ -48,6 +47,8 @@ def test_a_few_steps_are_measured_and_shown(capsys):
     assert not found.found
     shown = "\n".join(lines(induction_report(found), 100))
     assert "no head is on that diagonal" in shown
+    place = np.unravel_index(found.left_out.without.argmax(), (2, 4))
+    assert "block {} head {} costs the most".format(*place) in shown.replace("\n", " ")
     assert main(["study", "induction", "--steps", "1"]) == 0
     captured = capsys.readouterr()
     assert "step 1: loss of the first copy" in captured.err
@@ -56,6 +57,7 @@ def test_a_few_steps_are_measured_and_shown(capsys):
         assert main(["study", "induction", *bad]) == 2
 
 
+@needs_clang
 @pytest.mark.slow
 def test_copying_is_learnt():
     found = learn_induction(steps=600)

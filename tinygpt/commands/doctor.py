@@ -25,14 +25,17 @@ import tinygpt
 from tinygpt.checkpoints import hub
 from tinygpt.checkpoints.open_checkpoint import open_checkpoint
 from tinygpt.checkpoints.run_folder import NAMES, checkpoint_in, followed, steps
-from tinygpt.commands.flags import add_flag, given, spelled
-from tinygpt.commands.shown_as import show_report
+from tinygpt.commands.flags import add_flag
+from tinygpt.commands.prompt import read_prompt
+from tinygpt.commands.shown_as import add_report_flags, show_report
 from tinygpt.config import GPTConfig
 from tinygpt.data.dataset import Dataset
 from tinygpt.errors import CheckpointError, InputError, one_line, reason, show
 from tinygpt.generator import Generator
 from tinygpt.model import GPT
 from tinygpt.runtime import clang, device, graph, memory
+from tinygpt.study.attribution import no_sum
+from tinygpt.study.inside import as_float32
 from tinygpt.study.proofs import prove
 from tinygpt.study.shown import proofs_report
 from tinygpt.training import run_files
@@ -53,13 +56,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     words = "a run or a checkpoint of one: whether its files are as they were written, only that; "
     words += "with --prove, a text"
     parser.add_argument("run", nargs="?", metavar="RUN|TEXT", help=words)
-    words = "compute the logits of a text in each way that there is, and compare, only that"
+    words = "compute the logits of a text (- reads stdin) in each way that there is, and "
+    words += "compare; with --json or --html FILE as such"
     add_flag(parser, "--prove", metavar="MODEL", help=words)
-    words = "with --prove: write one page that stands by itself"
-    add_flag(parser, "--html", metavar="FILE", help=words)
-    add_flag(parser, "--json", kind=bool, help="with --prove: print one JSON object")
     words = "also run a small model on each backend"
     add_flag(parser, "--backends", kind=bool, help=words)
+    add_report_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,10 +73,10 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.backends and (args.prove or args.run):
         raise InputError("--backends tries a small model of its own: leave out --prove and the run")
+    if not args.prove and (args.json or args.html):
+        raise InputError("--json and --html show what --prove finds: name a model by it")
     if args.prove:
-        return _report_proofs(args.prove, args.run or _TEXT, args)
-    for name in given(args, ["html", "json"]):
-        raise InputError(f"{spelled(args)(name)} is for doctor --prove MODEL")
+        return _report_proofs(args)
     if args.run:
         return _report_run(Path(args.run))
     devices = device.devices()
@@ -90,21 +92,14 @@ def run(args: argparse.Namespace) -> int:
     return 0 if True in outcomes and False not in outcomes else 1
 
 
-def _report_proofs(name: str, text: str, args: argparse.Namespace) -> int:
+def _report_proofs(args: argparse.Namespace) -> int:
     """Say how far apart the ways are in which a model's logits of a text can be computed."""
-    found = open_checkpoint(name)
-    tokenizer, model = found.tokenizer(), found.load("float32")
-    proofs = prove(model, tokenizer.encode(text))
-    if args.html or args.json:
-        about = f"The model {name}, and the text: {text}"
-        show_report(replace(proofs_report(proofs), about=about), args)
-        return 0 if all(each.holds for each in proofs) else 1
-    width = max(len(each.claim) for each in proofs)
-    for each in proofs:
-        said = "holds" if each.holds else "DOES NOT HOLD"
-        print(
-            f"{each.claim:<{width}}  {said}: differs by {each.difference:.2g} of {each.scale:.3g}"
-        )
+    text = read_prompt(args.run) or _TEXT
+    found = open_checkpoint(args.prove)
+    tokenizer, model = found.tokenizer(), as_float32(found.load())
+    proofs = prove(model, tokenizer.encode(text, True))
+    about = f"The model {args.prove}, and the text: {text}"
+    show_report(replace(proofs_report(proofs, no_sum(model.config)), about=about), args)
     return 0 if all(each.holds for each in proofs) else 1
 
 

@@ -103,7 +103,7 @@ def _inside(folder: Path) -> tuple[list[Part], dict[str, Any]]:
     inside = look(model, ids)
     decided, scores = lens(model, inside), head_scores(model)
     parts = shown.lens_report(decided, inside, tokenizer, len(ids) - 1).parts
-    parts = [*parts, *shown.attention_report(inside, scores, tokenizer, None, None).parts]
+    parts = [*parts, *shown.attention_report(inside, scores, None, None).parts]
     return parts, {"ids": ids, "lens": decided, "heads": scores}
 
 

@@ -12,7 +12,6 @@ import numpy as np
 
 from tinygpt.checkpoints import hub
 from tinygpt.checkpoints.open_checkpoint import open_checkpoint
-from tinygpt.checkpoints.quantization import convert, dtype_of
 from tinygpt.checkpoints.run_folder import steps
 from tinygpt.commands import norms
 from tinygpt.commands.flags import add_flag, add_shared, given, spelled
@@ -21,13 +20,14 @@ from tinygpt.commands.shown_as import add_report_flags, show_report
 from tinygpt.errors import InputError, check_int, say, show, unknown
 from tinygpt.generator import Generator
 from tinygpt.model import GPT
+from tinygpt.options import Kind
 from tinygpt.study import shown
 from tinygpt.study.attention import head_scores, rollout
 from tinygpt.study.attribution import attribute
 from tinygpt.study.explain import explain
 from tinygpt.study.heads import leave_out
 from tinygpt.study.induction import learn_induction
-from tinygpt.study.inside import Inside, look
+from tinygpt.study.inside import Inside, as_float32, look
 from tinygpt.study.lens import lens
 from tinygpt.study.predictions import predictions
 from tinygpt.study.report import Report
@@ -70,13 +70,17 @@ def _lens(subject: _Subject) -> Report:
 
 
 def _attention(subject: _Subject) -> Report:
-    args = subject.args
+    args, tokenizer = subject.args, subject.tokenizer
     _check_place(subject, ("block", "head"))
+    if args.rollout and args.head is not None:
+        raise InputError("--rollout is of all heads together: leave out --head")
     inside = subject.look()
     if args.rollout:
-        return shown.rollout_report(rollout(inside.attention), inside, subject.tokenizer)
-    scores = head_scores(subject.model)
-    return shown.attention_report(inside, scores, subject.tokenizer, args.block, args.head)
+        last = subject.model.config.n_layer - 1 if args.block is None else args.block
+        return shown.rollout_report(rollout(inside.attention), inside, tokenizer, last)
+    if args.block is not None and args.head is not None:
+        return shown.map_report(inside, tokenizer, args.block, args.head)
+    return shown.attention_report(inside, head_scores(subject.model), args.block, args.head)
 
 
 def _check_place(subject: _Subject, names: tuple[str, ...]) -> None:
@@ -105,7 +109,9 @@ def _heads(subject: _Subject) -> Report:
         prompts, seeds = [[start]] * _WINDOWS, range(_WINDOWS)
         steps = Generator(model).generate_batch(prompts, length, seeds, temperature=1.0)
         windows = np.array([[start] * _WINDOWS, *steps]).T
-    return shown.heads_report(head_scores(model), leave_out(model, windows), len(windows))
+    scores, by = head_scores(model), subject.args.by or "zero"
+    found = leave_out(model, windows, by == "mean")
+    return shown.heads_report(scores, found, len(windows), by if by == "zero" else "its mean")
 
 
 def _attribute(subject: _Subject) -> Report:
@@ -193,7 +199,7 @@ WHATS = {
         _lens, "what the model would write if it ended after each sublayer", ("position",)
     ),
     "attention": _What(_attention, "where heads read", ("block", "head", "rollout")),
-    "heads": _What(_heads, "what kind of head each is, and the loss without it"),
+    "heads": _What(_heads, "what kind of head each is, and the loss without it", ("by",)),
     "attribute": _What(
         _attribute, "a logit as a sum of what each part adds", ("token", "against", "position")
     ),
@@ -213,12 +219,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     words = f"a folder, file, or name to fetch (default: {hub.DEFAULT}, which is built in)"
     add_flag(parser, "-m", "--model", metavar="NAME|PATH", help=words)
     add_shared(parser, "--tokenizer")
-    add_flag(
-        parser, "--block", kind=int, help="attention: of this block; explain: open this one", low=0
-    )
+    words = "attention: of this block, or with --rollout up to it; explain: open this one"
+    add_flag(parser, "--block", kind=int, help=words, low=0)
     add_flag(parser, "--head", kind=int, help="attention: of this head", low=0)
-    words = "attention: what may flow through all blocks"
+    words = "attention: how much of each token may flow through the blocks"
     add_flag(parser, "--rollout", kind=bool, help=words)
+    words = "heads: what stands in the place of one that is left out: zero, or the mean of what it "
+    words += "gives over all tokens, so that it adds what it always adds (default: zero)"
+    add_flag(parser, "--by", kind=Kind(str, choices=("zero", "mean")), help=words)
     add_flag(parser, "--token", help="attribute: the piece whose logit is taken apart")
     add_flag(parser, "--against", help="attribute: the piece whose logit is taken away")
     words = "lens, attribute: behind which token of the text (default: the last)"
@@ -287,8 +295,5 @@ def _look(what: _What, name: str, text: str, args: argparse.Namespace) -> Report
 
 def _subject(name: str, text: str, args: argparse.Namespace) -> _Subject:
     found = open_checkpoint(name)
-    tokenizer, model = found.tokenizer(args.tokenizer), found.load()
-    if (held := dtype_of(model.wte)) != "float32":
-        say(f"its weights are {held}: looked at as float32")
-        convert(model, "float32")
+    tokenizer, model = found.tokenizer(args.tokenizer), as_float32(found.load())
     return _Subject(model, tokenizer, text, args)

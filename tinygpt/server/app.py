@@ -24,7 +24,7 @@ from tinygpt.errors import InputError, say, show
 from tinygpt.server.completions import Completion, Limits, ending
 from tinygpt.server.continuation import Continuation
 from tinygpt.server.engine import Engine
-from tinygpt.server.fields import Field, read_fields
+from tinygpt.server.fields import Field, check_text, read_fields, yes_or_no
 from tinygpt.server.metrics import Metrics
 from tinygpt.server.openapi import openapi
 from tinygpt.server.page import page_routes
@@ -132,9 +132,14 @@ class Server:
     async def tokenize(self, request: Request) -> Response:
         """A text's ids."""
         asked = await self.asked(request, FIELDS["/tokenize"])
-        ids = self.writer.tokenizer.encode(asked["prompt"] or "") if asked["prompt"] else []
-        config = self.writer.model.config
-        return JSONResponse({"count": len(ids), "max_model_len": config.block_size, "tokens": ids})
+        text, whole = asked["prompt"], asked["add_special_tokens"]
+        encode = self.writer.tokenizer.encode
+        try:
+            ids = await asyncio.to_thread(encode, text, whole=whole) if text else []
+        except InputError as error:  # a character that the vocabulary lacks
+            raise Problem(400, str(error), "prompt", "unknown_character") from error
+        window = self.writer.model.config.block_size
+        return JSONResponse({"count": len(ids), "max_model_len": window, "tokens": ids})
 
     async def detokenize(self, request: Request) -> Response:
         """The text of ids."""
@@ -168,7 +173,8 @@ class Server:
         """Texts continued."""
         self.require_ready()
         began = time.perf_counter()
-        completion = Completion(await body_of(request), self.writer, self.name, self.limits)
+        asked = await body_of(request), self.writer, self.name, self.limits
+        completion = await asyncio.to_thread(Completion, *asked)  # a long prompt takes its time
         completion.submit(self.engine)
         self.metrics.prompt_tokens += completion.usage["prompt_tokens"]
         completion.heard = self._counting(began)
@@ -267,21 +273,20 @@ def _of_starlette(request: Request, error: HTTPException) -> Problem:
     )
 
 
-def _is_text(name: str, value: Any) -> None:
-    if not isinstance(value, str):
-        raise InputError(f"{name} is {show(value)}: it must be a text")
-
-
 def _is_ids(name: str, value: Any) -> None:
     if not isinstance(value, list) or not all(type(each) is int for each in value):
         raise InputError(f"{name} is {show(value)}: it must be a list of ids")
 
 
-TEXT = Field(_is_text, {"type": "string"})
+TEXT = Field(check_text, {"type": "string"})
 IDS = Field(_is_ids, {"type": "array", "items": {"type": "integer", "minimum": 0}})
 
 FIELDS: dict[str, dict[str, Field]] = {
-    "/tokenize": {"prompt": TEXT, "model": TEXT},
+    "/tokenize": {
+        "prompt": Field(check_text, {"type": "string"}, ""),
+        "add_special_tokens": yes_or_no("let the text be whole, with what stands around one", True),
+        "model": TEXT,
+    },
     "/detokenize": {"tokens": IDS, "model": TEXT},
 }
 

@@ -70,8 +70,15 @@ class Choice:
             self.finish, self._held = "stop", []
         return piece
 
-    def end(self, finish: str) -> Piece:
-        """What was held back, when no more tokens come."""
+    def end(self, finish: str, token: Token | None = None) -> Piece:
+        """What was held back, when no more tokens come.
+
+        Args:
+            finish: why, unless it is a stop text.
+            token: the end token, where it is one: it stands among the tokens, not in the text.
+        """
+        if token is not None:
+            self._held.append((self._echoed + self._places.count, token))
         piece = self._shows(self._stream.end(), last=True)
         self.finish = "stop" if self.stopped else finish
         return piece
@@ -90,7 +97,7 @@ class _Places:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._count = 0
+        self.count = 0  # characters so far
 
     def of(self, token: int) -> int:
         """The place of the next token; of one within a character, that of the character."""
@@ -98,7 +105,7 @@ class _Places:
         text = self._decoder.decode(raw)
         # A character that was begun and is not gone on with has a place before the token.
         broken = begun and text[:1] == _BROKEN and not (begun + raw).startswith(_BROKEN.encode())
-        place, self._count = self._count + bool(broken), self._count + len(text)
+        place, self.count = self.count + bool(broken), self.count + len(text)
         return place
 
 

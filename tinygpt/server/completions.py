@@ -95,7 +95,10 @@ class Completion:
         return [self._of_text(p) if isinstance(p, str) else self._of_ids(p) for p in given]
 
     def _of_text(self, text: str) -> Prompt:
-        return Prompt(self.writer.encode(text), text, shown=bool(text))
+        try:
+            return Prompt(self.writer.encode(text), text, shown=bool(text))
+        except InputError as error:  # a character that the vocabulary lacks
+            raise Problem(400, str(error), "prompt", "unknown_character") from error
 
     def _of_ids(self, ids: list[int]) -> Prompt:
         for token in ids:
@@ -219,7 +222,7 @@ class Completion:
         self.completion_tokens += 1
         self.heard()
         if token.token in self.writer.tokenizer.ends:
-            return piece + choice.end("stop")
+            return piece + choice.end("stop", token)
         return piece + choice.add(token)
 
     @property

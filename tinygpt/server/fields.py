@@ -36,11 +36,13 @@ def _number(words: str, **limits: float) -> Field:
     return Field(lambda name, value: check_float(name, value, **limits), schema)
 
 
-def _yes_or_no(words: str) -> Field:
-    return Field(check_bool, {"type": "boolean", "description": words}, False)
+def yes_or_no(words: str, default: bool = False) -> Field:
+    """A field that is true or false."""
+    return Field(check_bool, {"type": "boolean", "description": words}, default)
 
 
-def _text(name: str, value: Any) -> None:
+def check_text(name: str, value: Any) -> None:
+    """Refuse what is no text."""
     if not isinstance(value, str):
         raise InputError(f"{name} is {show(value)}: it must be a text")
 
@@ -103,7 +105,7 @@ PROMPT: Schema = {
 }
 _WORDS = "as the model's files say, else "
 COMPLETION: dict[str, Field] = {
-    "model": Field(_text, {"type": "string", "description": "one of /v1/models"}),
+    "model": Field(check_text, {"type": "string", "description": "one of /v1/models"}),
     "prompt": Field(_prompt, {**PROMPT, "description": "one text or several, or their ids"}, ""),
     "max_tokens": _whole(None, 0, 2**31 - 1, "how many tokens to write at most; usually 16"),
     "temperature": _number(f"0 takes the likeliest ({_WORDS}0)", low=0),
@@ -119,8 +121,8 @@ COMPLETION: dict[str, Field] = {
     ),
     "seed": _whole(None, 0, 2**63 - 1, "gives the same texts again"),
     "logprobs": _whole(None, 0, 20, "log-probabilities, and those of so many of the likeliest"),
-    "echo": _yes_or_no("let the text begin with the prompt"),
-    "stream": _yes_or_no("send each piece as it comes"),
+    "echo": yes_or_no("let the text begin with the prompt"),
+    "stream": yes_or_no("send each piece as it comes"),
     "stream_options": Field(
         _stream_options,
         {"type": "object", "properties": {"include_usage": {"type": "boolean"}},
@@ -136,8 +138,8 @@ COMPLETION: dict[str, Field] = {
          "propertyNames": {"pattern": f"^{_BIASED}$"},
          "description": "added to the logits of these ids"},
     ),
-    "truncate_prompt": _yes_or_no("read the end of a prompt that is too long, and refuse none"),
-    "user": Field(_text, {"type": "string", "description": "not looked at"}),
+    "truncate_prompt": yes_or_no("read the end of a prompt that is too long, and refuse none"),
+    "user": Field(check_text, {"type": "string", "description": "not looked at"}),
 }  # fmt: skip
 # What OpenAI has and this has not, and what is said of it.
 _REFUSED = {"suffix": "this model continues texts and fills no gaps: leave suffix out"}

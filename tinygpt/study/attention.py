@@ -8,10 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from tinygrad import Tensor
+from tinygrad.nn.state import get_state_dict
 
 from tinygpt.errors import InputError
+from tinygpt.layers import Record
 from tinygpt.model import GPT
-from tinygpt.study.inside import Inside, at, log_softmax, look
+from tinygpt.runtime import buffers
+from tinygpt.runtime.capture import capture
+from tinygpt.study.inside import at, check_numbers, log_softmax
 
 CAUTION = "attention is where a head reads, not what matters: `study heads` measures that"
 
@@ -72,12 +77,24 @@ def head_scores(model: GPT, draws: int = 8, seed: int | np.random.Generator = 0)
     n = min(64, model.config.block_size // 2, model.config.vocab_size)
     if n < 2:
         raise InputError(f"the window holds {model.config.block_size} tokens: it needs 4 at least")
+
+    def passed(ids: Tensor) -> list[Tensor]:
+        record = Record()
+        found = [model(ids, record=record), *record.attention_weights]
+        Tensor.realize(*found)
+        return found
+
+    step = capture(passed, get_state_dict(model), ("scored", model, HeadScores))
     rng, kinds, gain = np.random.default_rng(seed), [], 0.0
     for _ in range(draws):
         once = rng.choice(model.config.vocab_size, n, replace=False)
-        inside = look(model, [*once.tolist(), *once.tolist()])
-        kinds.append(_shares(inside.attention, n))
-        gain += _gain(inside, n) / draws
+        ids = np.tile(once, 2)
+        logits, *read = step(buffers.tensor(ids[None].astype(np.int32)))
+        weights = [buffers.read(each).reshape(-1, len(ids), len(ids)) for each in read]
+        kinds.append(_shares(np.stack(weights), n))
+        found = buffers.read(logits).reshape(len(ids), -1)
+        check_numbers(model, found)
+        gain += _gain(found, ids, n) / draws
     places = np.arange(n, 2 * n)
     return HeadScores(*np.mean(kinds, 0), float((1 / (places + 1)).mean()), gain)
 
@@ -89,7 +106,6 @@ def _shares(attention: np.ndarray, n: int) -> list[np.ndarray]:
     return [attention[:, :, i, j].astype(np.float64).mean(-1) for j in seen]
 
 
-def _gain(inside: Inside, n: int) -> float:
-    logs = log_softmax(inside.logits[:-1])
-    loss = -at(logs, np.array(inside.ids[1:]))
+def _gain(logits: np.ndarray, ids: np.ndarray, n: int) -> float:
+    loss = -at(log_softmax(logits[:-1]), ids[1:])
     return float(loss[: n - 1].mean() - loss[n:].mean())

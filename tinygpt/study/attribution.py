@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tinygpt.checkpoints.quantization import widened
+from tinygpt.config import GPTConfig
 from tinygpt.errors import InputError
 from tinygpt.model import GPT
 from tinygpt.runtime.buffers import tensor
@@ -40,12 +41,7 @@ def attribute(
         InputError: for a model whose residual is no sum, or a token or position that there is not.
     """
     config = model.config
-    if config.norm != "pre" or not config.shortcut:
-        why = (
-            "post-norm scales the sum in every block"
-            if config.norm != "pre"
-            else ("without shortcuts nothing is added up")
-        )
+    if why := no_sum(config):
         raise InputError(f"the logits of this model are no sum of its parts: {why}")
     for name, value in (("token", token), ("against", against)):
         if value is not None and not 0 <= value < config.vocab_size:
@@ -69,6 +65,13 @@ def attribute(
     if model.ln_f.bias is not None:
         values["last norm's bias"] = float(model.ln_f.bias.numpy().astype(np.float64) @ direction)
     return Attribution(tuple(values), np.array([*values.values()]), float(logit))
+
+
+def no_sum(config: GPTConfig) -> str | None:
+    """Why the logits of such a model are no sum of what its parts add; None where they are one."""
+    if config.norm != "pre":
+        return "post-norm scales the sum in every block"
+    return None if config.shortcut else "without shortcuts nothing is added up"
 
 
 def _parts(model: GPT, inside: Inside, position: int) -> dict[str, np.ndarray]:

@@ -26,7 +26,7 @@ from tinygpt.layers import (
     TransformerBlock,
 )
 from tinygpt.model import GPT
-from tinygpt.study.inside import in_window
+from tinygpt.study.inside import check_numbers, in_window
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def explain(model: GPT, ids: Sequence[int], block: int | None = None) -> Explana
     Args:
         block: the one to open; None leaves all closed.
     Raises:
-        InputError: for an empty text, or a block that there is not.
+        InputError: for an empty text, a block that there is not, or logits that are no numbers.
     """
     layers = model.config.n_layer
     if block is not None and not 0 <= block < layers:
@@ -112,6 +112,7 @@ def explain(model: GPT, ids: Sequence[int], block: int | None = None) -> Explana
     hidden = _watching(model, "", calls).hidden_states([ids])
     logits = model.logits(hidden)
     Tensor.realize(logits, *(each for call in calls for each in (call.x, call.y)))
+    check_numbers(model, logits.numpy())
     found = _Explained(model, len(ids)).all(calls, logits)
     totals = sum(each.parameters for each in found), sum(each.flops for each in found)
     return Explanation(ids, _closed(found, block), *totals)
@@ -145,11 +146,11 @@ class _Explained:
         parameters = sum(int(weight.numel()) for weight in weights)
         bias = " + b" * (len(weights) == 2)
         if isinstance(part, Embedding):
-            row = "row of the table for each " + ("id" if call.name == "wte" else "position")
+            row = "the row of each " + ("id" if call.name == "wte" else "position")
             return self._row(call.name, row, call.x, call.y, parameters, 0, Embedding)
         if isinstance(part, LayerNorm):
             flops = count * (_NORM_FLOPS + len(weights) - 1)
-            formula = f"(x - mean) / sqrt(variance + {part.epsilon:g}) * w{bias}"
+            formula = f"(x - mean) / sqrt(var + {part.epsilon:g}) * w{bias}"
             return self._row(call.name, formula, call.x, call.y, parameters, flops, LayerNorm)
         formula = f"x W.T{bias}" + " + residual" * call.added
         flops = count * (2 * part.weight.shape[1] + len(weights) - 1 + call.added)
@@ -165,7 +166,7 @@ class _Explained:
     def _attention(self, call: _Call) -> Operation:
         """What stands between the query, key and value and the output projection."""
         T, H, D = self.length, self.config.n_head, self.config.head_dim
-        formula = f"softmax(q k.T * {self._scale(call.name):.4g}, causal) v, {H} heads of {D}"
+        formula = f"softmax(q k.T * {self._scale(call.name):.4g} + mask) v, {H} heads"
         flops = H * T * T * (4 * D + 2 + _SOFTMAX_FLOPS)
         name = call.name.replace("out_proj", "heads")
         return self._row(name, formula, call.x, call.x, 0, flops, ops.attention)
@@ -249,7 +250,7 @@ def _closed(operations: list[Operation], block: int | None) -> list[Operation]:
         last = inside[-1]
         given = next(x.given for x in inside)
         numbers = last.rms, last.lowest, last.highest, last.similarity
-        what = "attention and feed-forward, each with a norm"
+        what = "attention, feed-forward, two norms"
         found.append(
             Operation(key, what, given, last.gives, *sums, *numbers, _source(TransformerBlock))
         )

@@ -22,7 +22,7 @@ class LeftOut:
     """The loss without each of H heads in L blocks, in nats a token."""
 
     loss: float  # of the whole model
-    without: np.ndarray  # float64 (L, H): how much higher it is when the head's output is zero
+    without: np.ndarray  # float64 (L, H): how much higher it is when the head is left out
     error: np.ndarray  # float64 (L, H): the standard error of that, over the windows
 
     @property
@@ -31,38 +31,44 @@ class LeftOut:
         return np.abs(self.without) > 2 * self.error
 
 
-class _Scaled:
-    """An output projection, before which each head's output is multiplied with a number."""
+class _Masked:
+    """An output projection, before which some heads' outputs are zero, or their mean."""
 
-    def __init__(self, linear: Linear, factors: Tensor) -> None:
-        self.linear, self.factors = linear, factors  # float32 (H,)
+    def __init__(self, linear: Linear, mask: Tensor, mean: bool) -> None:
+        self.linear, self.mask, self.mean = linear, mask.unsqueeze(-1), mean  # float32 (H, 1)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        parts = x.reshape(*x.shape[:-1], self.factors.shape[0], -1) * self.factors.unsqueeze(-1)
-        return self.linear(parts.reshape(x.shape).contiguous(), residual)
+        heads = x.reshape(*x.shape[:-1], self.mask.shape[0], -1)
+        kept = heads * self.mask
+        if self.mean:  # of all tokens of all texts
+            kept = kept + heads.mean((0, 1)) * (1 - self.mask)
+        return self.linear(kept.reshape(x.shape).contiguous(), residual)
 
 
-def with_heads(model: GPT, factors: Tensor | Sequence[Tensor]) -> GPT:
-    """The same model, of the same weights, in which each head's output is multiplied.
+def with_heads(model: GPT, mask: Tensor | Sequence[Tensor], mean: bool = False) -> GPT:
+    """The same model, of the same weights, without some of its heads.
 
     Args:
-        factors: float32 (L, H), or (H,) for each block; 0 leaves a head out.
+        mask: float32 (L, H), or (H,) for each block: 1 keeps a head, 0 leaves it out.
+        mean: put the mean of a head's outputs in their place, over all tokens that are given,
+            so that it still adds what it always adds; otherwise zero.
     """
     twin = copy(model)
     twin.blocks = []
     for i, block in enumerate(model.blocks):
         changed = copy(block)
         changed.attn = copy(block.attn)
-        changed.attn.out_proj = _Scaled(block.attn.out_proj, factors[i])
+        changed.attn.out_proj = _Masked(block.attn.out_proj, mask[i], mean)
         twin.blocks.append(changed)
     return twin
 
 
-def leave_out(model: GPT, windows: np.ndarray) -> LeftOut:
+def leave_out(model: GPT, windows: np.ndarray, mean: bool = False) -> LeftOut:
     """Measure the loss with all heads, and without each of them in turn.
 
     Args:
         windows: int (W, T + 1): texts, of which all tokens but the first are predicted; at least 2.
+        mean: what stands in a head's place: see `with_heads`.
     """
     if len(windows) < 2:
         raise InputError(f"there are {len(windows)} windows: a standard error needs 2 at least")
@@ -70,21 +76,21 @@ def leave_out(model: GPT, windows: np.ndarray) -> LeftOut:
     inputs = buffers.tensor(windows[:, :-1].astype(np.int32))
     targets = buffers.tensor(windows[:, 1:].astype(np.int32))
 
-    def losses(factors: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
-        return with_heads(model, factors).losses(inputs, targets).realize()
+    def losses(mask: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+        return with_heads(model, mask, mean).losses(inputs, targets).realize()
 
-    step = capture(losses, get_state_dict(model), ("left out", model, LeftOut))
+    step = capture(losses, get_state_dict(model), ("left out", mean, model, LeftOut))
 
-    def measured(factors: np.ndarray) -> np.ndarray:
-        found = step(buffers.tensor(factors), inputs, targets)
+    def measured(mask: np.ndarray) -> np.ndarray:
+        found = step(buffers.tensor(mask), inputs, targets)
         return buffers.read(found).reshape(windows[:, 1:].shape).astype(np.float64).mean(-1)
 
     whole = measured(np.ones(shape, np.float32))
     without, error = np.empty(shape), np.empty(shape)
     for place in np.ndindex(shape):
-        factors = np.ones(shape, np.float32)
-        factors[place] = 0
-        difference = measured(factors) - whole
+        mask = np.ones(shape, np.float32)
+        mask[place] = 0
+        difference = measured(mask) - whole
         without[place] = difference.mean()
         error[place] = difference.std(ddof=1) / np.sqrt(len(difference))
     return LeftOut(float(whole.mean()), without, error)

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from tinygrad import Tensor
+from tinygrad.nn.state import get_state_dict
 
+from tinygpt.checkpoints.quantization import convert, dtype_of
 from tinygpt.errors import InputError, say
 from tinygpt.layers import Record
 from tinygpt.model import GPT, NOT_NUMBERS
@@ -51,9 +53,26 @@ def look(model: GPT, ids: Sequence[int]) -> Inside:
         np.stack([weights[0].numpy() for weights in record.attention_weights]),
         logits[0].numpy(),
     )
-    if not np.isfinite(found.logits).all():
-        raise InputError(NOT_NUMBERS)
+    check_numbers(model, found.logits)
     return found
+
+
+def check_numbers(model: GPT, logits: np.ndarray) -> None:
+    """Refuse logits that are infinite or not a number, and name the weight of which they come."""
+    if np.isfinite(logits).all():
+        return
+    for name, weight in get_state_dict(model).items():
+        if not np.isfinite(weight.numpy()).all():
+            raise InputError(f"{name} has values that are infinite or not a number")
+    raise InputError(NOT_NUMBERS)
+
+
+def as_float32(model: GPT) -> GPT:
+    """The model itself, its weights widened to float32, which is said where they were not."""
+    if (held := dtype_of(model.wte)) != "float32":
+        say(f"its weights are {held}: looked at as float32")
+        convert(model, "float32")
+    return model
 
 
 def in_window(model: GPT, ids: Sequence[int]) -> list[int]:

@@ -59,7 +59,7 @@ show();
 
 def page(report: Report) -> str:
     """The HTML of a report."""
-    parts = [f"<p>{escape(one_line(report.about, 1000))}</p>"] * bool(report.about)
+    parts = [f"<p>{escape(one_line(report.about, 400))}</p>"] * bool(report.about)
     parts += _parts(report)
     if report.frames:
         parts.append(_film(report.frames))

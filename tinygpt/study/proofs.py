@@ -13,7 +13,7 @@ from tinygrad.nn.state import get_state_dict
 
 from tinygpt.model import GPT
 from tinygpt.runtime import device
-from tinygpt.study.attribution import attribute
+from tinygpt.study.attribution import attribute, no_sum
 from tinygpt.study.inside import in_window, look, unembedded
 from tinygpt.study.reference import Reference
 
@@ -53,10 +53,10 @@ def prove(model: GPT, ids: Sequence[int]) -> list[Proof]:
     inside = look(model, ids)
     last = unembedded(model, inside.residuals[-1])
     found.append(_proof("the lens behind the last block = the logits", last, own))
-    if model.config.norm == "pre" and model.config.shortcut:
+    if no_sum(model.config) is None:
         tokens = np.argsort(-own[-1])[:5]
         parts = [attribute(model, inside, int(token)).values.sum() for token in tokens]
-        claim = "the parts of a logit sum to it, for the 5 likeliest tokens"
+        claim = "the parts of a logit sum to it, for 5 tokens"
         found.append(_proof(claim, np.array(parts), own[-1][tokens]))
     return found
 

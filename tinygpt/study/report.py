@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+BLANK = 0.05  # below which a terminal shows nothing in a map
+
 
 @dataclass(frozen=True)
 class Table:

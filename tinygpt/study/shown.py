@@ -17,13 +17,16 @@ from tinygpt.study.lens import Lens
 from tinygpt.study.norms import EVERY, KINDS, STEPS, Norms, Trained
 from tinygpt.study.predictions import Predictions
 from tinygpt.study.proofs import TOLERANCE, Proof
-from tinygpt.study.report import Chart, Map, Part, Report, Table
+from tinygpt.study.report import BLANK, Chart, Map, Part, Report, Table
 from tinygpt.tokenizer.tokenizer import Tokenizer
 
 
 def piece(tokenizer: Tokenizer, token: int) -> str:
-    """A token as it is shown: in quotes, so that its spaces are seen."""
-    text = tokenizer.token_bytes(int(token)).decode(errors="replace")
+    """A token as it is shown: in quotes, so that its spaces are seen.
+
+    Bytes that are only a part of a character are written as in \\xf0.
+    """
+    text = tokenizer.token_bytes(int(token)).decode(errors="backslashreplace")
     return '"' + text.replace("\n", "\\n").replace("\t", "\\t") + '"'
 
 
@@ -74,13 +77,9 @@ def lens_report(found: Lens, inside: Inside, tokenizer: Tokenizer, position: int
 
 
 def attention_report(
-    inside: Inside, scores: HeadScores, tokenizer: Tokenizer, block: int | None, head: int | None
+    inside: Inside, scores: HeadScores, block: int | None, head: int | None
 ) -> Report:
-    """All heads in a line each, or the map of one."""
-    names = [piece(tokenizer, token) for token in inside.ids]
-    if block is not None and head is not None:
-        drawn = Map(f"block {block}, head {head}", inside.attention[block, head], names, CAUTION)
-        return Report("Where a head reads", [drawn], inside.attention[block, head])
+    """All heads in a line each, or those of one block, or those of one number."""
     wide = (
         entropies(inside.attention) if len(inside.ids) > 1 else np.full(scores.first.shape, np.nan)
     )
@@ -94,18 +93,35 @@ def attention_report(
         "shares on random tokens given twice, of which a head that reads all alike gives "
         f"{scores.chance:.3f}; entropy on this text, 1 for reading all alike; {CAUTION}"
     )
-    return Report("Where the heads read", [Table("", columns, rows, note)], scores)
+    result = {"scores": scores, "entropy": wide}
+    return Report("Where the heads read", [Table("", columns, rows, note)], result)
 
 
-def rollout_report(flow: np.ndarray, inside: Inside, tokenizer: Tokenizer) -> Report:
-    """How much of each token reaches every place through all blocks."""
+def map_report(inside: Inside, tokenizer: Tokenizer, block: int, head: int) -> Report:
+    """Where one head reads in the text."""
+    read = inside.attention[block, head]
+    drawn = _map(f"block {block}, head {head}", read, inside, tokenizer)
+    return Report("Where a head reads", [drawn], read)
+
+
+def _map(title: str, values: np.ndarray, inside: Inside, tokenizer: Tokenizer) -> Map:
     names = [piece(tokenizer, token) for token in inside.ids]
-    drawn = Map("Attention rollout through all blocks", flow[-1], names, CAUTION)
+    return Map(title, values, names, f"blank is below {BLANK} in a terminal; {CAUTION}")
+
+
+def rollout_report(flow: np.ndarray, inside: Inside, tokenizer: Tokenizer, block: int) -> Report:
+    """How much of each token reaches every place through the blocks up to one."""
+    through = "block 0" if block == 0 else f"blocks 0 to {block}"
+    drawn = _map(f"Attention rollout through {through}", flow[block], inside, tokenizer)
     return Report("What may flow where", [drawn], flow)
 
 
-def heads_report(scores: HeadScores, found: LeftOut, windows: int) -> Report:
-    """The heads' kinds, and what each is worth."""
+def heads_report(scores: HeadScores, found: LeftOut, windows: int, by: str) -> Report:
+    """The heads' kinds, and what each is worth.
+
+    Args:
+        by: what stood in the place of a head's output.
+    """
     rows = [
         [
             i,
@@ -121,7 +137,7 @@ def heads_report(scores: HeadScores, found: LeftOut, windows: int) -> Report:
     columns = ("block", "head", *kinds, "loss without", "+-", "effect")
     note = (
         f"the loss of all is {found.loss:.4f} nats; loss without: how much higher it is when the "
-        f"head's output is zero, over {windows} windows, with its standard error, below two of "
+        f"head's output is {by}, over {windows} windows, with its standard error, below two of "
         f"which is no effect; chance for a share is {scores.chance:.3f}; the second copy of the "
         f"random tokens costs {scores.gain:.3f} nats less than the first"
     )
@@ -146,17 +162,6 @@ def attribution_report(
     return Report(f"What speaks for {name}{other}", [table], found)
 
 
-def proofs_report(found: list[Proof]) -> Report:
-    """How far apart the ways are in which the same can be computed."""
-    rows: list[list[object]] = [
-        [each.claim, each.holds, each.difference, each.scale] for each in found
-    ]
-    note = f"a claim holds where the difference is at most {TOLERANCE:g} of the largest number"
-    table = Table("", ("claim", "holds", "largest difference", "largest number"), rows, note)
-    result = [{**vars(each), "holds": each.holds} for each in found]
-    return Report("Whether every way gives the same", [table], result)
-
-
 def kinds_of(scores: HeadScores) -> Sequence[np.ndarray]:
     """The four shares, in the order in which they are shown."""
     return scores.previous, scores.first, scores.duplicate, scores.induction
@@ -164,36 +169,27 @@ def kinds_of(scores: HeadScores) -> Sequence[np.ndarray]:
 
 def explain_report(found: Explanation) -> Report:
     """A row an operation, and the totals."""
+    numbers, formulas = list[list[object]](), list[list[object]]()
+    for each in found.operations:
+        name = each.name.removeprefix("blocks.")
+        name = f"block {name}" if name.isdigit() else name
+        shapes = " x ".join(map(str, each.given)), " x ".join(map(str, each.gives))
+        measured = each.rms, each.lowest, each.highest, each.similarity
+        numbers.append([name, *shapes, each.parameters, each.flops, *measured])
+        formulas.append([name, each.formula, each.source])
+    numbers.append(["total", None, None, found.parameters, found.flops, *[None] * 4])
     columns = (
         "operation", "in", "out", "parameters", "FLOPs", "RMS", "min", "max", "similarity",
-        "formula", "source",
     )  # fmt: skip
-    rows: list[list[object]] = [
-        [
-            each.name.removeprefix("blocks."),
-            _shape(each.given),
-            _shape(each.gives),
-            each.parameters,
-            each.flops,
-            each.rms,
-            each.lowest,
-            each.highest,
-            each.similarity,
-            each.formula,
-            each.source,
-        ]
-        for each in found.operations
-    ]
-    rows.append(["total", None, None, found.parameters, found.flops, *[None] * 6])
     note = (
         f"{len(found.ids)} tokens; RMS, min and max of what comes out; similarity: the mean cosine "
         "between two tokens' vectors; --block N opens a block"
     )
-    return Report("What each operation does", [Table("", columns, rows, note)], found)
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))
+    parts: list[Part] = [
+        Table("", columns, numbers, note),
+        Table("Their formulas, and where they are", ("operation", "formula", "source"), formulas),
+    ]
+    return Report("What each operation does", parts, found)
 
 
 def induction_report(found: Induction) -> Report:
@@ -216,8 +212,12 @@ def induction_report(found: Induction) -> Report:
     verdict = (
         "a head of block 1 reads what followed the same token before"
         if found.found
-        else "no head is on that diagonal, so if the second copy is foreseen, it is so in another "
-        "way: see which heads cost most when they are left out; a score is not an explanation"
+        else "no head is on that diagonal, so if the second copy is foreseen, it is in another way"
+    )
+    block, head = np.unravel_index(out.without.argmax(), out.without.shape)
+    verdict += (
+        f". Left out alone, block {block} head {head} costs the most, "
+        f"{out.without[block, head]:.2f} nats a token: a score is not an explanation"
     )
     parts: list[Part] = [
         Chart("Loss of two copies of random tokens, nats", curves, "step"),
@@ -286,3 +286,24 @@ def _at_the_start(found: Norms) -> Table:
         "authors disagree on what causes what: these are the measures"
     )
     return Table("Before the first step", columns, rows, note)
+
+
+def proofs_report(proofs: list[Proof], no_sum: str | None) -> Report:
+    """How far apart two ways to the same numbers are.
+
+    Args:
+        no_sum: why a logit is no sum of its parts, where that is so.
+    """
+    columns = ("claim", "", "differs by", "of")
+    rows = [
+        [each.claim, "holds" if each.holds else "DOES NOT HOLD", each.difference, each.scale]
+        for each in proofs
+    ]
+    note = (
+        "differs by: the largest difference; of: the largest of the numbers; it holds up to "
+        f"{TOLERANCE:g} of that"
+    )
+    if no_sum:
+        note += f". The logits of this model are no sum of its parts: {no_sum}"
+    result = [{**vars(each), "holds": each.holds} for each in proofs]
+    return Report("That what is shown adds up", [Table("", columns, rows, note)], result)
