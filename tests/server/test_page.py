@@ -361,6 +361,7 @@ def test_everything_is_had_by_the_keyboard(running, browser):
         press = page.keyboard.press
         press("Control+Enter")
         expect(page.locator("#said")).to_contain_text("a second")
+        expect(page.locator("#text-A [tabindex='0']")).to_have_count(1)
         press("Tab")
         assert page.evaluate("document.activeElement.id") == "write"
         press("x")

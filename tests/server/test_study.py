@@ -87,6 +87,15 @@ def test_attention_lens_and_attribution_are_those_of_the_study(running, served_m
     assert found["sum"] == pytest.approx(found["logit"], abs=1e-4)
 
 
+def test_the_last_text_is_not_taken_for_another_of_its_length(running):
+    for text in ("abc", "xbc"):
+        tokens = study(running, "tokens", prompt=text)["tokens"]
+        assert [each["text"] for each in tokens] == [*text]
+        expected = running.complete(prompt=text, echo=True, logprobs=0, max_tokens=0)
+        last = expected["choices"][0]["logprobs"]["token_logprobs"][-1]
+        assert tokens[-1]["loss"] == pytest.approx(-last, abs=1e-5)
+
+
 def test_the_heads_scores_are_those_of_the_study(running, served_model):
     found = study(running, "attention", prompt=TEXT)["heads"]
     expected = head_scores(served_model)
@@ -160,8 +169,10 @@ def test_with_nothing_left_out_it_is_the_model_itself(running, served_model):
     assert found == ids_of(continued(running, **asked))
 
 
-def test_texts_without_parts_wait_for_each_other_and_end_when_they_are_left(running):
+def test_texts_without_parts_wait_for_each_other_and_end_when_they_are_left(running, monkeypatch):
     reduced = running.server.studies.reduced
+    step = reduced._step
+    monkeypatch.setattr(reduced, "_step", lambda *text: (time.sleep(0.05), step(*text)))
     connections = [running.connect() for _ in range(3)]
     for connection in connections:
         body = {"prompt": TEXT, "max_tokens": 100, "heads": [[0, 0]], "seed": 1, "temperature": 1}
@@ -169,7 +180,7 @@ def test_texts_without_parts_wait_for_each_other_and_end_when_they_are_left(runn
     assert connections[0].getresponse().read(20)
     for connection in connections:
         connection.close()
-    end = time.monotonic() + 5
+    end = time.monotonic() + 1
     while reduced.running or reduced.waiting:
         assert time.monotonic() < end, "a text that nobody reads goes on"
         time.sleep(0.01)
