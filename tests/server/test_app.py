@@ -219,6 +219,7 @@ def test_a_long_prompt_lets_a_running_stream_go_on(running, monkeypatch):
 
         def noting(tokens, *args, name=name, usual=usual, **more):
             log.append((name, tokens.shape[-1]))
+            time.sleep(0.01)  # so that the stream has not ended when the other begins
             return usual(tokens, *args, **more)
 
         monkeypatch.setattr(session, name, noting)
