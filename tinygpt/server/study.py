@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from tinygrad.nn.state import get_state_dict
 
-from tinygpt.errors import InputError, show
+from tinygpt.errors import CheckpointError, InputError, show
 from tinygpt.model import DTYPES, NOT_NUMBERS
 from tinygpt.server.choice import token_text
 from tinygpt.server.completions import ending
@@ -272,7 +272,8 @@ def _problem_of(error: Exception) -> Problem:
         return error
     if isinstance(error, InputError):
         text = str(error)
-        return Problem(500, text, code="not_numbers") if text == NOT_NUMBERS else Problem(400, text)
+        damaged = isinstance(error, CheckpointError) or text == NOT_NUMBERS  # no fault of who asks
+        return Problem(500, text, code="not_numbers") if damaged else Problem(400, text)
     return Problem(500, "the model failed on this text", code="engine_error")
 
 
