@@ -104,7 +104,7 @@ def test_the_map_has_every_file_and_no_other():
     package = ROOT / "tinygpt"
     assert mapped == {
         path.relative_to(package).as_posix()
-        for pattern in ("*.py", "*.c", "*.h", "*.md")
+        for pattern in ("*.py", "*.c", "*.h", "*.md", "*.html")
         for path in package.rglob(pattern)
         if not path.stem.startswith("__")
     }

@@ -121,6 +121,22 @@ def test_a_text_is_typed_written_and_stopped(running, browser, monkeypatch):
         assert len(ids_in(page)) == len(pieces(page))
 
 
+def test_writing_anew_ends_the_text_before_and_loses_neither(running, browser, monkeypatch):
+    step = running.engine._step
+    monkeypatch.setattr(running.engine, "_step", lambda: (time.sleep(0.05), step()))
+    with shown(browser, running) as page:
+        write(page)
+        choose(page, 10)
+        page.fill("#count", "50")
+        page.click("#go-on")
+        expect(page.locator("#text-A .token").nth(13)).to_be_visible()
+        page.fill("#count", "3")
+        page.click("#write")
+        expect(page.locator("#said")).to_contain_text("3 tokens")
+        assert len(pieces(page)) == len(ids_in(page)) == len(PROMPT) + 3
+        expect(page.locator("#tree [role=treeitem]")).to_have_count(3)
+
+
 def test_what_could_not_be_written_is_said(running, browser):
     expected = (
         "says Failed to load resource: the server responded with a status of 400 (Bad Request)"
@@ -131,6 +147,7 @@ def test_what_could_not_be_written_is_said(running, browser):
         ))  # fmt: skip
         page.click("#write")
         expect(page.locator("#said.fault")).to_contain_text("more than the model's window of 128")
+        expect(page.locator("#tree [role=treeitem]")).to_have_count(0)
 
 
 def rows(page):
@@ -387,6 +404,9 @@ def test_everything_is_had_by_the_keyboard(running, browser):
         press("?")
         expect(page.locator("#keys")).to_be_visible()
         press("Escape")
+        expect(page.locator("#keys")).to_be_hidden()
+        page.click("#help")
+        page.click("#keys button")
         expect(page.locator("#keys")).to_be_hidden()
 
 

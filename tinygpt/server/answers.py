@@ -16,7 +16,7 @@ from tinygpt.server.read_json import read_json
 
 MOST_BODY_BYTES = 1_000_000
 _BODY_S = 30.0  # in which a body has to come
-_PING_S = 10.0  # between comments while there is nothing to send
+PING_S = 10.0  # between comments while there is nothing to send
 
 
 def answer(problem: Problem) -> Response:
@@ -63,7 +63,7 @@ async def _pinged(events: AsyncGenerator[str]) -> AsyncGenerator[str]:
     try:
         while True:
             waiting = waiting or asyncio.ensure_future(anext(events))
-            done, _ = await asyncio.wait({waiting}, timeout=_PING_S)
+            done, _ = await asyncio.wait({waiting}, timeout=PING_S)
             if not done:
                 yield ": ping\n\n"
                 continue

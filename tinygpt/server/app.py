@@ -173,7 +173,8 @@ class Server:
         """A text token by token, also without parts of the model."""
         self.require_ready()
         began = time.perf_counter()
-        continuation = Continuation(await body_of(request), self.studies, self.limits)
+        asked = await body_of(request), self.studies, self.limits
+        continuation = await asyncio.to_thread(Continuation, *asked)
         continuation.submit(continuation.engine)
         self.metrics.prompt_tokens += continuation.usage["prompt_tokens"]
         continuation.heard = self._counting(began)

@@ -18,7 +18,7 @@ from tinygpt.server.answers import answer
 from tinygpt.server.metrics import Metrics
 from tinygpt.server.problems import Problem
 
-_SEND_S = 30.0  # in which a reader has to take what was sent
+SEND_S = 30.0  # in which a reader has to take what was sent
 _PUBLIC = ("/", "/health", "/favicon.ico")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -52,7 +52,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", []), *cors]
-            await asyncio.wait_for(send(message), _SEND_S)
+            await asyncio.wait_for(send(message), SEND_S)
 
         try:
             problem = self._refuses(request)

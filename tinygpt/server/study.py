@@ -15,7 +15,7 @@ import numpy as np
 from tinygrad.nn.state import get_state_dict
 
 from tinygpt.errors import CheckpointError, InputError, show
-from tinygpt.model import DTYPES, NOT_NUMBERS
+from tinygpt.model import NOT_NUMBERS
 from tinygpt.server.choice import token_text
 from tinygpt.server.completions import ending
 from tinygpt.server.engine import Engine
@@ -32,7 +32,6 @@ from tinygpt.writer import Writer
 
 _Found = TypeVar("_Found")
 _ONCE = 64  # the least tokens that are looked at: kernels are made for this, and twice as many, ...
-_DRAWS = 8
 
 
 class Studies:
@@ -43,8 +42,7 @@ class Studies:
         self.reduced = Reduced(engine)
         self._inside: Inside | None = None  # of the last text; padded, see `_look`
         self._length = 0  # of that text
-        self._scores: list[HeadScores] = []  # one for each draw
-        self._random = np.random.default_rng(0)
+        self._scores: HeadScores | None = None
         self._waiting = 0
 
     async def answer(self, path: str, body: Any) -> dict[str, Any]:
@@ -54,16 +52,13 @@ class Studies:
             Problem: for what cannot be answered.
         """
         asked = read_fields(body, STUDIES[path])
-        ids = self._ids(asked)
+        ids = await asyncio.to_thread(self._ids, asked)  # a long prompt takes its time
         handlers: Mapping[str, Callable[[list[int], dict[str, Any]], dict[str, Any]]] = {
             "/study/tokens": self._tokens,
             "/study/attention": self._attention,
             "/study/lens": self._lens,
             "/study/attribute": self._attribute,
         }
-        if path == "/study/attention" and asked["block"] is None:
-            for _ in range(_DRAWS - len(self._scores)):
-                await self._between_steps(self._score)
         return await self._between_steps(lambda: handlers[path](ids, asked))
 
     def about(self) -> dict[str, Any]:
@@ -73,7 +68,7 @@ class Studies:
             "id": self.name,
             "config": asdict(model.config),
             "parameters": model.config.parameter_count,
-            "dtype": next(name for name, kind in DTYPES.items() if kind == model.wte.weight.dtype),
+            "dtype": dtype_of(model.wte),
             "bytes": sum(part.nbytes() for part in get_state_dict(model).values()),
             "tokenizer": tokenizer.name,
             "sampling": self.writer.sampling,
@@ -85,7 +80,10 @@ class Studies:
             message = f"the model {show(asked['model'])} does not exist: this server has "
             raise Problem(404, message + repr(self.name), "model", "model_not_found")
         given, config = asked["prompt"], self.writer.model.config
-        ids = self.writer.encode(given) if isinstance(given, str) else given
+        try:
+            ids = self.writer.encode(given) if isinstance(given, str) else given
+        except InputError as error:  # a character that the vocabulary lacks
+            raise Problem(400, str(error), "prompt", "unknown_character") from error
         for token in ids:
             self._check_id("prompt", token)
         if len(ids) > config.block_size:
@@ -150,9 +148,20 @@ class Studies:
             while size < len(ids):
                 size *= 2
             size = min(size, self.writer.model.config.block_size)
-            self._inside = held = look(self.writer.model, ids + [0] * (size - len(ids)))
+            self._require_memory(size)
+            try:
+                self._inside = held = look(self.writer.model, ids + [0] * (size - len(ids)))
+            except InputError as error:  # weights that are no numbers
+                raise Problem(500, str(error), code="not_numbers") from error
             self._length = len(ids)
         return held
+
+    def _require_memory(self, size: int) -> None:
+        """Refuse a look at so many tokens for which there is too little memory."""
+        config = self.writer.model.config
+        numbers = config.n_layer * config.n_head * size + config.vocab_size
+        numbers += (1 + 2 * config.n_layer) * config.n_embd
+        require_memory(8 * size * numbers, f"a look at {size} tokens")  # on the device and here
 
     def _tokens(self, ids: list[int], asked: Mapping[str, Any]) -> dict[str, Any]:
         inside = self._look(ids)
@@ -190,23 +199,19 @@ class Studies:
             rows = attention[block, head]
             weights = [[round(float(w), 6) for w in row[: i + 1]] for i, row in enumerate(rows)]
             return {"block": block, "head": head, "weights": weights}
+        if self._scores is None:  # they are the model's, not the text's
+            self._scores = head_scores(self.writer.model)
         wide = entropies(attention) if T > 1 else np.full(attention.shape[:2], np.nan)
         heads = [
             {
                 "block": i,
                 "head": h,
-                **{kind: float(np.mean([getattr(s, kind)[i, h] for s in self._scores]))
-                   for kind in _KINDS},
+                **{kind: float(getattr(self._scores, kind)[i, h]) for kind in _KINDS},
                 "entropy": _number(wide[i, h]),
             }
             for i, h in np.ndindex(wide.shape)
         ]  # fmt: skip
-        return {"heads": heads, "chance": self._scores[0].chance}
-
-    def _score(self) -> None:
-        """One more draw of the heads' scores: as `head_scores` itself, but one at a time."""
-        if len(self._scores) < _DRAWS:
-            self._scores += [head_scores(self.writer.model, 1, self._random)]
+        return {"heads": heads, "chance": self._scores.chance}
 
     def _lens(self, ids: list[int], asked: Mapping[str, Any]) -> dict[str, Any]:
         index, inside = self._index(ids, asked), self._look(ids)

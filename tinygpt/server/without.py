@@ -52,6 +52,8 @@ class Reduced:
 
     def _turn(self) -> None:
         """One step, in the engine's thread; the next is asked for, as long as there is one."""
+        while self.engine.draining and self.waiting:
+            self.waiting.popleft().job.tell(Draining())
         if self.running is not None and self.running[0].job.cancelled:
             self._end()
         text: _Text | None = None

@@ -67,7 +67,7 @@ class HeadScores:
     gain: float  # loss of the first copy less that of the second, in nats a token
 
 
-def head_scores(model: GPT, draws: int = 8, seed: int | np.random.Generator = 0) -> HeadScores:
+def head_scores(model: GPT, draws: int = 8, seed: int = 0) -> HeadScores:
     """Score the heads on n distinct random tokens, given twice.
 
     n is 64, or what half of the window or the vocabulary holds.
