@@ -103,7 +103,12 @@ def cells(quick: bool = False) -> list[Cell]:
         for init, rate, warmup in product(inits, (1e-3, 3e-3), (0, 100))
     ]
     again = [cell._replace(seed=seed) for cell in KNOWN for seed in (1, 2)]
-    return sorted([*grid, *again], key=lambda cell: (KINDS.index(cell.kind), cell.depth))
+    return sorted([*grid, *again], key=_shape)
+
+
+def _shape(cell: Cell) -> tuple[int, str, int]:
+    """What decides the shape of its model."""
+    return KINDS.index(cell.kind), cell.init, cell.depth
 
 
 def entropies_of(ids: np.ndarray) -> tuple[float, float]:
@@ -131,7 +136,7 @@ def train_cells(some: Iterable[Cell], ids: np.ndarray) -> Iterator[Trained]:
     """
     bench: _Bench | None = None
     for cell in some:
-        if bench is None or bench.shape != (cell.kind, cell.depth):
+        if bench is None or bench.shape != _shape(cell):
             bench = _Bench(cell, int(ids.max()) + 1)
         yield bench.run(cell, ids)
 
@@ -140,7 +145,7 @@ class _Bench:
     """A model of one shape, what trains it, and what measures it: captured once for many cells."""
 
     def __init__(self, cell: Cell, vocab_size: int) -> None:
-        self.shape = cell.kind, cell.depth
+        self.shape = _shape(cell)
         self.model = GPT(config_of(cell, vocab_size))
         self.settings = TrainConfig(
             batch_size=BATCH, block_size=WINDOW, steps=STEPS, schedule="constant",
@@ -148,8 +153,8 @@ class _Bench:
         )  # fmt: skip
         self.trainer = Trainer(self.model, self.settings)
         named = get_state_dict(self.model)
-        self.lengths = capture(self._lengths, named, (cell.kind, cell.depth, Norms))
-        self.states = capture(self._states, named, (cell.kind, cell.depth, Norms))
+        self.lengths = capture(self._lengths, named, (*self.shape, Norms))
+        self.states = capture(self._states, named, (*self.shape, Norms))
 
     def run(self, cell: Cell, ids: np.ndarray) -> Trained:
         """Train one cell from its start."""
@@ -213,5 +218,5 @@ def config_of(cell: Cell, vocab_size: int) -> GPTConfig:
     shortcut = cell.kind != "no shortcut"
     return GPTConfig(
         cell.depth, HEADS, WIDTH, WINDOW, vocab_size, norm=cell.kind if shortcut else "pre",
-        shortcut=shortcut, tie_word_embeddings=False,
+        shortcut=shortcut, tie_word_embeddings=cell.init == "gpt2",
     )  # fmt: skip
