@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import needs_clang
 
+from tinygpt.commands import norms as command
 from tinygpt.study import norms
 from tinygpt.study.norms import Cell, Trained, cells, entropies_of, train_cells
 from tinygpt.study.page import page
@@ -33,8 +34,8 @@ def test_the_cells_are_the_whole_grid_and_the_known_ones_thrice():
     every = cells()
     assert len(every) == len(set(every)) == 4 * 2 * 3 * 2 * 2 + 2 * len(norms.KNOWN)
     assert {cell for cell in every if cell.seed == 0} >= set(cells(quick=True))
-    shapes = [cell[0:3:2] for cell in every]
-    assert sum(a != b for a, b in pairwise(shapes)) == 11  # each built once
+    shapes = [norms.shape_of(cell) for cell in every]
+    assert sum(a != b for a, b in pairwise(shapes)) == 23  # each built once
 
 
 @pytest.mark.parametrize(
@@ -47,14 +48,13 @@ def test_the_verdict_is_by_rule(last, expected):
 
 
 @needs_clang  # some steps of twelve blocks
-def test_a_cell_is_the_same_alone_and_after_another(monkeypatch):
+def test_a_cell_is_the_same_alone_and_after_another():
     """Nothing of one cell stays in the model and the optimiser that the next one uses."""
-    monkeypatch.setattr(norms, "STEPS", 25)
     ids = np.random.default_rng(1).integers(0, 9, 4000)
     one = Cell("post", "xavier", 2, 3e-3, 0)
     other = Cell("post", "gpt2", 2, 1e-3, 100, seed=1)
-    [alone] = train_cells([one], ids)
-    after = [*train_cells([other, one], ids)][1]
+    [alone] = train_cells([one], ids, steps=25)
+    after = [*train_cells([other, one], ids, steps=25)][1]
     assert alone == after
     assert len(alone.losses) == 25
     assert np.shape(alone.gradients) == (2, 2, 6)
@@ -64,7 +64,7 @@ def test_a_cell_is_the_same_alone_and_after_another(monkeypatch):
 
 @needs_clang
 def test_it_goes_on_with_what_is_missing(cli, tmp_path, monkeypatch):
-    monkeypatch.setattr(norms, "STEPS", 25)
+    monkeypatch.setattr(command, "STEPS", 25)
     monkeypatch.setattr(norms, "KNOWN", norms.KNOWN[:2])
     (text := tmp_path / "text.txt").write_text("to be or not to be " * 200, encoding="utf-8")
     kept, page = tmp_path / "norms.jsonl", tmp_path / "norms.html"

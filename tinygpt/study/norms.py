@@ -13,6 +13,7 @@ from tinygrad.nn.state import get_state_dict
 
 from tinygpt.config import GPTConfig
 from tinygpt.data.dataset import Batches
+from tinygpt.errors import InputError
 from tinygpt.layers import Record
 from tinygpt.model import GPT
 from tinygpt.runtime import buffers
@@ -103,11 +104,11 @@ def cells(quick: bool = False) -> list[Cell]:
         for init, rate, warmup in product(inits, (1e-3, 3e-3), (0, 100))
     ]
     again = [cell._replace(seed=seed) for cell in KNOWN for seed in (1, 2)]
-    return sorted([*grid, *again], key=_shape)
+    return sorted([*grid, *again], key=shape_of)
 
 
-def _shape(cell: Cell) -> tuple[int, str, int]:
-    """What decides the shape of its model."""
+def shape_of(cell: Cell) -> tuple[int, str, int]:
+    """What decides the shape of its model: cells that have it in common are trained faster."""
     return KINDS.index(cell.kind), cell.init, cell.depth
 
 
@@ -128,24 +129,32 @@ def entropies_of(ids: np.ndarray) -> tuple[float, float]:
     return float(alone), float(given)
 
 
-def train_cells(some: Iterable[Cell], ids: np.ndarray) -> Iterator[Trained]:
+def train_cells(some: Iterable[Cell], ids: np.ndarray, steps: int = STEPS) -> Iterator[Trained]:
     """Train cells in turn; those of one shape, beside each other, share one captured step.
 
     Args:
         ids: int (N,), the text in tokens, of which those from 0 to the highest are the vocabulary.
+        steps: of each.
+    Raises:
+        InputError: when the text is too short for one window.
     """
+    if len(ids) <= WINDOW:
+        raise InputError(
+            f"the text has {len(ids)} tokens, too few for a window of {WINDOW} and the token after "
+            "it: give more text"
+        )
     bench: _Bench | None = None
     for cell in some:
-        if bench is None or bench.shape != _shape(cell):
+        if bench is None or bench.shape != shape_of(cell):
             bench = _Bench(cell, int(ids.max()) + 1)
-        yield bench.run(cell, ids)
+        yield bench.run(cell, ids, steps)
 
 
 class _Bench:
     """A model of one shape, what trains it, and what measures it: captured once for many cells."""
 
     def __init__(self, cell: Cell, vocab_size: int) -> None:
-        self.shape = _shape(cell)
+        self.shape = shape_of(cell)
         self.model = GPT(config_of(cell, vocab_size))
         self.settings = TrainConfig(
             batch_size=BATCH, block_size=WINDOW, steps=STEPS, schedule="constant",
@@ -156,7 +165,7 @@ class _Bench:
         self.lengths = capture(self._lengths, named, (*self.shape, Norms))
         self.states = capture(self._states, named, (*self.shape, Norms))
 
-    def run(self, cell: Cell, ids: np.ndarray) -> Trained:
+    def run(self, cell: Cell, ids: np.ndarray, steps: int) -> Trained:
         """Train one cell from its start."""
         self.model.init_weights(cell.seed, cell.init)
         for tensor in self.trainer.optimizer.state.values():
@@ -166,10 +175,10 @@ class _Bench:
             self.settings, learning_rate=cell.rate, warmup_steps=cell.warmup, seed=cell.seed
         )
         batches, losses, measured = Batches(ids, BATCH, WINDOW, cell.seed), list[float](), []
-        for step in range(STEPS + 1):
+        for step in range(steps + 1):
             if step % EVERY == 0:
                 measured.append(self._measure(ids, 1 if step else _MEASURED))
-            if step == STEPS:
+            if step == steps:
                 break
             losses.append(self.trainer.step([next(batches)]).loss)
             if not np.isfinite(losses[-1]):
