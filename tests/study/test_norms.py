@@ -6,12 +6,14 @@ import json
 import math
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import needs_clang
 
 from tinygpt.commands import norms as command
+from tinygpt.runtime import device
 from tinygpt.study import norms
 from tinygpt.study.norms import Cell, Trained, cells, entropies_of, train_cells
 from tinygpt.study.page import page
@@ -60,6 +62,69 @@ def test_a_cell_is_the_same_alone_and_after_another():
     assert np.shape(alone.gradients) == (2, 2, 6)
     assert np.shape(alone.norms) == np.shape(alone.similarity) == np.shape(alone.rank) == (2, 3)
     np.testing.assert_allclose(alone.norms[0][1:], 8, rtol=1e-3)  # post-norm: the root of 64
+
+
+@pytest.mark.slow  # 24 blocks and their gradients
+@needs_clang
+def test_the_start_is_as_theory_has_it():
+    """Xiong et al. 2020 of gradients and lengths; Dong et al. 2021 of what shortcuts are for."""
+    text = np.frombuffer((Path(__file__).parents[2] / "README.md").read_bytes(), np.uint8)
+    ids = np.unique(text, return_inverse=True)[1]
+    shapes = [("pre", 2), ("pre", 24), ("post", 2), ("post", 24), ("no shortcut", 12)]
+    some = [Cell(kind, "xavier", depth, 1e-3, 0, seed) for kind, depth in shapes for seed in (0, 1)]
+    found: dict[tuple[str, int], list[Trained]] = {}
+    for each in train_cells(some, ids, steps=0):
+        found.setdefault((each.cell.kind, each.cell.depth), []).append(each)
+    # Of the last block's c_proj.
+    length = {
+        shape: np.mean([each.gradients[0][-1][-1] for each in both])
+        for shape, both in found.items()
+    }
+    shallow, deep = (length["post", depth] / length["pre", depth] for depth in (2, 24))
+    assert deep > 3 * shallow
+    for each in found["pre", 24]:
+        # Not in the first blocks: GELU gives less than the bounds' ReLU.
+        for block in (12, 24):
+            low, high = (math.sqrt(64 * (1 + part * block)) for part in (0.5, 1.5))
+            assert low <= each.norms[0][block] <= high
+        assert each.similarity[0][12] < 0.8
+    for each in found["no shortcut", 12]:
+        assert each.similarity[0][12] > 0.99
+
+
+@needs_clang
+def test_two_processes_train_what_one_does(cli, tmp_path, monkeypatch):
+    some = [Cell("pre", "gpt2", 2, 1e-3, 0), Cell("post", "xavier", 2, 1e-3, 0)]
+    monkeypatch.setattr(command, "STEPS", 3)
+    monkeypatch.setattr(norms, "KNOWN", some)
+    monkeypatch.setattr(device, "cpu_count", lambda: 2)
+    (text := tmp_path / "text.txt").write_text("to be or not to be " * 200, encoding="utf-8")
+    found = {}
+    for processes in (1, 2):
+        monkeypatch.setattr(command, "_MOST_PROCESSES", processes)
+        kept = tmp_path / f"{processes}.jsonl"
+        status, shown, said = cli("study", "norms", text, "--quick", "-o", kept, "--json")
+        assert status == 0, said
+        found[processes] = json.loads(shown)["trained"]
+    for one, two in zip(found[1], found[2], strict=True):
+        assert one["cell"] == two["cell"]
+        np.testing.assert_allclose(one["losses"], two["losses"], rtol=1e-5)
+
+
+def test_a_share_has_whole_shapes_and_about_as_much_as_another():
+    first, second = command._shares(every := cells(), 2)
+    assert sorted(first + second) == sorted(every)
+    assert not {*map(norms.shape_of, first)} & {*map(norms.shape_of, second)}
+    costs = [sum(cell.depth for cell in share) for share in (first, second)]
+    assert max(costs) < 1.1 * min(costs)
+
+
+def test_a_short_text_is_refused_in_a_line(cli, tmp_path):
+    (text := tmp_path / "text.txt").write_text("to be or not to be", encoding="utf-8")
+    status, _, said = cli("study", "norms", text, "-o", tmp_path / "norms.jsonl")
+    assert status == 2
+    assert "the text has 18 tokens, and `study norms` needs 65: give more text" in said
+    assert said.count("\n") == 1
 
 
 @needs_clang

@@ -24,6 +24,7 @@ from tinygpt.storage import read_text, write_text
 from tinygpt.study import shown
 from tinygpt.study.norms import (
     STEPS,
+    WINDOW,
     Cell,
     Norms,
     Trained,
@@ -43,11 +44,17 @@ def study(sources: Sequence[str], quick: bool, kept: Path) -> Report:
     Args:
         sources: files of text, as `train` takes them; none is Shakespeare's plays.
         kept: JSON lines, one for each cell.
+    Raises:
+        InputError: when the text is too short, or the file is of something else.
     """
     with TemporaryDirectory() as folder:
         prepare(sources or SHAKESPEARE, Path(folder, "data"), "char", val=0.1)
         data = Dataset.open(Path(folder, "data"))
         ids = np.concatenate([split[: len(split)] for split in (data.train, data.val)])
+    if len(ids) <= WINDOW:
+        raise InputError(
+            f"the text has {len(ids)} tokens, and `study norms` needs {WINDOW + 1}: give more text"
+        )
     text, some = hashlib.sha256(ids.tobytes()).hexdigest(), cells(quick)
     done = _read(kept, text)
     missing = [cell for cell in some if cell not in done]

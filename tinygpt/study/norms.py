@@ -13,7 +13,6 @@ from tinygrad.nn.state import get_state_dict
 
 from tinygpt.config import GPTConfig
 from tinygpt.data.dataset import Batches
-from tinygpt.errors import InputError
 from tinygpt.layers import Record
 from tinygpt.model import GPT
 from tinygpt.runtime import buffers
@@ -134,15 +133,8 @@ def train_cells(some: Iterable[Cell], ids: np.ndarray, steps: int = STEPS) -> It
 
     Args:
         ids: int (N,), the text in tokens, of which those from 0 to the highest are the vocabulary.
-        steps: of each.
-    Raises:
-        InputError: when the text is too short for one window.
+        steps: of each; with 0 there are only the measures at the start.
     """
-    if len(ids) <= WINDOW:
-        raise InputError(
-            f"the text has {len(ids)} tokens, too few for a window of {WINDOW} and the token after "
-            "it: give more text"
-        )
     bench: _Bench | None = None
     for cell in some:
         if bench is None or bench.shape != shape_of(cell):
@@ -223,7 +215,11 @@ class _Bench:
 
 
 def config_of(cell: Cell, vocab_size: int) -> GPTConfig:
-    """The shape of a cell's model; the output projection is one of its own."""
+    """The shape of a cell's model.
+
+    With GPT-2's initialisation the output projection is the token embedding, as in GPT-2; Xavier's
+    embeddings are too large for that, so there it is one of its own.
+    """
     shortcut = cell.kind != "no shortcut"
     return GPTConfig(
         cell.depth, HEADS, WIDTH, WINDOW, vocab_size, norm=cell.kind if shortcut else "pre",
