@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 import numpy as np
 from tinygrad.nn.state import get_state_dict
 
-from tinygpt.errors import CheckpointError, InputError, show
-from tinygpt.model import NOT_NUMBERS
+from tinygpt.checkpoints.quantization import dtype_of
+from tinygpt.errors import InputError, show
+from tinygpt.runtime.memory import require_memory
 from tinygpt.server.choice import token_text
 from tinygpt.server.completions import ending
 from tinygpt.server.engine import Engine
@@ -276,9 +277,7 @@ def _problem_of(error: Exception) -> Problem:
     if isinstance(error, Problem):
         return error
     if isinstance(error, InputError):
-        text = str(error)
-        damaged = isinstance(error, CheckpointError) or text == NOT_NUMBERS  # no fault of who asks
-        return Problem(500, text, code="not_numbers") if damaged else Problem(400, text)
+        return Problem(400, str(error))
     return Problem(500, "the model failed on this text", code="engine_error")
 
 
