@@ -79,9 +79,10 @@ def serving(model: GPT, slots: int = 4, queue: int = 64, **more: Any) -> Iterato
     """A server in threads of its own, with bytes as tokens."""
     uvicorn = pytest.importorskip("uvicorn", reason="needs the extra serve")
     pytest.importorskip("starlette", reason="needs the extra serve")
-    from tinygpt.server.app import Access, Server, hosts_of
+    from tinygpt.server.app import Server
     from tinygpt.server.completions import Limits
     from tinygpt.server.engine import Engine
+    from tinygpt.server.guard import Access, hosts_of
     from tinygpt.server.run import prepare
 
     writer = Writer(model, load_tokenizer("bytes", 257))

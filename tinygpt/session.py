@@ -11,19 +11,12 @@ import numpy as np
 from tinygrad import Tensor, Variable
 from tinygrad.nn.state import get_state_dict
 
+from tinygpt.choosing import Choice
 from tinygpt.model import GPT
 from tinygpt.ops.sizes import Position, Whole
 from tinygpt.runtime import buffers
 from tinygpt.runtime.capture import CapturedStep, capture
 from tinygpt.sampling import Step, apply, pick
-
-
-class Choice(NamedTuple):
-    """How the rows of one step choose: what `sampling.choose` takes, as arrays."""
-
-    steps: Sequence[Step]  # their bounds arrays (B, 1), or (B, V)
-    inputs: Mapping[str, np.ndarray]  # seeds, draw, drawn and counts, as far as they are needed
-
 
 _NONE = Choice((), {})
 

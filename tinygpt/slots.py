@@ -7,30 +7,26 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from tinygpt.choosing import Chooser, Row
 from tinygpt.errors import InputError
 from tinygpt.logprobs import Token, scored
 from tinygpt.model import GPT
-from tinygpt.sampling import Sampling, Step, logit_bias, steps_of
-from tinygpt.session import Choice, Chosen, Session
+from tinygpt.sampling import Sampling, steps_of
+from tinygpt.session import Chosen, Session
 
 # For how many rows a step is made, besides all of them, where it is serving.
 _SIZES = (1, 4, 16)
 
 
 @dataclass(eq=False)
-class _Text:
+class _Text(Row):
     """What stands in a slot, or stood there last."""
 
-    context: list[int]  # the tokens that the model sees
-    settings: Sampling
-    seed: int = 0
+    context: list[int] = field(default_factory=list)  # the tokens that the model sees
     top: int | None = None
     scores: bool = False
-    bias: np.ndarray | None = None  # float32 (V,)
-    counts: np.ndarray | None = None  # float32 (2, V)
     held: int = 0  # how many tokens of the context lie in the cache
     begun: bool = False  # whether its prompt is being read
-    draws: int = 0  # how many tokens were chosen
     prompt: list[Token] = field(default_factory=list)
     ended: int | None = None  # None while it goes on; else how many texts had ended before it
 
@@ -76,7 +72,7 @@ class Slots:
         self._large_chunk = self.chunk_size if serving else min(4 * chunk_size, block_size)
         self._sizes = sorted({size for size in _SIZES if serving and size < n} | {n})
         self._session = Session(model, n, logits=serving)
-        self._choices: dict[int, tuple[list[_Text], Choice]] = {}  # by size, that of the last rows
+        self._chooser = Chooser(model.config.vocab_size, serving)
         self.clear()
 
     @property
@@ -106,7 +102,7 @@ class Slots:
 
     def clear(self) -> None:
         """End all texts and forget what they were, so that nothing is copied from them."""
-        self._texts = [_Text([], Sampling(), ended=0) for _ in range(self.n)]
+        self._texts = [_Text(ended=0) for _ in range(self.n)]
         self._reading: list[int] = []  # the slots whose prompt is not read yet, in their order
         self._ended = 0
 
@@ -138,7 +134,7 @@ class Slots:
         if not self.free:
             raise InputError(f"all {self.n} slots are taken: stop one, or make more of them")
         settings = settings or Sampling()
-        text = _Text(self._window(list(ids)), settings, seed, top, scores)
+        text = _Text(settings, seed, context=self._window(list(ids)), top=top, scores=scores)
         if bias:
             text.bias = np.zeros(self.model.config.vocab_size, np.float32)
             text.bias[list(bias)] = list(bias.values())
@@ -160,9 +156,7 @@ class Slots:
         old = self._texts[slot]
         if old.live:
             self._ended += 1
-            self._texts[slot] = _Text(
-                old.context, Sampling(), held=min(old.held, len(old.context)), ended=self._ended
-            )
+            self._texts[slot] = _Text(context=old.context, held=old.held, ended=self._ended)
         if slot in self._reading:
             self._reading.remove(slot)
 
@@ -206,13 +200,13 @@ class Slots:
         if self.n > 1:
             self._session.copy(0, 0)
         for settings in (Sampling(), Sampling(top_k=1)):
-            text = _Text([0], settings)
-            self._session.choose(chunk.reshape(1, -1), [start], [0], self._choice([text]))
+            text = _Text(settings)
+            self._session.choose(chunk.reshape(1, -1), [start], [0], self._chooser.choice([text]))
             for size in self._sizes:
-                choice = self._choice([text] * size)
+                choice = self._chooser.choice([text] * size)
                 zeros = np.zeros((size, 1), np.int32)
                 self._session.choose(zeros, [start] * size, range(size), choice)
-        self._choices.clear()
+        self._chooser.clear()
 
     def _window(self, ids: list[int]) -> list[int]:
         """The part of a text that the model sees: all, or past the window its newer half."""
@@ -250,7 +244,7 @@ class Slots:
         start = max(0, len(text.context) - length)
         chunk = _array(text.context, start, length).reshape(1, -1)
         column = len(text.context) - 1 - start
-        choice, wanted = self._choice([text]), text.top is not None
+        choice, wanted = self._chooser.choice([text]), text.top is not None
         chosen = self._session.choose(chunk, [start], [slot], choice, column, wanted)
         text.held = len(text.context)
         return self._token(text, chosen, 0)
@@ -274,51 +268,17 @@ class Slots:
         slots = sorted([*ready, *(next(others) for _ in range(size - len(ready)))])
         texts = [self._texts[slot] if slot in ready else _NOTHING for slot in slots]
         tokens = np.array([text.context[-1] for text in texts], np.int32).reshape(-1, 1)
-        starts = [
-            text.held if slot in ready else -1 for slot, text in zip(slots, texts, strict=True)
-        ]
+        starts = [text.held if text.live else -1 for text in texts]
         wanted = any(text.top is not None for text in texts)
-        chosen = self._session.choose(tokens, starts, slots, self._choice(texts), logits=wanted)
+        chosen = self._session.choose(
+            tokens, starts, slots, self._chooser.choice(texts), logits=wanted
+        )
         found = {}
         for row, slot in enumerate(slots):
             if slot in ready:
                 self._texts[slot].held += 1
                 found[slot] = self._token(self._texts[slot], chosen, row)
         return found
-
-    def _choice(self, texts: list[_Text]) -> Choice:
-        """How the rows of a step choose."""
-        size = len(texts)
-        if size not in self._choices or self._choices[size][0] != texts:
-            self._choices[size] = texts, self._new_choice(texts)
-        steps, inputs = self._choices[size][1]
-        inputs = dict(inputs)
-        if "seeds" in inputs:
-            inputs["draw"] = np.array([text.draws for text in texts], np.int32)
-        if any(text.counts is not None for text in texts):
-            none = np.zeros((2, self.model.config.vocab_size), np.float32)
-            counts = [none if text.counts is None else text.counts for text in texts]
-            inputs["counts"] = np.stack(counts, axis=1)
-        return Choice(steps, inputs)
-
-    def _new_choice(self, texts: list[_Text]) -> Choice:
-        settings = [text.settings for text in texts]
-        steps, inputs = steps_of(settings), dict[str, np.ndarray]()
-        biased = any(text.bias is not None for text in texts)
-        vocab_size = self.model.config.vocab_size
-        if self.serving and (steps or biased):
-            steps, biased = steps_of(settings, every=True), True
-            inputs["counts"] = np.zeros((2, len(texts), vocab_size), np.float32)
-        if biased:
-            none = np.zeros(vocab_size, np.float32)
-            rows = [none if text.bias is None else text.bias for text in texts]
-            steps = [Step(logit_bias, np.stack(rows), False), *steps]
-        drawn = [not each.greedy for each in settings]
-        if self.serving or any(drawn):
-            inputs["seeds"] = np.array([text.seed for text in texts], np.uint64)
-        if self.serving or (any(drawn) and not all(drawn)):
-            inputs["drawn"] = np.array(drawn, np.float32).reshape(-1, 1)
-        return Choice(steps, inputs)
 
     def _token(self, text: _Text, chosen: Chosen, row: int) -> Token:
         token = chosen.tokens[row]
@@ -343,7 +303,7 @@ class Slots:
 
 
 # What makes up the size of a step.
-_NOTHING = _Text([0], Sampling())
+_NOTHING = _Text(context=[0], ended=0)
 
 
 def _array(ids: Sequence[int], start: int, length: int) -> np.ndarray:

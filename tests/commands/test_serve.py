@@ -3,13 +3,16 @@ from __future__ import annotations
 import builtins
 import http.client
 import json
+import os
 import re
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 import pytest
 from conftest import save_with_bytes
@@ -68,6 +71,28 @@ def test_a_signal_lets_what_runs_finish_and_refuses_what_waits(program, number):
     assert (status, json.loads(answer)["error"]["code"]) == (503, "draining")
     assert process.wait(60) == 0
     assert "Traceback" not in process.stderr.read().decode()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no /proc")
+def test_two_thousand_requests_leave_the_memory_and_the_sockets(program):
+    process, port = program
+    telling = threading.Thread(target=process.stderr.read, daemon=True)  # or its pipe is full
+    telling.start()
+
+    def some(count: int) -> tuple[int, int]:
+        for number in range(count):
+            asked = {"prompt": "abc" * (number % 9 + 1), "max_tokens": 3, "top_k": number % 5}
+            ask(port, **asked, logprobs=number % 3, stream=number % 4 == 0)
+        status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
+        memory = int(re.search(r"VmRSS:\s+(\d+)", status)[1])
+        return memory, len(os.listdir(f"/proc/{process.pid}/fd"))
+
+    before, after = some(300), some(2000)
+    assert after[0] < before[0] * 1.02
+    assert after[1] <= before[1] + 2
+    process.terminate()
+    telling.join()
 
 
 def test_what_is_printed_has_no_prompts(program):

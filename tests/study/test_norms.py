@@ -6,11 +6,14 @@ import json
 import math
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import needs_clang
 
+from tinygpt.commands import norms as command
+from tinygpt.runtime import device
 from tinygpt.study import norms
 from tinygpt.study.norms import Cell, Trained, cells, entropies_of, train_cells
 from tinygpt.study.page import page
@@ -33,8 +36,8 @@ def test_the_cells_are_the_whole_grid_and_the_known_ones_thrice():
     every = cells()
     assert len(every) == len(set(every)) == 4 * 2 * 3 * 2 * 2 + 2 * len(norms.KNOWN)
     assert {cell for cell in every if cell.seed == 0} >= set(cells(quick=True))
-    shapes = [cell[0:3:2] for cell in every]
-    assert sum(a != b for a, b in pairwise(shapes)) == 11  # each built once
+    shapes = [norms.shape_of(cell) for cell in every]
+    assert sum(a != b for a, b in pairwise(shapes)) == 23  # each built once
 
 
 @pytest.mark.parametrize(
@@ -47,14 +50,13 @@ def test_the_verdict_is_by_rule(last, expected):
 
 
 @needs_clang  # some steps of twelve blocks
-def test_a_cell_is_the_same_alone_and_after_another(monkeypatch):
+def test_a_cell_is_the_same_alone_and_after_another():
     """Nothing of one cell stays in the model and the optimiser that the next one uses."""
-    monkeypatch.setattr(norms, "STEPS", 25)
     ids = np.random.default_rng(1).integers(0, 9, 4000)
     one = Cell("post", "xavier", 2, 3e-3, 0)
     other = Cell("post", "gpt2", 2, 1e-3, 100, seed=1)
-    [alone] = train_cells([one], ids)
-    after = [*train_cells([other, one], ids)][1]
+    [alone] = train_cells([one], ids, steps=25)
+    after = [*train_cells([other, one], ids, steps=25)][1]
     assert alone == after
     assert len(alone.losses) == 25
     assert np.shape(alone.gradients) == (2, 2, 6)
@@ -62,9 +64,72 @@ def test_a_cell_is_the_same_alone_and_after_another(monkeypatch):
     np.testing.assert_allclose(alone.norms[0][1:], 8, rtol=1e-3)  # post-norm: the root of 64
 
 
+@pytest.mark.slow  # 24 blocks and their gradients
+@needs_clang
+def test_the_start_is_as_theory_has_it():
+    """Xiong et al. 2020 of gradients and lengths; Dong et al. 2021 of what shortcuts are for."""
+    text = np.frombuffer((Path(__file__).parents[2] / "README.md").read_bytes(), np.uint8)
+    ids = np.unique(text, return_inverse=True)[1]
+    shapes = [("pre", 2), ("pre", 24), ("post", 2), ("post", 24), ("no shortcut", 12)]
+    some = [Cell(kind, "xavier", depth, 1e-3, 0, seed) for kind, depth in shapes for seed in (0, 1)]
+    found: dict[tuple[str, int], list[Trained]] = {}
+    for each in train_cells(some, ids, steps=0):
+        found.setdefault((each.cell.kind, each.cell.depth), []).append(each)
+    # Of the last block's c_proj.
+    length = {
+        shape: np.mean([each.gradients[0][-1][-1] for each in both])
+        for shape, both in found.items()
+    }
+    shallow, deep = (length["post", depth] / length["pre", depth] for depth in (2, 24))
+    assert deep > 3 * shallow
+    for each in found["pre", 24]:
+        # Not in the first blocks: GELU gives less than the bounds' ReLU.
+        for block in (12, 24):
+            low, high = (math.sqrt(64 * (1 + part * block)) for part in (0.5, 1.5))
+            assert low <= each.norms[0][block] <= high
+        assert each.similarity[0][12] < 0.8
+    for each in found["no shortcut", 12]:
+        assert each.similarity[0][12] > 0.99
+
+
+@needs_clang
+def test_two_processes_train_what_one_does(cli, tmp_path, monkeypatch):
+    some = [Cell("pre", "gpt2", 2, 1e-3, 0), Cell("post", "xavier", 2, 1e-3, 0)]
+    monkeypatch.setattr(command, "STEPS", 3)
+    monkeypatch.setattr(norms, "KNOWN", some)
+    monkeypatch.setattr(device, "cpu_count", lambda: 2)
+    (text := tmp_path / "text.txt").write_text("to be or not to be " * 200, encoding="utf-8")
+    found = {}
+    for processes in (1, 2):
+        monkeypatch.setattr(command, "_MOST_PROCESSES", processes)
+        kept = tmp_path / f"{processes}.jsonl"
+        status, shown, said = cli("study", "norms", text, "--quick", "-o", kept, "--json")
+        assert status == 0, said
+        found[processes] = json.loads(shown)["trained"]
+    for one, two in zip(found[1], found[2], strict=True):
+        assert one["cell"] == two["cell"]
+        np.testing.assert_allclose(one["losses"], two["losses"], rtol=1e-5)
+
+
+def test_a_share_has_whole_shapes_and_about_as_much_as_another():
+    first, second = command._shares(every := cells(), 2)
+    assert sorted(first + second) == sorted(every)
+    assert not {*map(norms.shape_of, first)} & {*map(norms.shape_of, second)}
+    costs = [sum(cell.depth for cell in share) for share in (first, second)]
+    assert max(costs) < 1.1 * min(costs)
+
+
+def test_a_short_text_is_refused_in_a_line(cli, tmp_path):
+    (text := tmp_path / "text.txt").write_text("to be or not to be", encoding="utf-8")
+    status, _, said = cli("study", "norms", text, "-o", tmp_path / "norms.jsonl")
+    assert status == 2
+    assert "the text has 18 tokens, and `study norms` needs 65: give more text" in said
+    assert said.count("\n") == 1
+
+
 @needs_clang
 def test_it_goes_on_with_what_is_missing(cli, tmp_path, monkeypatch):
-    monkeypatch.setattr(norms, "STEPS", 25)
+    monkeypatch.setattr(command, "STEPS", 25)
     monkeypatch.setattr(norms, "KNOWN", norms.KNOWN[:2])
     (text := tmp_path / "text.txt").write_text("to be or not to be " * 200, encoding="utf-8")
     kept, page = tmp_path / "norms.jsonl", tmp_path / "norms.html"

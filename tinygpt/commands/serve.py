@@ -11,6 +11,7 @@ from typing import Any
 
 from tinygpt.checkpoints import hub
 from tinygpt.commands.flags import add_flag, add_shared
+from tinygpt.commands.interrupts import asking
 from tinygpt.errors import InputError, reason, say
 from tinygpt.runtime import device
 from tinygpt.writer import Writer
@@ -44,9 +45,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal asks for an end; the exit status."""
     uvicorn = _uvicorn()
-    from tinygpt.server.app import Access, Server, hosts_of
+    from tinygpt.server.app import Server
     from tinygpt.server.completions import Limits
     from tinygpt.server.engine import Engine
+    from tinygpt.server.guard import Access, hosts_of
     from tinygpt.server.run import serve
 
     key = args.api_key or os.environ.get("TINYGPT_API_KEY") or None
@@ -68,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         say(f"listening on http://{shown}:{port}; Ctrl-C ends")
-        serve(uvicorn, server, listener)
+        serve(uvicorn, server, listener, asking())
         engine.stop()
     return 0
 

@@ -122,6 +122,7 @@ def attention(
         k, v = (_remember(x, old, start_pos, slots) for x, old in zip((k, v), cache, strict=True))
     weights = attention_weights(q, k, heads.scale, mask)
     if seen is not None:
+        weights = weights.contiguous()  # or they are computed anew for each channel of the result
         seen.append(weights)
     if dropout is not None:
         weights = drop(weights, dropout)

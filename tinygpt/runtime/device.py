@@ -222,6 +222,11 @@ def cpu_count() -> int:
     return min(CPU_COUNT.value, MOST_THREADS)
 
 
+def use_threads(count: int) -> None:
+    """Let computation take so many threads: to be said before anything is computed."""
+    CPU_COUNT.value = count
+
+
 def default() -> str:
     """The name of the device in use, such as "CPU"."""
     return Device.DEFAULT

@@ -3,52 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import time
-import traceback
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
-from tinygpt.errors import InputError, say, show
+from tinygpt.errors import InputError, show
+from tinygpt.server.answers import EventStream, answer, body_of
 from tinygpt.server.completions import Completion, Limits, ending
 from tinygpt.server.continuation import Continuation
 from tinygpt.server.engine import Engine
 from tinygpt.server.fields import Field, check_text, read_fields, yes_or_no
+from tinygpt.server.guard import Access, Guard
 from tinygpt.server.metrics import Metrics
 from tinygpt.server.openapi import openapi
 from tinygpt.server.page import page_routes
 from tinygpt.server.problems import Problem
-from tinygpt.server.read_json import read_json
 from tinygpt.server.study import Studies
 from tinygpt.server.study_fields import CONTINUE, STUDIES
 from tinygpt.writer import Writer
-
-MOST_BODY_BYTES = 1_000_000
-_BODY_S = 30.0  # in which a body has to come
-_SEND_S = 30.0  # in which a reader has to take what was sent
-_PING_S = 10.0  # between comments while there is nothing to send
-_PUBLIC = ("/", "/health", "/favicon.ico")
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-
-@dataclass(frozen=True)
-class Access:
-    """Who may ask."""
-
-    api_key: str | None = None
-    cors: str | None = None  # an origin besides the server's own
-    hosts: tuple[str, ...] | None = None  # what the Host may be; None: anything
 
 
 class Server:
@@ -86,7 +67,7 @@ class Server:
         }
         app = Starlette(routes=routes, exception_handlers=handlers)
         app.router.redirect_slashes = False
-        return Guard(app, self)
+        return Guard(app, self.access, self.metrics)
 
     async def health(self, request: Request) -> Response:
         """200 as soon as texts can be continued."""
@@ -258,11 +239,6 @@ def _data(value: Any) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-def answer(problem: Problem) -> Response:
-    """A problem as a response."""
-    return JSONResponse(problem.body(), problem.status, problem.headers)
-
-
 def _of_starlette(request: Request, error: HTTPException) -> Problem:
     headers = dict(error.headers or {})
     if error.status_code == 405:
@@ -292,163 +268,7 @@ FIELDS: dict[str, dict[str, Field]] = {
 }
 
 
-async def body_of(request: Request) -> Any:
-    """The JSON of a request's body.
-
-    Raises:
-        Problem: for one that is too large, too slow, or not as `read_json` wants it.
-    """
-    too_large = Problem(413, f"the body is longer than {MOST_BODY_BYTES:,} bytes", code="too_large")
-    length = request.headers.get("content-length", "0")
-    if not length.isdigit() or int(length) > MOST_BODY_BYTES:
-        raise too_large
-    body = bytearray()
-    try:
-        async with asyncio.timeout(_BODY_S):
-            async for part in request.stream():
-                body += part
-                if len(body) > MOST_BODY_BYTES:
-                    raise too_large
-    except TimeoutError as error:
-        raise Problem(408, f"the body did not come within {_BODY_S:g} s") from error
-    try:
-        return await asyncio.to_thread(read_json, bytes(body))
-    except InputError as error:
-        raise Problem(400, str(error)) from error
-
-
 async def _left(request: Request) -> None:
     """Comes back once the client has left."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events, with a comment now and then while there are none."""
-
-    def __init__(self, events: AsyncGenerator[str]) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(_pinged(events), headers=headers, media_type="text/event-stream")
-
-
-async def _pinged(events: AsyncGenerator[str]) -> AsyncGenerator[str]:
-    """The same events, and comments in between, which a client leaves out."""
-    waiting: asyncio.Future[str] | None = None
-    try:
-        while True:
-            waiting = waiting or asyncio.ensure_future(anext(events))
-            done, _ = await asyncio.wait({waiting}, timeout=_PING_S)
-            if not done:
-                yield ": ping\n\n"
-                continue
-            try:
-                event = waiting.result()
-            except StopAsyncIteration:
-                return
-            finally:
-                waiting = None
-            yield event
-    finally:
-        if waiting is not None:
-            waiting.cancel()
-            with suppress(asyncio.CancelledError, StopAsyncIteration):
-                await waiting
-        await events.aclose()
-
-
-class Guard:
-    """What stands before all addresses: who asks, from where; what is counted and logged."""
-
-    def __init__(self, app: ASGIApp, server: Server) -> None:
-        self.app, self.server = app, server
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        began, status = time.perf_counter(), 0
-        request = Request(scope)
-        cors = self._cors(request)
-
-        async def sending(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [*message.get("headers", []), *cors]
-            await asyncio.wait_for(send(message), _SEND_S)
-
-        try:
-            problem = self._refuses(request)
-            if problem is not None:
-                await answer(problem)(scope, receive, sending)
-            elif request.method == "OPTIONS":
-                await PlainTextResponse("", 204)(scope, receive, sending)
-            else:
-                await self.app(scope, receive, sending)
-        except Exception as error:  # of a client that does not read, or of ours
-            last = traceback.extract_tb(error.__traceback__)[-1]  # which has nobody's prompt
-            where = f"{type(error).__name__} in {Path(last.filename).name}, line {last.lineno}"
-            say(f"error: {request.method} {request.url.path[:100]}: {where}")
-            if status:
-                raise
-            await answer(Problem(500, "the server failed on this request"))(scope, receive, sending)
-        finally:
-            self._count(request, status, time.perf_counter() - began)
-
-    def _cors(self, request: Request) -> list[tuple[bytes, bytes]]:
-        allowed = self.server.access.cors
-        if allowed is None or request.headers.get("origin") != allowed:
-            return [(b"vary", b"Origin")]
-        return [
-            (b"vary", b"Origin"),
-            (b"access-control-allow-origin", allowed.encode("latin-1")),
-            (b"access-control-allow-headers", b"authorization, content-type"),
-            (b"access-control-allow-methods", b"GET, POST"),
-        ]
-
-    def _refuses(self, request: Request) -> Problem | None:
-        """Why a request is not answered, if it is not."""
-        access = self.server.access
-        host = request.headers.get("host", "")
-        if access.hosts is not None and _name_of(host) not in access.hosts:
-            return Problem(421, f"this server is not {show(host)}", code="wrong_host")
-        origin = request.headers.get("origin")
-        own = {f"http://{host}", f"https://{host}", access.cors}
-        if origin is not None and origin not in own:
-            return Problem(403, f"pages of {show(origin)} may not ask: see --cors", code="origin")
-        public = request.url.path in _PUBLIC or request.method == "OPTIONS"
-        if access.api_key is not None and not public:
-            given = request.headers.get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode(), access.api_key.encode()):
-                headers = {"WWW-Authenticate": "Bearer"}
-                return Problem(
-                    401, "no API key, or a wrong one", code="invalid_api_key", headers=headers
-                )
-        return None
-
-    def _count(self, request: Request, status: int, seconds: float) -> None:
-        path = request.url.path
-        known = path if path in KNOWN else "other"
-        self.server.metrics.requests[known, status] += 1
-        client = request.client.host if request.client else "?"
-        say(f"{client} {request.method} {path[:100]} {status} {seconds * 1000:.0f} ms")
-
-
-KNOWN = frozenset(
-    ("/", "/health", "/metrics", "/openapi.json", "/v1/models", "/v1/completions",
-     "/v1/chat/completions", "/tokenize", "/detokenize", "/tokenizer_info", "/study/tokens",
-     "/study/attention", "/study/lens", "/study/attribute", "/study/continue", "/study/model")
-)  # fmt: skip
-
-
-def _name_of(host: str) -> str:
-    """The name of a Host, without its port."""
-    if host.startswith("["):
-        return host[1:].split("]")[0]
-    return host.rsplit(":", 1)[0] if ":" in host else host
-
-
-def hosts_of(address: str) -> tuple[str, ...] | None:
-    """What the Host of a request may be, where the server listens on an address."""
-    return _LOOPBACK if address in _LOOPBACK else None

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
-from tinygpt.commands.interrupts import asking
 from tinygpt.server.app import Server
 from tinygpt.server.protocol import Protocol
 
@@ -23,8 +23,10 @@ def prepare(uvicorn: ModuleType, server: Server) -> Any:
     return uvicorn.Server(config)
 
 
-def serve(uvicorn: ModuleType, server: Server, listener: socket.socket) -> None:
-    """Answer until a signal comes; then let what runs finish, and refuse what waits.
+def serve(
+    uvicorn: ModuleType, server: Server, listener: socket.socket, signals: Iterable[int]
+) -> None:
+    """Answer until one of some signals comes; then let what runs finish, and refuse what waits.
 
     A second signal ends at once.
     """
@@ -38,7 +40,7 @@ def serve(uvicorn: ModuleType, server: Server, listener: socket.socket) -> None:
             running.should_exit = True
             server.engine.drain()
 
-        for number in asking():
+        for number in signals:
             loop.add_signal_handler(number, end)
         # `serve` would take the signals for itself, and end by them once it is done.
         await running._serve([listener])

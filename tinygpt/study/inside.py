@@ -10,7 +10,7 @@ from tinygrad import Tensor
 from tinygrad.nn.state import get_state_dict
 
 from tinygpt.checkpoints.quantization import convert, dtype_of
-from tinygpt.errors import InputError, say
+from tinygpt.errors import CheckpointError, InputError, say
 from tinygpt.layers import Record
 from tinygpt.model import GPT, NOT_NUMBERS
 from tinygpt.runtime.buffers import tensor
@@ -63,7 +63,7 @@ def check_numbers(model: GPT, logits: np.ndarray) -> None:
         return
     for name, weight in get_state_dict(model).items():
         if not np.isfinite(weight.numpy()).all():
-            raise InputError(f"{name} has values that are infinite or not a number")
+            raise CheckpointError(f"{name} has values that are infinite or not a number")
     raise InputError(NOT_NUMBERS)
 
 

@@ -103,7 +103,12 @@ def cells(quick: bool = False) -> list[Cell]:
         for init, rate, warmup in product(inits, (1e-3, 3e-3), (0, 100))
     ]
     again = [cell._replace(seed=seed) for cell in KNOWN for seed in (1, 2)]
-    return sorted([*grid, *again], key=lambda cell: (KINDS.index(cell.kind), cell.depth))
+    return sorted([*grid, *again], key=shape_of)
+
+
+def shape_of(cell: Cell) -> tuple[int, str, int]:
+    """What decides the shape of its model: cells that have it in common are trained faster."""
+    return KINDS.index(cell.kind), cell.init, cell.depth
 
 
 def entropies_of(ids: np.ndarray) -> tuple[float, float]:
@@ -123,24 +128,25 @@ def entropies_of(ids: np.ndarray) -> tuple[float, float]:
     return float(alone), float(given)
 
 
-def train_cells(some: Iterable[Cell], ids: np.ndarray) -> Iterator[Trained]:
+def train_cells(some: Iterable[Cell], ids: np.ndarray, steps: int = STEPS) -> Iterator[Trained]:
     """Train cells in turn; those of one shape, beside each other, share one captured step.
 
     Args:
         ids: int (N,), the text in tokens, of which those from 0 to the highest are the vocabulary.
+        steps: of each; with 0 there are only the measures at the start.
     """
     bench: _Bench | None = None
     for cell in some:
-        if bench is None or bench.shape != (cell.kind, cell.depth):
+        if bench is None or bench.shape != shape_of(cell):
             bench = _Bench(cell, int(ids.max()) + 1)
-        yield bench.run(cell, ids)
+        yield bench.run(cell, ids, steps)
 
 
 class _Bench:
     """A model of one shape, what trains it, and what measures it: captured once for many cells."""
 
     def __init__(self, cell: Cell, vocab_size: int) -> None:
-        self.shape = cell.kind, cell.depth
+        self.shape = shape_of(cell)
         self.model = GPT(config_of(cell, vocab_size))
         self.settings = TrainConfig(
             batch_size=BATCH, block_size=WINDOW, steps=STEPS, schedule="constant",
@@ -148,10 +154,10 @@ class _Bench:
         )  # fmt: skip
         self.trainer = Trainer(self.model, self.settings)
         named = get_state_dict(self.model)
-        self.lengths = capture(self._lengths, named, (cell.kind, cell.depth, Norms))
-        self.states = capture(self._states, named, (cell.kind, cell.depth, Norms))
+        self.lengths = capture(self._lengths, named, (*self.shape, Norms))
+        self.states = capture(self._states, named, (*self.shape, Norms))
 
-    def run(self, cell: Cell, ids: np.ndarray) -> Trained:
+    def run(self, cell: Cell, ids: np.ndarray, steps: int) -> Trained:
         """Train one cell from its start."""
         self.model.init_weights(cell.seed, cell.init)
         for tensor in self.trainer.optimizer.state.values():
@@ -161,10 +167,10 @@ class _Bench:
             self.settings, learning_rate=cell.rate, warmup_steps=cell.warmup, seed=cell.seed
         )
         batches, losses, measured = Batches(ids, BATCH, WINDOW, cell.seed), list[float](), []
-        for step in range(STEPS + 1):
+        for step in range(steps + 1):
             if step % EVERY == 0:
                 measured.append(self._measure(ids, 1 if step else _MEASURED))
-            if step == STEPS:
+            if step == steps:
                 break
             losses.append(self.trainer.step([next(batches)]).loss)
             if not np.isfinite(losses[-1]):
@@ -209,9 +215,13 @@ class _Bench:
 
 
 def config_of(cell: Cell, vocab_size: int) -> GPTConfig:
-    """The shape of a cell's model; the output projection is one of its own."""
+    """The shape of a cell's model.
+
+    With GPT-2's initialisation the output projection is the token embedding, as in GPT-2; Xavier's
+    embeddings are too large for that, so there it is one of its own.
+    """
     shortcut = cell.kind != "no shortcut"
     return GPTConfig(
         cell.depth, HEADS, WIDTH, WINDOW, vocab_size, norm=cell.kind if shortcut else "pre",
-        shortcut=shortcut, tie_word_embeddings=False,
+        shortcut=shortcut, tie_word_embeddings=cell.init == "gpt2",
     )  # fmt: skip

@@ -1,0 +1,82 @@
+"""Bodies of requests, and answers: one of JSON, or events as they come."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from tinygpt.errors import InputError
+from tinygpt.server.problems import Problem
+from tinygpt.server.read_json import read_json
+
+MOST_BODY_BYTES = 1_000_000
+_BODY_S = 30.0  # in which a body has to come
+PING_S = 10.0  # between comments while there is nothing to send
+
+
+def answer(problem: Problem) -> Response:
+    """A problem as a response."""
+    return JSONResponse(problem.body(), problem.status, problem.headers)
+
+
+async def body_of(request: Request) -> Any:
+    """The JSON of a request's body.
+
+    Raises:
+        Problem: for one that is too large, too slow, or not as `read_json` wants it.
+    """
+    too_large = Problem(413, f"the body is longer than {MOST_BODY_BYTES:,} bytes", code="too_large")
+    length = request.headers.get("content-length", "0")
+    if not length.isdigit() or int(length) > MOST_BODY_BYTES:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(_BODY_S):
+            async for part in request.stream():
+                body += part
+                if len(body) > MOST_BODY_BYTES:
+                    raise too_large
+    except TimeoutError as error:
+        raise Problem(408, f"the body did not come within {_BODY_S:g} s") from error
+    try:
+        return await asyncio.to_thread(read_json, bytes(body))
+    except InputError as error:
+        raise Problem(400, str(error)) from error
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events, with a comment now and then while there are none."""
+
+    def __init__(self, events: AsyncGenerator[str]) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(_pinged(events), headers=headers, media_type="text/event-stream")
+
+
+async def _pinged(events: AsyncGenerator[str]) -> AsyncGenerator[str]:
+    """The same events, and comments in between, which a client leaves out."""
+    waiting: asyncio.Future[str] | None = None
+    try:
+        while True:
+            waiting = waiting or asyncio.ensure_future(anext(events))
+            done, _ = await asyncio.wait({waiting}, timeout=PING_S)
+            if not done:
+                yield ": ping\n\n"
+                continue
+            try:
+                event = waiting.result()
+            except StopAsyncIteration:
+                return
+            finally:
+                waiting = None
+            yield event
+    finally:
+        if waiting is not None:
+            waiting.cancel()
+            with suppress(asyncio.CancelledError, StopAsyncIteration):
+                await waiting
+        await events.aclose()

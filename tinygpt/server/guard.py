@@ -1,0 +1,130 @@
+"""What stands before all addresses: who may ask, from where; what is counted and logged."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tinygpt.errors import say, show
+from tinygpt.server.answers import answer
+from tinygpt.server.metrics import Metrics
+from tinygpt.server.problems import Problem
+
+SEND_S = 30.0  # in which a reader has to take what was sent
+_PUBLIC = ("/", "/health", "/favicon.ico")
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may ask."""
+
+    api_key: str | None = None
+    cors: str | None = None  # an origin besides the server's own
+    hosts: tuple[str, ...] | None = None  # what the Host may be; None: anything
+
+
+class Guard:
+    """What stands before all addresses: who asks, from where; what is counted and logged."""
+
+    def __init__(self, app: ASGIApp, access: Access, metrics: Metrics) -> None:
+        self.app, self.access, self.metrics = app, access, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began, status = time.perf_counter(), 0
+        request = Request(scope)
+        cors = self._cors(request)
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", []), *cors]
+            await asyncio.wait_for(send(message), SEND_S)
+
+        try:
+            problem = self._refuses(request)
+            if problem is not None:
+                await answer(problem)(scope, receive, sending)
+            elif request.method == "OPTIONS":
+                await PlainTextResponse("", 204)(scope, receive, sending)
+            else:
+                await self.app(scope, receive, sending)
+        except Exception as error:  # of a client that does not read, or of ours
+            last = traceback.extract_tb(error.__traceback__)[-1]  # which has nobody's prompt
+            where = f"{type(error).__name__} in {Path(last.filename).name}, line {last.lineno}"
+            say(f"error: {request.method} {request.url.path[:100]}: {where}")
+            if status:
+                raise
+            await answer(Problem(500, "the server failed on this request"))(scope, receive, sending)
+        finally:
+            self._count(request, status, time.perf_counter() - began)
+
+    def _cors(self, request: Request) -> list[tuple[bytes, bytes]]:
+        allowed = self.access.cors
+        if allowed is None or request.headers.get("origin") != allowed:
+            return [(b"vary", b"Origin")]
+        return [
+            (b"vary", b"Origin"),
+            (b"access-control-allow-origin", allowed.encode("latin-1")),
+            (b"access-control-allow-headers", b"authorization, content-type"),
+            (b"access-control-allow-methods", b"GET, POST"),
+        ]
+
+    def _refuses(self, request: Request) -> Problem | None:
+        """Why a request is not answered, if it is not."""
+        access = self.access
+        host = request.headers.get("host", "")
+        if access.hosts is not None and _name_of(host) not in access.hosts:
+            return Problem(421, f"this server is not {show(host)}", code="wrong_host")
+        origin = request.headers.get("origin")
+        own = {f"http://{host}", f"https://{host}", access.cors}
+        if origin is not None and origin not in own:
+            return Problem(403, f"pages of {show(origin)} may not ask: see --cors", code="origin")
+        public = request.url.path in _PUBLIC or request.method == "OPTIONS"
+        if access.api_key is not None and not public:
+            given = request.headers.get("authorization", "").removeprefix("Bearer ")
+            if not hmac.compare_digest(given.encode(), access.api_key.encode()):
+                headers = {"WWW-Authenticate": "Bearer"}
+                return Problem(
+                    401, "no API key, or a wrong one", code="invalid_api_key", headers=headers
+                )
+        return None
+
+    def _count(self, request: Request, status: int, seconds: float) -> None:
+        path = request.url.path
+        known = path if path in KNOWN else "other"
+        self.metrics.requests[known, status] += 1
+        client = request.client.host if request.client else "?"
+        say(f"{client} {request.method} {path[:100]} {status} {seconds * 1000:.0f} ms")
+
+
+KNOWN = frozenset(
+    ("/", "/health", "/metrics", "/openapi.json", "/v1/models", "/v1/completions",
+     "/v1/chat/completions", "/tokenize", "/detokenize", "/tokenizer_info", "/study/tokens",
+     "/study/attention", "/study/lens", "/study/attribute", "/study/continue", "/study/model")
+)  # fmt: skip
+
+
+def _name_of(host: str) -> str:
+    """The name of a Host, without its port."""
+    if host.startswith("["):
+        return host[1:].split("]")[0]
+    return host.rsplit(":", 1)[0] if ":" in host else host
+
+
+def hosts_of(address: str) -> tuple[str, ...] | None:
+    """What the Host of a request may be, where the server listens on an address."""
+    return _LOOPBACK if address in _LOOPBACK else None
