@@ -44,7 +44,7 @@ def study(browser: Any, name: str) -> Any:
 
 def written(browser: Any, address: str, width: int, **media: str) -> Any:
     """The server's page with a text."""
-    page = browser.new_page(viewport={"width": width, "height": 300}, **media)
+    page = browser.new_page(viewport={"width": width, "height": 1000}, **media)
     page.goto(address)
     expect(page.locator("#settings-A input")).to_have_count(10)
     page.fill("#prompt", "Once upon a time there was a king")

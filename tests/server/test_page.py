@@ -137,6 +137,22 @@ def test_writing_anew_ends_the_text_before_and_loses_neither(running, browser, m
         expect(page.locator("#tree [role=treeitem]")).to_have_count(3)
 
 
+def test_what_comes_late_of_a_token_is_not_shown_of_another(running, browser, monkeypatch):
+    answer = running.server.studies._attention
+    monkeypatch.setattr(
+        running.server.studies, "_attention", lambda *asked: (time.sleep(0.5), answer(*asked))[1]
+    )
+    with shown(browser, running) as page:
+        write(page)
+        choose(page, 10)
+        page.click("#tab-reads")
+        write(page)  # the token is chosen no more
+        expect(page.locator("#inspector")).to_be_hidden()
+        time.sleep(0.7)
+        expect(page.locator("#said.fault")).to_have_count(0)
+        expect(page.locator("#text-A.reading")).to_have_count(0)
+
+
 def test_what_could_not_be_written_is_said(running, browser):
     expected = (
         "says Failed to load resource: the server responded with a status of 400 (Bad Request)"
