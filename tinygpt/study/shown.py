@@ -238,7 +238,8 @@ def norms_report(found: Norms) -> Report:
     note = (
         f"loss: the mean of the last 20 of {STEPS}, in nats; guessing each token by its frequency "
         f"costs {found.unigram:.4f}, by the token before {found.bigram:.4f}. stuck: within 0.05 of "
-        "the first; learns: 0.3 below it; diverged: not finite"
+        "the first; learns: 0.3 below it; diverged: not finite. What is stuck may come free, at a "
+        "step that is up to chance, so that seeds can differ"
     )
     parts: list[Part] = [Table("What became of each", columns, rows, note), _at_the_start(found)]
     deepest = [each for each in found.trained if each.cell.depth == 12 and each.cell.seed == 0]
