@@ -37,6 +37,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_flag(parser, "--max-tokens", kind=int, low=1, help=words)
     words = "let the pages of this origin ask, as in https://example.com"
     add_flag(parser, "--cors", metavar="ORIGIN", help=words)
+    words = "a Jinja file that makes one prompt of messages, for a model that was trained on such"
+    add_flag(parser, "--chat-template", metavar="FILE", help=words)
     add_shared(parser, "--dtype")
     add_shared(parser, "--tokenizer")
     add_shared(parser, "--plain")
@@ -46,11 +48,13 @@ def run(args: argparse.Namespace) -> int:
     """Serve until a signal asks for an end; the exit status."""
     uvicorn = _uvicorn()
     from tinygpt.server.app import Server
+    from tinygpt.server.chat import Template
     from tinygpt.server.completions import Limits
     from tinygpt.server.engine import Engine
     from tinygpt.server.guard import Access, hosts_of
     from tinygpt.server.run import serve
 
+    template = Template(Path(args.chat_template)) if args.chat_template else None
     key = args.api_key or os.environ.get("TINYGPT_API_KEY") or None
     listener = _listen(args.host, args.port)
     with listener:
@@ -66,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
             raise engine.failed
         access = Access(key, args.cors, hosts_of(args.host))
         limits = Limits(args.max_tokens, args.timeout)
-        server = Server(writer, engine, name, limits, access)
+        server = Server(writer, engine, name, limits, access, template)
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         say(f"listening on http://{shown}:{port}; Ctrl-C ends")

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp
 
 from tinygpt.errors import InputError, show
 from tinygpt.server.answers import EventStream, answer, body_of
+from tinygpt.server.chat import Chat, Template
 from tinygpt.server.completions import Completion, Limits, ending
 from tinygpt.server.continuation import Continuation
 from tinygpt.server.engine import Engine
@@ -36,10 +37,16 @@ class Server:
     """What the handlers share."""
 
     def __init__(
-        self, writer: Writer, engine: Engine, name: str, limits: Limits, access: Access
+        self,
+        writer: Writer,
+        engine: Engine,
+        name: str,
+        limits: Limits,
+        access: Access,
+        template: Template | None = None,
     ) -> None:
         self.writer, self.engine, self.name = writer, engine, name
-        self.limits, self.access = limits, access
+        self.limits, self.access, self.template = limits, access, template
         self.metrics, self.created = Metrics(), int(time.time())
         self.studies = Studies(writer, engine, name)
 
@@ -107,8 +114,10 @@ class Server:
         }
 
     async def chat(self, request: Request) -> Response:
-        """No chat: a base model has none."""
-        raise Problem(400, "this is a base model: use /v1/completions")
+        """The next message, where there is a template; a base model has none."""
+        if self.template is None:
+            raise Problem(400, "this is a base model: use /v1/completions")
+        return await self._complete(request, Chat, self.template)
 
     async def tokenize(self, request: Request) -> Response:
         """A text's ids."""
@@ -152,10 +161,13 @@ class Server:
 
     async def completions(self, request: Request) -> Response:
         """Texts continued."""
+        return await self._complete(request, Completion)
+
+    async def _complete(self, request: Request, kind: type[Completion], *more: Any) -> Response:
         self.require_ready()
         began = time.perf_counter()
-        asked = await body_of(request), self.writer, self.name, self.limits
-        completion = await asyncio.to_thread(Completion, *asked)  # a long prompt takes its time
+        asked = await body_of(request), self.writer, self.name, self.limits, *more
+        completion = await asyncio.to_thread(kind, *asked)  # a long prompt takes its time
         completion.submit(self.engine)
         self.metrics.prompt_tokens += completion.usage["prompt_tokens"]
         completion.heard = self._counting(began)

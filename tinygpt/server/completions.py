@@ -44,12 +44,15 @@ class Prompt:
 class Completion:
     """One request: what it asks for, checked, and the texts that answer it."""
 
+    fields = COMPLETION
+    kind = "text_completion"
+
     def __init__(self, body: Any, writer: Writer, name: str, limits: Limits) -> None:
         """
         Raises:
             Problem: for what cannot be answered.
         """
-        asked = read_fields(body, COMPLETION)
+        asked = dict.fromkeys(COMPLETION) | read_fields(body, self.fields)
         self.asked, self.writer, self.name, self.limits = asked, writer, name, limits
         if asked["model"] not in (None, name):
             message = f"the model {asked['model']!r} does not exist: this server has {name!r}"
@@ -65,10 +68,11 @@ class Completion:
         stop = asked["stop"] or []
         self.stop = [stop] if isinstance(stop, str) else stop
         self.settings = self._settings()
+        prompt = self.prompt_of(asked)
         self.max_tokens = asked["max_tokens"]
         if self.max_tokens is None:
             self.max_tokens = min(_USUAL_TOKENS, limits.max_tokens or _USUAL_TOKENS)
-        self.prompts = [self._fits(prompt) for prompt in self._prompts(asked["prompt"])]
+        self.prompts = [self._fits(prompt) for prompt in self._prompts(prompt)]
         self.bias = {int(token): bias for token, bias in (asked["logit_bias"] or {}).items()}
         for token in self.bias:
             self._check_id(token, "logit_bias")
@@ -77,6 +81,10 @@ class Completion:
         self.completion_tokens = 0
         self.heard: Callable[[], None] = lambda: None  # called at each token
         self.jobs: list[Job] = []
+
+    def prompt_of(self, asked: dict[str, Any]) -> Any:
+        """What is to be continued."""
+        return asked["prompt"]
 
     def _settings(self) -> Sampling:
         given = {name: self.asked[name] for name in _SETTINGS if self.asked[name] is not None}
@@ -237,7 +245,8 @@ class Completion:
 
     def frame(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         """An answer, or one event of it."""
-        head = {"id": self.id, "object": "text_completion", "created": self.created}
+        kind = self.kind + (".chunk" if self.stream and self.kind != Completion.kind else "")
+        head = {"id": self.id, "object": kind, "created": self.created}
         return {**head, "model": self.name, "choices": choices, **more}
 
     def choice_of(self, index: int, piece: Piece, finish: str | None) -> dict[str, Any]:

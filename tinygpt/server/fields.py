@@ -24,7 +24,8 @@ class Field:
     default: Any = None
 
 
-def _whole(default: int | None, low: int, most: int, words: str) -> Field:
+def whole(default: int | None, low: int, most: int, words: str) -> Field:
+    """A field that is a whole number."""
     schema = {"type": "integer", "minimum": low, "maximum": most, "description": words}
     return Field(lambda name, value: check_int(name, value, low, most + 1), schema, default)
 
@@ -107,20 +108,20 @@ _WORDS = "as the model's files say, else "
 COMPLETION: dict[str, Field] = {
     "model": Field(check_text, {"type": "string", "description": "one of /v1/models"}),
     "prompt": Field(_prompt, {**PROMPT, "description": "one text or several, or their ids"}, ""),
-    "max_tokens": _whole(None, 0, 2**31 - 1, "how many tokens to write at most; usually 16"),
+    "max_tokens": whole(None, 0, 2**31 - 1, "how many tokens to write at most; usually 16"),
     "temperature": _number(f"0 takes the likeliest ({_WORDS}0)", low=0),
     "top_p": _number("only the likeliest that together reach it", above=0, most=1),
-    "top_k": _whole(None, 0, 2**31 - 1, "only so many of the likeliest; 0 for all"),
+    "top_k": whole(None, 0, 2**31 - 1, "only so many of the likeliest; 0 for all"),
     "min_p": _number("only those at least so many times as likely as the first", low=0, most=1),
-    "n": _whole(1, 1, 128, "how many texts for each prompt, each with the next seed"),
-    "best_of": _whole(None, 1, 128, "of so many texts, the n likeliest a token are given"),
+    "n": whole(1, 1, 128, "how many texts for each prompt, each with the next seed"),
+    "best_of": whole(None, 1, 128, "of so many texts, the n likeliest a token are given"),
     "stop": Field(
         _stop,
         {"anyOf": [_STRING, {"type": "array", "items": _STRING, "maxItems": _LONGEST_STOPS}],
          "description": "texts before the first of which the text ends"},
     ),
-    "seed": _whole(None, 0, 2**63 - 1, "gives the same texts again"),
-    "logprobs": _whole(None, 0, 20, "log-probabilities, and those of so many of the likeliest"),
+    "seed": whole(None, 0, 2**63 - 1, "gives the same texts again"),
+    "logprobs": whole(None, 0, 20, "log-probabilities, and those of so many of the likeliest"),
     "echo": yes_or_no("let the text begin with the prompt"),
     "stream": yes_or_no("send each piece as it comes"),
     "stream_options": Field(
