@@ -99,7 +99,9 @@ def test_a_text_is_the_same_alone_among_others_and_streamed(running):
 @pytest.mark.slow
 def test_two_hundred_texts_are_the_same_under_32_clients_on_16_slots(served_model):
     with serving(served_model, slots=16, queue=200) as many:
+        built = len(runtime_cache), many.engine.slots.step_count
         hold_equal(many, 200, 32)
+        assert (len(runtime_cache), many.engine.slots.step_count) == built
 
 
 def test_a_seed_writes_what_it_writes_elsewhere(running, served_model):
