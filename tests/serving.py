@@ -93,7 +93,13 @@ def serving(model: GPT, slots: int = 4, queue: int = 64, **more: Any) -> Iterato
     server = Server(writer, engine, "small", limits, access, more.get("template"))
     listener = socket.create_server(("127.0.0.1", 0))
     running = prepare(uvicorn, server)
-    thread = threading.Thread(target=lambda: asyncio.run(running._serve([listener])))
+    loops = list[asyncio.AbstractEventLoop]()
+
+    async def run() -> None:
+        loops.append(asyncio.get_running_loop())
+        await running._serve([listener])
+
+    thread = threading.Thread(target=lambda: asyncio.run(run()))
     engine.start()
     engine.ready.wait()
     assert engine.failed is None
@@ -104,8 +110,12 @@ def serving(model: GPT, slots: int = 4, queue: int = 64, **more: Any) -> Iterato
     finally:
         guard.say = told
         running.should_exit = True
+        thread.join(60)
+        left = "\n".join(map(repr, asyncio.all_tasks(loops[0]))) if thread.is_alive() else ""
+        running.force_exit = True
         thread.join()
         engine.stop()
+        assert not left, f"requests do not end: {left}"
 
 
 def model_to_serve(block_size: int = 128) -> GPT:

@@ -168,7 +168,7 @@ INLINE void remember(float *keys, float *values, const float *k, const float *v,
 // As `attention_cached`, for so few queries that a matrix product does not pay. One of them, in
 // column `row`, is M = 1; else there are M = T.
 static void attention_few(float *y,            // (B, M, C)
-                          float *keys,         // (B or more, H, S, D), as are values
+                          float *keys,         // (B, H, S, D) or more, as are values
                           float *values,
                           float *scores,       // (threads, S)
                           const float *q,      // (B, M, C)
@@ -210,7 +210,7 @@ static void attention_few(float *y,            // (B, M, C)
 
 // Writes k and v into the cache, and lets T queries look at it, a band of them at a time.
 static void attention_cached(float *y,            // (B, T, C)
-                             float *keys,         // (B or more, H, S, D), as are values
+                             float *keys,         // (B, H, S, D) or more, as are values
                              float *values,
                              float *scores,       // (threads, min(T, BAND), S)
                              const float *q,      // (B, T, C), as are k and v
