@@ -88,7 +88,7 @@ def serving(model: GPT, slots: int = 4, queue: int = 64, **more: Any) -> Iterato
 
     writer = Writer(model, load_tokenizer("bytes", 257))
     engine = Engine(model, slots, queue)
-    limits = Limits(more.get("max_tokens"), more.get("timeout_s", 600.0))
+    limits = Limits(more.get("max_tokens"), more.get("timeout_s", 600.0), slots + queue)
     access = Access(more.get("api_key"), more.get("cors"), hosts_of("127.0.0.1"))
     server = Server(writer, engine, "small", limits, access, more.get("template"))
     listener = socket.create_server(("127.0.0.1", 0))

@@ -126,6 +126,9 @@ def test_bad_flags_are_told(cli):
         (("--max-tokens", "0"), "--max-tokens is 0"),
         (("--cors", ""), "--cors is empty"),
         (("--slot", "1"), "did you mean --slots?"),
+        (("--cors", "https://x.example/"), "without a path"),
+        (("--cors", "*"), "one origin"),
+        (("--api-key", "\u043a\u043b\u044e\u0447"), "no client could send it"),
     ):
         assert is_refused(cli("serve", *argument), words)
 

@@ -184,6 +184,10 @@ def test_the_best_of_several_are_those_likeliest_a_token(running):
     best = running.complete(**asked, n=2, best_of=5)
     assert [choice["text"] for choice in best["choices"]] == [all_of_them[i]["text"] for i in order]
     assert best["usage"]["completion_tokens"] == 30
+    echoed = running.complete(**asked, n=2, best_of=5, echo=True)["choices"]
+    assert [choice["text"] for choice in echoed] == [
+        "Once" + choice["text"] for choice in best["choices"]
+    ]
 
 
 def pieces_of(texts: list[bytes], stop: list[str], finish: str = "length"):

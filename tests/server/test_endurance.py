@@ -63,9 +63,9 @@ def test_a_thousand_clients_leave_neither_slots_nor_sockets(served_model):
 
 def test_a_reader_that_does_not_read_is_cut(served_model, monkeypatch):
     """Here after a third of a second, and with small buffers of the system's."""
-    from tinygpt.server import guard
+    from tinygpt.server import protocol
 
-    monkeypatch.setattr(guard, "SEND_S", 0.3)
+    monkeypatch.setattr(protocol, "SEND_S", 0.3)
     with serving(served_model, slots=1) as server:
         slow = socket.socket()
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)

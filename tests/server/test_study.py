@@ -231,7 +231,7 @@ def test_another_model_is_not_here(running):
 
 def at_once(model: GPT) -> Studies:
     """Studies whose functions run as soon as they are asked for."""
-    engine = SimpleNamespace(model=model, queue=1, draining=False, call=lambda run: run())
+    engine = SimpleNamespace(model=model, queue=1, draining=False, call=lambda call: call.run())
     return Studies(Writer(model, load_tokenizer("bytes")), engine, "small")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import socket
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +13,7 @@ from typing import Any
 from tinygpt.checkpoints import hub
 from tinygpt.commands.flags import add_flag, add_shared
 from tinygpt.commands.interrupts import asking
-from tinygpt.errors import InputError, reason, say
+from tinygpt.errors import InputError, reason, say, show
 from tinygpt.runtime import device
 from tinygpt.writer import Writer
 
@@ -56,6 +57,11 @@ def run(args: argparse.Namespace) -> int:
 
     template = Template(Path(args.chat_template)) if args.chat_template else None
     key = args.api_key or os.environ.get("TINYGPT_API_KEY") or None
+    if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
+        raise InputError("the API key has other than plain letters: no client could send it")
+    if args.cors is not None and not re.fullmatch(r"https?://[^/\s*]+", args.cors):
+        fact = f"--cors is {show(args.cors)}: it must be one origin"
+        raise InputError(f"{fact}, as in https://example.com, without a path")
     listener = _listen(args.host, args.port)
     with listener:
         writer = Writer.open(args.model, args.dtype, args.tokenizer)
@@ -68,9 +74,10 @@ def run(args: argparse.Namespace) -> int:
         engine.ready.wait()
         if engine.failed is not None:
             raise engine.failed
-        access = Access(key, args.cors, hosts_of(args.host))
-        limits = Limits(args.max_tokens, args.timeout)
+        access = Access(key, args.cors, hosts_of(listener.getsockname()[0]))
+        limits = Limits(args.max_tokens, args.timeout, args.slots + args.queue)
         server = Server(writer, engine, name, limits, access, template)
+        listener.listen(128)  # not before: until then nobody could be answered
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         say(f"listening on http://{shown}:{port}; Ctrl-C ends")
@@ -109,7 +116,6 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(found[4])
-        listener.listen(2048)
     except OSError as error:
         listener.close()
         hint = "choose another --port, or 0 for any that is free"

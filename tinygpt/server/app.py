@@ -18,7 +18,7 @@ from starlette.types import ASGIApp
 
 from tinygpt.errors import InputError, show
 from tinygpt.server.answers import EventStream, answer, body_of
-from tinygpt.server.chat import Chat, Template
+from tinygpt.server.chat import CHAT, Chat, Template
 from tinygpt.server.completions import Completion, Limits, ending
 from tinygpt.server.continuation import Continuation
 from tinygpt.server.engine import Engine
@@ -48,7 +48,7 @@ class Server:
         self.writer, self.engine, self.name = writer, engine, name
         self.limits, self.access, self.template = limits, access, template
         self.metrics, self.created = Metrics(), int(time.time())
-        self.studies = Studies(writer, engine, name)
+        self.studies = Studies(writer, engine, name, limits.timeout_s)
 
     def app(self) -> ASGIApp:
         """The application that uvicorn runs."""
@@ -139,11 +139,14 @@ class Server:
             if not 0 <= token <= most:
                 message = f"tokens has the id {token}: ids are 0 to {most}"
                 raise Problem(400, message, "tokens", "unknown_id")
-        return JSONResponse({"prompt": self.writer.tokenizer.decode(ids)})
+        text = await asyncio.to_thread(self.writer.tokenizer.decode, ids)
+        return JSONResponse({"prompt": text})
 
     async def openapi(self, request: Request) -> Response:
         """All of this in words of OpenAPI."""
-        return JSONResponse(openapi({**FIELDS, **STUDIES}, self.access.api_key is not None))
+        chat = {} if self.template is None else {"/v1/chat/completions": CHAT}
+        fields = {**FIELDS, **STUDIES, **chat}
+        return JSONResponse(openapi(fields, self.access.api_key is not None))
 
     async def tokenizer_info(self, request: Request) -> Response:
         """What clients that count tokens want to know."""
@@ -178,8 +181,12 @@ class Server:
     async def study(self, request: Request) -> Response:
         """What a study tool sees in a text."""
         self.require_ready()
-        found = self.studies.answer(request.url.path, await body_of(request))
-        return JSONResponse(await found)
+        body = await body_of(request)
+
+        async def found() -> Response:
+            return JSONResponse(await self.studies.answer(request.url.path, body))
+
+        return await self._unless_left(request, found())
 
     async def continued(self, request: Request) -> Response:
         """A text token by token, also without parts of the model."""

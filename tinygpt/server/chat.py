@@ -62,7 +62,9 @@ class Template:
                 "--chat-template needs jinja2: pip install 'tinygpt[serve]'"
             ) from error
         self._failed: Any = jinja2.TemplateError
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.globals["raise_exception"] = self._refuse
         try:
             self._template = environment.from_string(read_text(path))
@@ -96,7 +98,7 @@ class Chat(Completion):
     """One request for the next message."""
 
     fields = CHAT
-    kind = "chat.completion"
+    kind, prefix = "chat.completion", "chatcmpl"
 
     def __init__(
         self, body: Any, writer: Writer, name: str, limits: Limits, template: Template

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -30,6 +31,7 @@ class Limits:
 
     max_tokens: int | None = None  # of one text; None: as the window allows
     timeout_s: float = 600.0
+    most_texts: int = 80  # of one request: those that run, and those that may wait
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Completion:
     """One request: what it asks for, checked, and the texts that answer it."""
 
     fields = COMPLETION
-    kind = "text_completion"
+    kind, prefix = "text_completion", "cmpl"
 
     def __init__(self, body: Any, writer: Writer, name: str, limits: Limits) -> None:
         """
@@ -72,13 +74,18 @@ class Completion:
         self.max_tokens = asked["max_tokens"]
         if self.max_tokens is None:
             self.max_tokens = min(_USUAL_TOKENS, limits.max_tokens or _USUAL_TOKENS)
+        count = 1 if isinstance(prompt, str) or isinstance(prompt[0], int) else len(prompt)
+        if count * self.best_of > limits.most_texts:  # before any of them is read
+            message = f"{count * self.best_of} texts at once: this server takes {limits.most_texts}"
+            raise Problem(400, message, "n", "too_many_texts")
         self.prompts = [self._fits(prompt) for prompt in self._prompts(prompt)]
         self.bias = {int(token): bias for token, bias in (asked["logit_bias"] or {}).items()}
         for token in self.bias:
             self._check_id(token, "logit_bias")
-        self.id, self.created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
+        self.id, self.created = f"{self.prefix}-{secrets.token_hex(12)}", int(time.time())
         self.seed = secrets.randbits(32) if asked["seed"] is None else asked["seed"]
         self.completion_tokens = 0
+        self.means: dict[int, tuple[int, float]] = {}  # by text: tokens, mean log-probability
         self.heard: Callable[[], None] = lambda: None  # called at each token
         self.jobs: list[Job] = []
 
@@ -165,10 +172,6 @@ class Completion:
                         frozenset(self.writer.tokenizer.ends),
                     )
                 )  # fmt: skip
-        most = engine.slots.n + engine.queue
-        if len(jobs) > most:
-            message = f"{len(jobs)} texts at once: this server takes {most}"
-            raise Problem(400, message, "n", "too_many_texts")
         self.jobs = jobs
         if not self.max_tokens and not scores:  # there is nothing to compute
             for index in range(len(jobs)):
@@ -229,6 +232,9 @@ class Completion:
             return piece
         self.completion_tokens += 1
         self.heard()
+        if token.logprob is not None:
+            count, mean = self.means.get(choice.index, (0, 0.0))
+            self.means[choice.index] = count + 1, mean + (token.logprob - mean) / (count + 1)
         if token.token in self.writer.tokenizer.ends:
             return piece + choice.end("stop", token)
         return piece + choice.add(token)
@@ -265,10 +271,10 @@ class Completion:
         kept = list[int]()
         for first in range(0, len(texts), self.best_of):
             group = range(first, first + self.best_of)
-            best = (
-                group if self.best_of == self.n else sorted(group, key=lambda i: -_mean(texts[i]))
-            )
-            kept += list(best)[: self.n]
+            best = list(group)
+            if self.best_of > self.n:  # the mean is of what was written, not of an echoed prompt
+                best.sort(key=lambda i: -self.means.get(i, (0, -math.inf))[1])
+            kept += best[: self.n]
         choices = [self.choice_of(i, texts[j], ends[j]) for i, j in enumerate(kept)]
         return self.frame(choices, usage=self.usage)
 
@@ -295,9 +301,3 @@ def _problem_of(error: Exception) -> Problem:
     if isinstance(error, NotNumbers):
         return Problem(500, NOT_NUMBERS, code="not_numbers")
     return Problem(500, "the model failed on this text", code="engine_error")
-
-
-def _mean(piece: Piece) -> float:
-    """The mean log-probability of a text's tokens."""
-    values = [token.logprob for token in piece.tokens if token.logprob is not None]
-    return sum(values) / len(values) if values else float("-inf")

@@ -30,6 +30,15 @@ class Job:
     told: int = 0  # tokens so far
 
 
+@dataclass(eq=False)
+class Call:
+    """Something to be computed between two steps; both functions must not raise."""
+
+    run: Callable[[], None]
+    refuse: Callable[[Exception], None] = lambda error: None  # where it is not run any more
+    cancelled: bool = False
+
+
 class Full(Exception):
     """No more texts can wait."""
 
@@ -58,7 +67,7 @@ class Engine:
         self.failed: Exception | None = None  # why that was not possible
         self.running: dict[int, Job] = {}
         self.waiting: deque[Job] = deque()
-        self.calls: deque[Callable[[], None]] = deque()
+        self.calls: deque[Call] = deque()
         self.draining = False
         self.steps = 0  # how often `Slots.step` ran: at most one chunk and a token of each
         self._stop = False
@@ -85,10 +94,10 @@ class Engine:
             self.waiting += jobs
             self._changed.notify()
 
-    def call(self, function: Callable[[], None]) -> None:
-        """Let a function run between two steps; it must not raise."""
+    def call(self, call: Call) -> None:
+        """Let something be computed in this thread; one such between two steps."""
         with self._changed:
-            self.calls.append(function)
+            self.calls.append(call)
             self._changed.notify()
 
     def cancel(self, jobs: list[Job]) -> None:
@@ -105,9 +114,12 @@ class Engine:
         with self._changed:
             self.draining = True
             waiting, self.waiting = list(self.waiting), deque()
+            calls, self.calls = list(self.calls), deque()
             self._changed.notify()
         for job in waiting:
             job.tell(Draining())
+        for call in calls:
+            call.refuse(Draining())
 
     def stop(self) -> None:
         """End the thread, once its step is done."""
@@ -130,11 +142,13 @@ class Engine:
                     self._changed.wait()
                 if self._stop:
                     return
-                calls, self.calls = list(self.calls), deque()
+                while self.calls and self.calls[0].cancelled:
+                    self.calls.popleft()
+                call = self.calls.popleft() if self.calls else None
                 self._sweep()
                 failed = self._begin()
-            for call in calls:
-                call()
+            if call is not None:
+                call.run()
             for job, why in failed:
                 job.tell(why)
             if self.running:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import hmac
+import ipaddress
 import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -18,7 +18,6 @@ from tinygpt.server.answers import answer
 from tinygpt.server.metrics import Metrics
 from tinygpt.server.problems import Problem
 
-SEND_S = 30.0  # in which a reader has to take what was sent
 _PUBLIC = ("/", "/health", "/favicon.ico")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -52,7 +51,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", []), *cors]
-            await asyncio.wait_for(send(message), SEND_S)
+            await send(message)
 
         try:
             problem = self._refuses(request)
@@ -62,7 +61,10 @@ class Guard:
                 await PlainTextResponse("", 204)(scope, receive, sending)
             else:
                 await self.app(scope, receive, sending)
-        except Exception as error:  # of a client that does not read, or of ours
+        except ClientDisconnect:  # while it sent the body
+            status = 499
+            self.metrics.cancelled += 1
+        except Exception as error:
             last = traceback.extract_tb(error.__traceback__)[-1]  # which has nobody's prompt
             where = f"{type(error).__name__} in {Path(last.filename).name}, line {last.lineno}"
             say(f"error: {request.method} {request.url.path[:100]}: {where}")
@@ -79,7 +81,7 @@ class Guard:
         return [
             (b"vary", b"Origin"),
             (b"access-control-allow-origin", allowed.encode("latin-1")),
-            (b"access-control-allow-headers", b"authorization, content-type"),
+            (b"access-control-allow-headers", b"authorization, *"),
             (b"access-control-allow-methods", b"GET, POST"),
         ]
 
@@ -95,8 +97,10 @@ class Guard:
             return Problem(403, f"pages of {show(origin)} may not ask: see --cors", code="origin")
         public = request.url.path in _PUBLIC or request.method == "OPTIONS"
         if access.api_key is not None and not public:
-            given = request.headers.get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode(), access.api_key.encode()):
+            scheme, _, given = request.headers.get("authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not hmac.compare_digest(
+                given.encode(), access.api_key.encode()
+            ):
                 headers = {"WWW-Authenticate": "Bearer"}
                 return Problem(
                     401, "no API key, or a wrong one", code="invalid_api_key", headers=headers
@@ -122,9 +126,9 @@ def _name_of(host: str) -> str:
     """The name of a Host, without its port."""
     if host.startswith("["):
         return host[1:].split("]")[0]
-    return host.rsplit(":", 1)[0] if ":" in host else host
+    return host.rsplit(":", 1)[0].lower().removesuffix(".")
 
 
 def hosts_of(address: str) -> tuple[str, ...] | None:
-    """What the Host of a request may be, where the server listens on an address."""
-    return _LOOPBACK if address in _LOOPBACK else None
+    """What the Host of a request may be, where the server listens on an IP address."""
+    return (*_LOOPBACK, address) if ipaddress.ip_address(address).is_loopback else None

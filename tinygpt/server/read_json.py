@@ -8,7 +8,8 @@ from typing import Any, NoReturn
 
 from tinygpt.errors import InputError, show
 
-_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
+# A string, also one that does not end, or a bracket. It never goes back in what it has read.
+_PART = re.compile(r'"(?:[^"\\]|\\.?)*+"?|[\[\]{}]', re.DOTALL)
 DEEPEST = 32  # lists and objects within each other
 
 
@@ -42,9 +43,12 @@ def read_json(body: bytes) -> Any:
 def _depth(text: str) -> int:
     """How deep lists and objects lie in each other; brackets within strings are none."""
     deepest = depth = 0
-    for bracket in re.findall(r"[\[\]{}]", _STRING.sub("", text)):
-        depth += 1 if bracket in "[{" else -1
-        deepest = max(deepest, depth)
+    for part in _PART.finditer(text):
+        if part[0] in "[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif part[0] in "]}":
+            depth -= 1
     return deepest
 
 

@@ -15,12 +15,25 @@ from tinygpt.server.protocol import Protocol
 
 def prepare(uvicorn: ModuleType, server: Server) -> Any:
     """A `uvicorn.Server` for the application, which says nothing of its own."""
+    most = _descriptors()
+    Protocol.most_connections = max(8, min(1000, most - 64 if most > 128 else most // 2))
     config = uvicorn.Config(
         server.app(), http=Protocol, loop="asyncio", lifespan="off", ws="none", log_config=None,
-        access_log=False, server_header=False, timeout_keep_alive=30, backlog=2048,
+        access_log=False, server_header=False, timeout_keep_alive=30, backlog=128,
+        timeout_graceful_shutdown=int(server.limits.timeout_s) + 5,
     )  # fmt: skip
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     return uvicorn.Server(config)
+
+
+def _descriptors() -> int:
+    """How many files and sockets the system lets this process have."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 1024
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft if 0 < soft < 2**20 else 2**20
 
 
 def serve(
@@ -34,6 +47,8 @@ def serve(
 
     async def run() -> None:
         loop = asyncio.get_running_loop()
+        # asyncio tells of a client that it cannot take, some thousand times a second.
+        loop.set_exception_handler(lambda loop, context: None)
 
         def end() -> None:
             running.force_exit = running.should_exit

@@ -19,7 +19,7 @@ from tinygpt.errors import InputError, show
 from tinygpt.runtime.memory import require_memory
 from tinygpt.server.choice import token_text
 from tinygpt.server.completions import ending
-from tinygpt.server.engine import Engine
+from tinygpt.server.engine import Call, Engine
 from tinygpt.server.fields import read_fields
 from tinygpt.server.problems import Problem
 from tinygpt.server.study_fields import STUDIES
@@ -38,13 +38,13 @@ _ONCE = 64  # the least tokens that are looked at: kernels are made for this, an
 class Studies:
     """What the handlers of /study share."""
 
-    def __init__(self, writer: Writer, engine: Engine, name: str) -> None:
+    def __init__(self, writer: Writer, engine: Engine, name: str, timeout_s: float = 600.0) -> None:
         self.writer, self.engine, self.name = writer, engine, name
         self.reduced = Reduced(engine)
         self._inside: Inside | None = None  # of the last text; padded, see `_look`
         self._length = 0  # of that text
         self._scores: HeadScores | None = None
-        self._waiting = 0
+        self._waiting, self.timeout_s = 0, timeout_s
 
     async def answer(self, path: str, body: Any) -> dict[str, Any]:
         """The answer of an address, but for /study/continue.
@@ -129,11 +129,20 @@ class Studies:
             with suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(settle, found, error)
 
+        def refuse(error: Exception) -> None:
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(settle, None, ending())
+
+        call = Call(run, refuse)
         self._waiting += 1
         try:
-            self.engine.call(run)
-            return await future
+            self.engine.call(call)
+            return await asyncio.wait_for(future, self.timeout_s)
+        except TimeoutError as error:
+            message = f"the request took longer than {self.timeout_s:g} s"
+            raise Problem(504, message, code="timeout") from error
         finally:
+            call.cancelled = True
             self._waiting -= 1
 
     # These run in the engine's thread.

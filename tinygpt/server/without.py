@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from tinygpt.server.engine import Draining, Engine, Full, Job, NotNumbers
+from tinygpt.server.engine import Call, Draining, Engine, Full, Job, NotNumbers
 from tinygpt.slots import Slots
 from tinygpt.study.without import Without
 
@@ -48,7 +48,16 @@ class Reduced:
             self.waiting += texts
             idle, self._turning = not self._turning, True
         if idle:
-            self.engine.call(self._turn)
+            self.engine.call(Call(self._turn, self._refuse))
+
+    def _refuse(self, error: Exception) -> None:
+        """What waits ends, and what runs goes on: its next step was taken from the queue."""
+        with self._lock:
+            waiting, self.waiting = list(self.waiting), deque()
+        for text in waiting:
+            text.job.tell(error)
+        if self.running is not None:
+            self.engine.call(Call(self._turn))
 
     def _turn(self) -> None:
         """One step, in the engine's thread; the next is asked for, as long as there is one."""
@@ -73,7 +82,7 @@ class Reduced:
         with self._lock:
             more = self._turning = self.running is not None or bool(self.waiting)
         if more:
-            self.engine.call(self._turn)
+            self.engine.call(Call(self._turn, self._refuse))
 
     def _begin(self, text: _Text) -> None:
         if self._without is None:
