@@ -243,6 +243,22 @@ def test_heads_are_left_out_by_zero_or_by_their_mean(folder, cli):
     assert "head's output is its mean" in cli(*argv, "--by", "mean")[1].replace("\n", " ")
 
 
+def test_heads_read_the_file_that_a_text_names(folder, cli, tmp_path):
+    (file := tmp_path / "text.txt").write_text("the sea " * 200, encoding="utf-8")
+    argv = ["--model", folder, "--json"]
+    status, named, _ = cli("study", "heads", file, *argv)
+    assert status == 0
+    assert json.loads(named) == json.loads(cli("study", "heads", "the sea " * 200, *argv)[1])
+    both = ("study", "compare", folder, folder, file, "--look", "heads", "--json")
+    assert json.loads(cli(*both)[1])[0]["found"] == json.loads(named)
+    page = tmp_path / "page.html"
+    assert cli("study", "heads", file, "--model", folder, "--html", page)[0] == 0
+    assert page.read_text(encoding="utf-8").count("the sea") < 200
+    status, _, err = cli("study", "heads", "none.txt", "--model", folder)
+    assert status == 2
+    assert "tokens: give 65 or more, which are two windows, as a text or a file" in err
+
+
 def test_a_text_comes_from_a_pipe_and_a_long_one_loses_its_begin(folder, monkeypatch, cli):
     status, out, err = cli("study", "tokens", "a" * 40, "--model", folder)
     assert status == 0
