@@ -164,6 +164,8 @@ def _compared(args: argparse.Namespace) -> Report:
         names = [str(path) for path in sorted(steps(Path(args.run)))]
         if not names:
             raise InputError(f"{args.run} is no run with checkpoints: give the folder of one")
+        if len(names) == 1:
+            say(f"{args.run} has kept one checkpoint: train --keep-every N keeps one of N steps")
     frames, text = [], _text(rest, look)  # once: there is nothing behind the end of stdin
     for name in names:
         found = _look(WHATS[look], name, text, args)
