@@ -23,7 +23,7 @@ from tinygpt.generator import Generator
 from tinygpt.model import GPT
 from tinygpt.options import Kind
 from tinygpt.study import shown
-from tinygpt.study.attention import head_scores, rollout
+from tinygpt.study.attention import head_scores, no_halves, rollout
 from tinygpt.study.attribution import attribute
 from tinygpt.study.explain import explain
 from tinygpt.study.heads import leave_out
@@ -76,6 +76,8 @@ def _attention(subject: _Subject) -> Report:
     _check_place(subject, ("block", "head"))
     if args.rollout and args.head is not None:
         raise InputError("--rollout is of all heads together: leave out --head")
+    if args.rollout and (why := no_halves(subject.model.config)):
+        raise InputError(f"rollout counts each shortcut as a half of what passes: {why}")
     inside = subject.look()
     if args.rollout:
         last = subject.model.config.n_layer - 1 if args.block is None else args.block
