@@ -8,6 +8,7 @@ import re
 import shutil
 import struct
 import zlib
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -311,6 +312,39 @@ def test_a_model_whose_logits_are_no_sum_is_not_taken_apart(tmp_path, cli):
     status, _, err = cli("study", "attribute", "x", "--token", "e", "--model", tmp_path)
     assert status == 2
     assert "no sum of its parts: post-norm" in err
+
+
+@pytest.mark.parametrize(
+    ("shape", "why"),
+    [({"shortcut": False}, "this model has none"), ({"norm": "deep"}, "DeepNorm makes")],
+)
+def test_rollout_counts_no_shortcut_that_is_not_there(shape, why, tmp_path, cli):
+    save_with_bytes(randomize(GPT(replace(CONFIG, **shape))), tmp_path)
+    argv = ["study", "attention", "the sea", "--model", tmp_path]
+    status, out, err = cli(*argv, "--rollout")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert f"counts each shortcut as a half of what passes: {why}" in err
+    assert cli(*argv)[0] == 0
+
+
+def test_a_missing_tokenizer_is_told_without_a_flag_that_there_is_not(tmp_path, cli):
+    GPT(replace(CONFIG, vocab_size=100)).save_pretrained(tmp_path)
+    looks = (["study", "tokens", "abc", "--model"], ["doctor", "--prove"], ["evaluate"])
+    for argv in looks:
+        more = [tmp_path] + (["text.txt"] if argv == ["evaluate"] else [])
+        status, out, err = cli(*argv, *more)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert "no tokenizer in folder" in err
+        assert "--ids" not in err
+    assert "or give ids in place of text (--ids)" in cli("Abc", "--model", tmp_path)[2]
+
+
+def test_the_first_token_has_no_rank_in_json(folder, cli):
+    found = json.loads(cli("study", "tokens", "sea", "--model", folder, "--json")[1])
+    assert found["rank"][0] is found["loss"][0] is None
+    assert found["likeliest"][0] == found["probability"][0] == [None] * 3
+    assert all(isinstance(rank, int) and rank > 0 for rank in found["rank"][1:])
+    assert all(isinstance(each, int) for row in found["likeliest"][1:] for each in row)
 
 
 def test_narrow_weights_are_widened_and_that_is_said(tmp_path, cli):
