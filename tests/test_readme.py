@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import CLANG, SMALL, needs_clang, randomize, save_with_bytes
 
 from tinygpt import GPT
+from tinygpt.checkpoints.hub import DEFAULT
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -90,6 +93,25 @@ def test_the_python_code_works_as_written(tmp_path, monkeypatch, capsys):
     exec(compile(code, "README.md", "exec"), {})
     assert len(capsys.readouterr().out) > 50
     assert (tmp_path / "my-model" / "model.safetensors").is_file()
+
+
+def test_the_limits_are_those_of_the_model_in_the_package():
+    (limits,) = re.findall(r"^## Limits\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)
+    config = json.loads((ROOT / "tinygpt" / DEFAULT / "config.json").read_text(encoding="utf-8"))
+    for words in (f"`{DEFAULT}`", f"{config['vocab_size']:,} byte pairs"):
+        assert words in limits
+
+
+def test_serving_tells_of_a_client_and_of_chat():
+    (told,) = re.findall(r"^## Serve\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)
+    assert "--chat-template" in told
+    (code,) = re.findall(r"```py\n(.*?)```", told, re.DOTALL)
+    asked: dict[str, object] = {}
+    choice = SimpleNamespace(choices=[SimpleNamespace(text="")])
+    completions = SimpleNamespace(create=lambda **fields: asked.update(fields) or choice)
+    client = SimpleNamespace(OpenAI=lambda **_: SimpleNamespace(completions=completions))
+    exec(code.replace("import openai\n", ""), {"openai": client})
+    assert asked["model"] == DEFAULT
 
 
 def test_the_map_has_every_file_and_no_other():

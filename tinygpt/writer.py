@@ -83,7 +83,12 @@ class Writer:
 
     @classmethod
     def open(
-        cls, name: str, dtype: str | None = None, tokenizer: str | None = None, ids: bool = False
+        cls,
+        name: str,
+        dtype: str | None = None,
+        tokenizer: str | None = None,
+        ids: bool = False,
+        advice: str = "",
     ) -> Writer:
         """A writer with a model that can be loaded.
 
@@ -92,6 +97,7 @@ class Writer:
             dtype: what to hold the weights in; None is as they are stored.
             tokenizer: another than the model's own.
             ids: where the tokenizer cannot be read, let the text be the ids as numbers.
+            advice: what else can be done where the model's own cannot, for the error.
         Raises:
             InputError: when they cannot be had, or the backend does not work.
         """
@@ -101,7 +107,7 @@ class Writer:
             words = found.tokenizer(tokenizer)
         except InputError as error:
             if not ids:
-                raise
+                raise type(error)(f"{error}{'' if tokenizer else advice}") from error
             say(f"{error}: the text below is ids")
             words = found.numbers()
         return cls(found.load(dtype), words)

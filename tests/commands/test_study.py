@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import struct
 import zlib
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -115,6 +117,15 @@ def run_folder(tmp_path_factory):
     return run
 
 
+def test_a_run_that_kept_one_checkpoint_says_how_to_keep_more(run_folder, cli, tmp_path):
+    kept = run_folder / "step-00000002"
+    shutil.copytree(kept, tmp_path / kept.name)
+    status, out, err = cli("study", "compare", "--run", tmp_path, "the sea")
+    assert (status, out.count("step-00000002")) == (0, 1), err
+    assert "has kept one checkpoint: train --keep-every N keeps one of N steps" in err
+    assert "has kept one" not in cli("study", "compare", "--run", run_folder, "the sea")[2]
+
+
 def test_two_models_and_all_of_a_run_are_compared(run_folder, folder, cli, tmp_path):
     kept = {path.name for path in run_folder.glob("step-*")}
     assert {f"step-{i:08}" for i in (2, 4, 6)} <= kept
@@ -126,7 +137,7 @@ def test_two_models_and_all_of_a_run_are_compared(run_folder, folder, cli, tmp_p
     assert html.count("<section>") == len(kept)
     assert html.index("step-00000002") < html.index("step-00000006")
     argv = ["study", "compare", folder, run_folder, "the sea", "--look", "tokens"]
-    out = cli(*argv)[1]
+    out = cli(*argv)[1].replace("\n", " ")  # long folders' names break the line elsewhere
     assert out.count("How well each token was foreseen") == 2
     found = json.loads(cli(*argv, "--json")[1])
     assert [each["model"] for each in found] == [str(folder), str(run_folder)]
@@ -243,6 +254,22 @@ def test_heads_are_left_out_by_zero_or_by_their_mean(folder, cli):
     assert "head's output is its mean" in cli(*argv, "--by", "mean")[1].replace("\n", " ")
 
 
+def test_heads_read_the_file_that_a_text_names(folder, cli, tmp_path):
+    (file := tmp_path / "text.txt").write_text("the sea " * 200, encoding="utf-8")
+    argv = ["--model", folder, "--json"]
+    status, named, _ = cli("study", "heads", file, *argv)
+    assert status == 0
+    assert json.loads(named) == json.loads(cli("study", "heads", "the sea " * 200, *argv)[1])
+    both = ("study", "compare", folder, folder, file, "--look", "heads", "--json")
+    assert json.loads(cli(*both)[1])[0]["found"] == json.loads(named)
+    page = tmp_path / "page.html"
+    assert cli("study", "heads", file, "--model", folder, "--html", page)[0] == 0
+    assert page.read_text(encoding="utf-8").count("the sea") < 200
+    status, _, err = cli("study", "heads", "none.txt", "--model", folder)
+    assert status == 2
+    assert "tokens: give 65 or more, which are two windows, as a text or a file" in err
+
+
 def test_a_text_comes_from_a_pipe_and_a_long_one_loses_its_begin(folder, monkeypatch, cli):
     status, out, err = cli("study", "tokens", "a" * 40, "--model", folder)
     assert status == 0
@@ -285,6 +312,39 @@ def test_a_model_whose_logits_are_no_sum_is_not_taken_apart(tmp_path, cli):
     status, _, err = cli("study", "attribute", "x", "--token", "e", "--model", tmp_path)
     assert status == 2
     assert "no sum of its parts: post-norm" in err
+
+
+@pytest.mark.parametrize(
+    ("shape", "why"),
+    [({"shortcut": False}, "this model has none"), ({"norm": "deep"}, "DeepNorm makes")],
+)
+def test_rollout_counts_no_shortcut_that_is_not_there(shape, why, tmp_path, cli):
+    save_with_bytes(randomize(GPT(replace(CONFIG, **shape))), tmp_path)
+    argv = ["study", "attention", "the sea", "--model", tmp_path]
+    status, out, err = cli(*argv, "--rollout")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert f"counts each shortcut as a half of what passes: {why}" in err
+    assert cli(*argv)[0] == 0
+
+
+def test_a_missing_tokenizer_is_told_without_a_flag_that_there_is_not(tmp_path, cli):
+    GPT(replace(CONFIG, vocab_size=100)).save_pretrained(tmp_path)
+    looks = (["study", "tokens", "abc", "--model"], ["doctor", "--prove"], ["evaluate"])
+    for argv in looks:
+        more = [tmp_path] + (["text.txt"] if argv == ["evaluate"] else [])
+        status, out, err = cli(*argv, *more)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert "no tokenizer in folder" in err
+        assert "--ids" not in err
+    assert "or give ids in place of text (--ids)" in cli("Abc", "--model", tmp_path)[2]
+
+
+def test_the_first_token_has_no_rank_in_json(folder, cli):
+    found = json.loads(cli("study", "tokens", "sea", "--model", folder, "--json")[1])
+    assert found["rank"][0] is found["loss"][0] is None
+    assert found["likeliest"][0] == found["probability"][0] == [None] * 3
+    assert all(isinstance(rank, int) and rank > 0 for rank in found["rank"][1:])
+    assert all(isinstance(each, int) for row in found["likeliest"][1:] for each in row)
 
 
 def test_narrow_weights_are_widened_and_that_is_said(tmp_path, cli):

@@ -15,6 +15,7 @@ from prepared import prepared
 from tinygpt import GPT, GPTConfig, InputError, load_tokenizer
 from tinygpt.commands import evaluate
 from tinygpt.data.dataset import Dataset
+from tinygpt.data.prepare import prepare
 from tinygpt.evaluation import tasks
 from tinygpt.evaluation.losses import Scorer, Window, evaluate_data, spread, windows
 from tinygpt.tokenizer.encoding import char_tokenizer, encode, save_tokenizer
@@ -69,7 +70,10 @@ def test_spread_windows_are_whole_and_even():
 
 @pytest.mark.parametrize("stride", [16, 5, 1, None])
 def test_losses_on_data_equal_the_reference(stride, saved, data):
-    reference, tokens = reference_of(saved[1]), data.val[:].astype(int)
+    reference, tokens = (
+        reference_of(saved[1]),
+        np.array([256, *data.val[:]]),
+    )  # behind the begin token
     total, done, step = 0.0, 0, stride or 8
     for start in range(0, len(tokens), step):  # by the definition: one window after the other
         start = min(start, len(tokens) - 17)
@@ -86,7 +90,7 @@ def test_losses_on_data_equal_the_reference(stride, saved, data):
     assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
     assert found["tokens"] == done
     text = TEXT[len(TEXT) * 9 // 10 :]
-    bits = loss / math.log(2) * len(tokens)
+    bits = loss / math.log(2) * done
     assert found["bits_per_byte"] == pytest.approx(bits / len(text.encode()), rel=1e-5)
     assert found["bits_per_character"] == pytest.approx(bits / len(text), rel=1e-5)
     assert found["bits_per_character"] > found["bits_per_byte"]
@@ -102,8 +106,8 @@ def test_each_document_is_measured_on_its_own(stride, begins, saved, tmp_path):
     if begins:
         text.write_text(f"{END}\n{text.read_text(encoding='utf-8')}", encoding="utf-8")
     reference, total, count = reference_of(saved[1]), 0.0, 0
-    for number, words in enumerate(texts):
-        ids = np.array([256, *words.encode()][0 if number or begins else 1 :])
+    for words in texts:
+        ids = np.array([256, *words.encode()])
         done = 0  # targets that have counted
         for start in range(0, len(ids), step):
             start = min(start, max(0, len(ids) - 17))
@@ -114,7 +118,7 @@ def test_each_document_is_measured_on_its_own(stride, begins, saved, tmp_path):
                 total, done, count = total - logs[place, window[place + 1]], done + 1, count + 1
     found = json_of(saved[0], text, *(["--stride", step] if stride else []))
     assert found["documents"] == len(texts)
-    assert found["tokens"] == count == len("".join(texts).encode()) - (not begins)
+    assert found["tokens"] == count == len("".join(texts).encode())
     assert found["loss"] == pytest.approx(total / count, rel=1e-5)
     bits = total / count / math.log(2) * len("".join(texts).encode())
     assert found["bits_per_character"] == pytest.approx(bits / len("".join(texts)), rel=1e-5)
@@ -126,15 +130,62 @@ def json_of(*argv) -> dict:
     return json.loads(output.getvalue())
 
 
-@pytest.mark.parametrize("length", [2, 3, 16, 17])
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17])
 def test_a_text_that_is_hardly_a_window_is_measured_whole(length, saved, data):
-    tokens = data.val[:length]
-    found = evaluate_data(saved[1], replace(data, val=tokens))
-    logits = reference_of(saved[1]).row(tokens[:-1].astype(int))
+    tokens = data.val[:length].astype(int)
+    found = evaluate_data(saved[1], replace(data, val=data.val[:length]), stride=16)
+    begun = np.array([256, *tokens])
+    logits = reference_of(saved[1]).row(begun[:16][:length])
     logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    expected = -logs[range(length - 1), tokens[1:]].mean()
-    assert found["loss"] == pytest.approx(expected, rel=1e-5)
-    assert found["tokens"] == length - 1
+    losses = -logs[range(min(length, 16)), begun[1 : length + 1][:16]]
+    if length == 17:  # the last window is whole, and its last target alone counts
+        logits = reference_of(saved[1]).row(begun[1:17])
+        last = logits[-1] - np.log(np.exp(logits[-1]).sum())
+        losses = np.append(losses, -last[begun[17]])
+    assert found["loss"] == pytest.approx(losses.mean(), rel=1e-5)
+    assert found["tokens"] == length
+
+
+def test_the_order_of_documents_changes_nothing(saved, tmp_path):
+    texts, found = ["An öpen sea. " * 4, "b", "A café.", "The sea, the sea, the sea, the end"], []
+    for i, order in enumerate((texts, texts[::-1])):
+        text = tmp_path / f"{i}.txt"
+        text.write_text(f"\n{END}\n".join(order), encoding="utf-8")
+        found.append(json_of(saved[0], text))
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_a_begin_token_of_its_own_stands_before_each_document(saved, tmp_path):
+    """Where a model's files name one that is not the end token, as the first and in between."""
+    text = f"the sea\n{END}\nthe café"
+    (file := tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    folder = tmp_path / "data"
+    prepare(file, folder, load_tokenizer("bytes"), val=0)
+    begins = replace(load_tokenizer("bytes"), bos=1)
+    found = evaluate_data(saved[1], Dataset.open(folder), "train", tokenizer=begins)
+    reference, losses = reference_of(saved[1]), []
+    for words in ("the sea", "the café"):
+        ids = np.array([1, *words.encode()])
+        logits = reference.row(ids[:-1])
+        logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        losses += [-logs[i, id] for i, id in enumerate(ids[1:])]
+    assert found["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_a_text_without_tokens_to_predict_is_refused_by_its_name(saved, tmp_path):
+    characters = tmp_path / "characters"
+    randomize(GPT(replace(CONFIG, vocab_size=3))).save_pretrained(characters)
+    save_tokenizer(char_tokenizer("abc"), characters)
+    for folder, text, words in (
+        (saved[0], f"{END}\n{END}\n", f"no token but {END}"),
+        (saved[0], f"{END}\n", f"no token but {END}"),
+        (saved[0], END, f"no token but {END}"),
+        (characters, "a", "1 tokens, and at least 2 are needed"),
+    ):
+        (file := tmp_path / "text.txt").write_text(text, encoding="utf-8")
+        with pytest.raises(InputError) as caught:
+            command(folder, file)
+        assert str(caught.value) == f"{file} has {words}: give more text"
 
 
 def test_a_continuation_and_what_is_before_it_both_have_some_tokens(saved):
@@ -268,16 +319,14 @@ def test_a_text_is_measured_in_the_models_own_tokens(saved, data, tmp_path, caps
     ids = np.array([*TEXT.replace(" ", "\n").encode()], np.uint16)
     expected = evaluate_data(saved[1], replace(Dataset.open(whole), val=ids))["loss"]
     assert found["loss"] == pytest.approx(expected, rel=1e-5)
-    assert found["tokens"] == len(ids) - 1
+    assert found["tokens"] == len(ids)
     size, bits = len(ids), found["loss"] / math.log(2)
     assert found["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
     assert size == len(TEXT.encode())
-    (tmp_path / "short.txt").write_text("a", encoding="utf-8")
     for argv, words in (
         ([text, "--split", "val"], "--split is for prepared tokens"),
         ([data.folder, "--field", "a"], "--field is for a text, but .* holds prepared tokens"),
         ([data.folder, "--keep-crlf"], "--keep-crlf is for a text"),
-        ([tmp_path / "short.txt"], "train has 1 tokens: at least 2 are needed"),
         ([tmp_path / "helaswag"], "there is no file or folder '.*helaswag'"),
     ):
         with pytest.raises(InputError, match=words) as caught:

@@ -156,6 +156,23 @@ def test_it_goes_on_with_what_is_missing(cli, tmp_path, monkeypatch):
     assert "is of another text: name another file with --out" in said
 
 
+def test_one_that_is_stopped_says_what_is_kept(cli, tmp_path, monkeypatch):
+    some = norms.KNOWN[:3]
+
+    def stopped(cells, *_):
+        yield Trained(cells[0], [3.0] * 300, [[[1.0] * 6]], [[1.0]], [[1.0]], [[1.0]])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "train_cells", stopped)
+    monkeypatch.setattr(command, "_MOST_PROCESSES", 1)
+    monkeypatch.setattr(norms, "KNOWN", some)
+    (text := tmp_path / "text.txt").write_text("to be or not to be " * 200, encoding="utf-8")
+    kept = tmp_path / "norms.jsonl"
+    status, out, said = cli("study", "norms", text, "--quick", "-o", kept)
+    assert (status, out) == (130, "")
+    assert f"{kept} has 1 of 3 models: the same command goes on with the rest" in said
+
+
 def test_a_model_that_diverged_has_no_point_on_the_page():
     bad = Trained(norms.KNOWN[0], [3.0] * 30 + [math.nan], [[[1.0] * 6]], [[1.0]], [[1.0]], [[1.0]])
     for trained in ([bad], [bad, replace(bad, losses=[math.nan])]):

@@ -512,6 +512,18 @@ def test_checkpoints_in_fewer_bits_are_gone_on_with_exactly(dtype, lora, data, t
         np.testing.assert_array_equal(value, wide[name])
 
 
+def test_steps_are_kept_between_evaluations_and_gone_on_with_exactly(data, tmp_path):
+    settings = TINY | {"steps": 7, "eval_every": 4, "keep": 1, "keep_every": 3}
+    for name in ("whole", "run"):
+        assert train.start(tmp_path / name, data, settings).go() is None
+        steps = {path.name for path in (tmp_path / name).glob("step-*")}
+        assert steps >= {f"step-{step:08}" for step in (3, 6, 7)}
+    run_files.point(tmp_path / "run", "last", tmp_path / "run" / "step-00000003")
+    assert train.Run.resume(tmp_path / "run", data).go() is None
+    same_files(tmp_path / "whole", tmp_path / "run")
+    assert timeless(log(tmp_path / "whole")) == timeless(log(tmp_path / "run"))
+
+
 def test_a_finished_run_is_given_more_steps(data, tmp_path):
     """At a constant rate it comes to what a run of so many steps from the start comes to."""
     settings = TINY | {"schedule": "constant", "dropout": 0.2, "steps": 6, "keep": 5}

@@ -60,7 +60,10 @@ def run(args: argparse.Namespace) -> int:
                 )
             data, split = _data(args, tokenizer, stack)
             data.check(found.config.vocab_size, tokenizer)  # before the model's seconds
-            result = evaluate_data(found.load(), data, split, args.stride)
+            source = None if args.split or prepared_or_none(args) else " ".join(args.data)
+            result = evaluate_data(
+                found.load(), data, split, args.stride, tokenizer=tokenizer, source=source
+            )
     if args.json:
         print(json.dumps(result))
     else:

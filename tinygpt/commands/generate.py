@@ -140,7 +140,8 @@ def _first_of_a_new_model(args: argparse.Namespace) -> str | None:
 def open_writer(request: Request) -> Writer:
     """The model and the tokenizer that a request names, loaded or made."""
     if request.model:
-        return Writer.open(request.model, request.dtype, request.tokenizer, request.ids is not None)
+        ids, advice = request.ids is not None, "; or give ids in place of text (--ids)"
+        return Writer.open(request.model, request.dtype, request.tokenizer, ids, advice)
     seed, fit = request.seeds[0], request.fit_vocabulary
     return Writer.new(request.shape, seed, request.dtype, request.tokenizer, fit)
 

@@ -64,7 +64,12 @@ def study(sources: Sequence[str], quick: bool, kept: Path) -> Report:
     if len(missing) < len(some):
         say(f"{kept} has {len(some) - len(missing)} of {len(some)} models: going on with the rest")
     work = _Work(kept, text, ids, len(done) - len(some) + len(missing), len(some), STEPS)
-    work.share_out(missing)
+    try:
+        work.share_out(missing)
+    except KeyboardInterrupt:
+        count = sum(cell in some for cell in _read(kept, text))
+        say(f"{kept} has {count} of {len(some)} models: the same command goes on with the rest")
+        raise
     done = _read(kept, text)
     return shown.norms_report(Norms(*entropies_of(ids), [done[cell] for cell in some]))
 

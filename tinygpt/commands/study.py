@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from tinygpt.generator import Generator
 from tinygpt.model import GPT
 from tinygpt.options import Kind
 from tinygpt.study import shown
-from tinygpt.study.attention import head_scores, rollout
+from tinygpt.study.attention import head_scores, no_halves, rollout
 from tinygpt.study.attribution import attribute
 from tinygpt.study.explain import explain
 from tinygpt.study.heads import leave_out
@@ -35,6 +36,7 @@ from tinygpt.tokenizer.tokenizer import Tokenizer
 
 _EXAMPLE = "Once upon a time there was a king"  # for `explain`, which needs any text
 _WINDOWS, _WINDOW = 8, 256  # of which `heads` measures the loss
+_MOST_SHOWN = 1000  # characters of a text that a page begins with
 
 
 class _Subject(NamedTuple):
@@ -74,6 +76,8 @@ def _attention(subject: _Subject) -> Report:
     _check_place(subject, ("block", "head"))
     if args.rollout and args.head is not None:
         raise InputError("--rollout is of all heads together: leave out --head")
+    if args.rollout and (why := no_halves(subject.model.config)):
+        raise InputError(f"rollout counts each shortcut as a half of what passes: {why}")
     inside = subject.look()
     if args.rollout:
         last = subject.model.config.n_layer - 1 if args.block is None else args.block
@@ -99,7 +103,7 @@ def _heads(subject: _Subject) -> Report:
         if count < 2:
             raise InputError(
                 f"the text has {len(ids)} tokens: give {2 * length + 1} or more, which are two "
-                "windows, or none, and the model writes its own"
+                "windows, as a text or a file, or none, and the model writes its own"
             )
         starts = np.linspace(0, len(ids) - 1 - length, count).astype(int)
         windows = np.array([ids[start : start + length + 1] for start in starts])
@@ -162,7 +166,9 @@ def _compared(args: argparse.Namespace) -> Report:
         names = [str(path) for path in sorted(steps(Path(args.run)))]
         if not names:
             raise InputError(f"{args.run} is no run with checkpoints: give the folder of one")
-    frames, text = [], _text(rest)  # once: there is nothing behind the end of stdin
+        if len(names) == 1:
+            say(f"{args.run} has kept one checkpoint: train --keep-every N keeps one of N steps")
+    frames, text = [], _text(rest, look)  # once: there is nothing behind the end of stdin
     for name in names:
         found = _look(WHATS[look], name, text, args)
         frames.append(
@@ -213,8 +219,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     words += "induction: train a model of attention alone, and see how it learns to copy; "
     words += "norms: train many small ones, and see which learn with which layer norm"
     parser.add_argument("what", metavar="WHAT", help=words)
-    words = "to look at; - or a pipe reads stdin. heads measures the loss on it; norms: files to "
-    words += "train on, or shakespeare to fetch one (default)"
+    words = "to look at; - or a pipe reads stdin. heads measures the loss on it, or on a file "
+    words += "that it names; norms: files to train on, or shakespeare to fetch one (default)"
     parser.add_argument("text", nargs="*", metavar="TEXT", help=words)
     words = f"a folder, file, or name to fetch (default: {hub.DEFAULT}, which is built in)"
     add_flag(parser, "-m", "--model", metavar="NAME|PATH", help=words)
@@ -259,7 +265,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         what = WHATS[args.what]
         _refuse_flags(args, what.flags)
-        report = _look(what, args.model or hub.DEFAULT, _text(args.text), args)
+        text = _text(args.text, args.what)
+        report = _look(what, args.model or hub.DEFAULT, text, args)
     show_report(report, args)
     return 0
 
@@ -282,15 +289,20 @@ def _refuse_flags(args: argparse.Namespace, known: tuple[str, ...]) -> None:
             raise InputError(f"{spelled(args)(name)} is not for study {args.look or args.what}")
 
 
-def _text(words: list[str]) -> str:
+def _text(words: list[str], look: str) -> str:
+    """What is looked at; of `heads`, which measures a loss, a file's name stands for its text."""
     if len(words) > 1:
         raise InputError(f"{show(words[1])} is one text too many: put a text in quotes")
-    return read_prompt(words[0] if words else None)
+    given = words[0] if words else None
+    if given and look == "heads" and os.path.isfile(given):
+        return read_prompt(None, given)
+    return read_prompt(given)
 
 
 def _look(what: _What, name: str, text: str, args: argparse.Namespace) -> Report:
     report = what.function(_subject(name, text, args))
-    return replace(report, about=f"The model {name}" + (f", and the text: {text}" if text else ""))
+    shown = text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]} ..."
+    return replace(report, about=f"The model {name}" + (f", and the text: {shown}" if text else ""))
 
 
 def _subject(name: str, text: str, args: argparse.Namespace) -> _Subject:

@@ -75,7 +75,7 @@ class Converter:
         self.whole = [*normal, *names, *(name + sign for name in greedy for sign in " \n")]
         self._separated = as_tokens and END in names
         if self._separated:
-            self.whole += [END_LINE, f"{END} "]
+            self.whole += [END_LINE, END_LINE[1:], f"{END} "]
         ranks = tokenizer.ranks
         # At a byte that a vocabulary lacks, tiktoken panics.
         self._lacking = any(bytes([byte]) not in ranks for byte in range(256))

@@ -102,6 +102,7 @@ class Source:
                 size += len(chunk)
                 line = line[-len(END_LINE) :] + chunk
                 separated |= END_LINE.encode() in line
+            separated |= line.endswith(END_LINE[:-1].encode())  # the last line, not ended
             marked = len(_MARK) if begin.startswith(_MARK) else 0
             has_crlf |= size < stat.st_size - marked
             files[path] = stat, stat.st_size - marked if settings.keep_crlf else size

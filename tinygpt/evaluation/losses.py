@@ -17,7 +17,7 @@ from tinygpt.model import GPT, NOT_NUMBERS
 from tinygpt.runtime import buffers
 from tinygpt.runtime.capture import CapturedStep, capture
 from tinygpt.tokenizer.encoding import end_token
-from tinygpt.tokenizer.tokenizer import Tokenizer
+from tinygpt.tokenizer.tokenizer import END, Tokenizer
 
 # int32 (B, T) inputs and targets -> float32 (B, T), the targets' losses in nats.
 Losses = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -69,6 +69,23 @@ def _log_sum_exp(x: Tensor) -> Tensor:
     return parts.contiguous().sum(-1).log() + top.squeeze(-1)
 
 
+class Begun:
+    """Tokens behind one more, the begin token, which also stands for the end tokens in them."""
+
+    def __init__(self, tokens: TokenFile | np.ndarray, begin: int, end: int | None) -> None:
+        self._tokens, self._begin, self._end = tokens, begin, end
+
+    def __len__(self) -> int:
+        return 1 + len(self._tokens)
+
+    def __getitem__(self, places: slice) -> np.ndarray:
+        """The ids from one place to another, int32."""
+        start, stop, _ = places.indices(len(self))
+        found = self._tokens[max(0, start - 1) : max(0, stop - 1)].astype(np.int32)
+        found[found == self._end] = self._begin
+        return found if start else np.concatenate([[self._begin], found])[:stop]
+
+
 class Window(NamedTuple):
     """A place in a text: where the window starts, and which of its targets count."""
 
@@ -111,7 +128,7 @@ def spread(length: int, block_size: int, most: int) -> list[Window]:
 
 def mean_loss(
     losses: Losses,
-    tokens: TokenFile | np.ndarray,
+    tokens: TokenFile | np.ndarray | Begun,
     places: Sequence[Window],
     block_size: int,
     batch_size: int,
@@ -145,17 +162,19 @@ def evaluate_data(
     stride: int | None = None,
     batch_size: int = 8,
     tokenizer: Tokenizer | None = None,
+    source: str | None = None,
 ) -> dict[str, Any]:
     """Loss and what follows from it on a split of prepared tokens, each document on its own.
 
-    A document is what stands between two end tokens. The end token before it is the first token
-    that the model sees of it, as where it begins a text, but is itself no target: so bits per
-    character compare over tokenizers, of which some have none. Of a text that begins with no end
-    token, the first token is no target either.
+    A document is what stands between two end tokens. Before each of them the model sees its begin
+    token, which is no target: so the order of documents changes nothing, and bits per character
+    compare over tokenizers. Where the tokenizer has no begin token, as one of characters, the first
+    token is no target either.
 
     Args:
         tokenizer: the model's own, where it has one; tokens of another are refused.
         stride: see `windows`; None is half of the window.
+        source: what an error calls the text; None is the data's folder and the split.
     Returns:
         loss (nats a token), perplexity, bits_per_byte and bits_per_character of the split's text,
         tokens (how many were predicted), documents.
@@ -167,24 +186,30 @@ def evaluate_data(
     if not 1 <= stride <= block_size:
         raise InputError(f"stride is {stride}: it must be from 1 to the window, {block_size}")
     data.check(model.config.vocab_size, tokenizer)
-    ends = places_of(end_token(data.tokenizer()), tokens)
-    bounds = zip([0, *ends], [*ends, len(tokens)], strict=True)
+    end, begin = end_token(data.tokenizer()), (tokenizer or data.tokenizer()).start
+    text = tokens if begin is None else Begun(tokens, begin, end)
+    ends = places_of(end, tokens)
+    cuts = [place + len(text) - len(tokens) for place in ends]
+    bounds = zip([0, *cuts], [*cuts, len(text)], strict=True)
     documents = [(start, stop) for start, stop in bounds if stop - start > 1]
     if not documents:
-        raise InputError(f"{data.folder}: {split} has {len(tokens)} tokens: at least 2 are needed")
+        least = (
+            f"no token but {END}" if ends else f"{len(tokens)} tokens, and at least 2 are needed"
+        )
+        raise InputError(f"{source or f'{data.folder}: {split}'} has {least}: give more text")
     block_size = min(block_size, max(stop - start for start, stop in documents) - 1)
     places = [place for bounds in documents for place in windows(*bounds, block_size, stride)]
     batch_size = min(batch_size, len(places))
-    loss = mean_loss(Scorer(model).losses, tokens, places, block_size, batch_size)
+    loss = mean_loss(Scorer(model).losses, text, places, block_size, batch_size)
     if not math.isfinite(loss):
         raise InputError(NOT_NUMBERS)
-    text = data.header.splits[split]
-    bits = loss / math.log(2) * (text.tokens - len(ends))
+    counts = data.header.splits[split]
+    bits = loss / math.log(2) * (counts.tokens - len(ends))
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": bits / max(1, text.bytes),
-        "bits_per_character": bits / max(1, text.characters),
+        "bits_per_byte": bits / max(1, counts.bytes),
+        "bits_per_character": bits / max(1, counts.characters),
         "tokens": sum(place.counted for place in places),
         "documents": len(documents),
     }

@@ -11,6 +11,7 @@ import numpy as np
 from tinygrad import Tensor
 from tinygrad.nn.state import get_state_dict
 
+from tinygpt.config import GPTConfig
 from tinygpt.errors import InputError
 from tinygpt.layers import Record
 from tinygpt.model import GPT
@@ -50,6 +51,13 @@ def rollout(attention: np.ndarray) -> np.ndarray:
         reached = (weights.mean(0) + np.eye(len(reached))) / 2 @ reached
         found.append(reached)
     return np.stack(found)
+
+
+def no_halves(config: GPTConfig) -> str | None:
+    """Why the shortcuts of such a model cannot be counted as a half; None where they can."""
+    if not config.shortcut:
+        return "this model has none"
+    return "DeepNorm makes this model's larger" if config.norm == "deep" else None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from tinygpt.study.lens import Lens
 from tinygpt.study.norms import EVERY, KINDS, STEPS, Norms, Trained
 from tinygpt.study.predictions import Predictions
 from tinygpt.study.proofs import TOLERANCE, Proof
-from tinygpt.study.report import BLANK, Chart, Map, Part, Report, Table
+from tinygpt.study.report import BLANK, Chart, Map, Part, Report, Table, plain_data
 from tinygpt.tokenizer.tokenizer import Tokenizer
 
 
@@ -49,7 +49,9 @@ def tokens_report(found: Predictions, tokenizer: Tokenizer) -> Report:
     if len(found.ids) > 1:
         mean = np.nanmean(found.loss)
         note = f"mean loss {mean:.4f} nats, {mean / math.log(2):.4f} bits a token; {note}"
-    return Report("How well each token was foreseen", [Table("", columns, rows, note)], found)
+    result = plain_data(found)
+    result["rank"][0], result["likeliest"][0] = None, [None] * most
+    return Report("How well each token was foreseen", [Table("", columns, rows, note)], result)
 
 
 def lens_report(found: Lens, inside: Inside, tokenizer: Tokenizer, position: int) -> Report:

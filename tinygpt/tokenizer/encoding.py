@@ -112,7 +112,7 @@ def folder_tokenizer(folder: Path, vocab_size: int | None = None) -> Tokenizer:
         )
     raise InputError(
         f"no tokenizer in folder {str(folder)!r}: it needs {' or '.join(FILES)}; add them, "
-        f"pass --tokenizer with {', '.join(NAMES)} or another folder, or give ids (--ids)"
+        f"or pass --tokenizer with {', '.join(NAMES)} or another folder"
     )
 
 

@@ -27,7 +27,7 @@ _GPT2 = (None, "GPT2Tokenizer", "GPT2TokenizerFast")
 _CLASSES = (*_GPT2, "PreTrainedTokenizerFast", "TokenizersBackend")
 # Code to run, and files elsewhere.
 _NOT_KEPT = ("auto_map", "tokenizer_file", "name_or_path", "special_tokens_map_file", _DECODER)
-ADVICE = "use another, or give ids instead of text (--ids)"
+ADVICE = "use another tokenizer"
 
 
 def from_pair(vocab: Path, merges: Path) -> Tokenizer:

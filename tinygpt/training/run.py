@@ -173,6 +173,8 @@ class Run:
             fit = self.minutes is not None and len(self.times) == _TIMED
             if fit or self._is_due():
                 self._evaluate(log, progress)
+            elif self.config.keep_every and self.counters.step % self.config.keep_every == 0:
+                self._save()
         progress.clear()
 
     def _is_due(self) -> bool:

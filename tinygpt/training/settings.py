@@ -89,9 +89,7 @@ class TrainConfig(Checked):
     sample_tokens: int = _count(100, "length of the sample at each evaluation; 0 makes none")
     sample_temperature: float = _amount(0.8, "how daring that sample is; 0 takes the likeliest")
     keep: int = _count(2, "newest checkpoints to keep, besides the best", low=1)
-    keep_every: int = _count(
-        0, "keep each checkpoint of a step that this divides, too; 0 keeps no more"
-    )
+    keep_every: int = _count(0, "save and keep each step that this divides, too; 0 keeps no more")
     seed: int = option(
         1337, "of the initial weights, the batches and dropout", limits={"low": 0, "below": 2**32}
     )
