@@ -51,7 +51,7 @@ def main() -> None:
     load = os.getloadavg()[0]
     command = [sys.executable, ROOT / "run.py", "serve", args.model, "--port", "0"]
     command += ["--slots", str(args.slots)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, encoding="utf-8") as server:
         assert server.stderr is not None
         port = None
         while port is None:

@@ -107,7 +107,7 @@ def test_serving_tells_of_a_client_and_of_chat():
     assert "--chat-template" in told
     (code,) = re.findall(r"```py\n(.*?)```", told, re.DOTALL)
     asked: dict[str, object] = {}
-    choice = SimpleNamespace(choices=[SimpleNamespace(text="")])
+    choice = SimpleNamespace(choices=[SimpleNamespace(**{"text": ""})])
     completions = SimpleNamespace(create=lambda **fields: asked.update(fields) or choice)
     client = SimpleNamespace(OpenAI=lambda **_: SimpleNamespace(completions=completions))
     exec(code.replace("import openai\n", ""), {"openai": client})
