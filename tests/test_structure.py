@@ -119,10 +119,11 @@ def test_the_package_stands_on_its_three_dependencies():
         "matplotlib",
         "starlette",
         "uvicorn",
+        "h11",
         "jinja2",
     }  # only where they are used
     for path in FILES:
-        own = {"starlette", "uvicorn"} if path_of(path).startswith("server/") else set()
+        own = {"starlette", "uvicorn", "h11"} if path_of(path).startswith("server/") else set()
         top = {full.split(".")[0] for full in imports(path, only_at_the_top=True)}
         assert top <= allowed | own  # what serves is imported by its command alone
         assert {full.split(".")[0] for full in imports(path)} <= allowed | extras

@@ -335,7 +335,7 @@ def test_what_each_operation_is_said_to_take_grows_with_its_sizes(monkeypatch):
     for y, x in (
         (fast.matmul(a, b, False, False), a), (fast.linear(a, w, None, None, None), a),
         (fast.activation(a, "relu"), a), (fast.layer_norm(a, row, row, 1e-5), a),
-        (fast.embedding(ids, w, None), w), (fast.attention(q, q, q, heads, None, None), q),
+        (fast.embedding(ids, w, None), w), (fast.attention(q, q, q, heads, None), q),
         (fast.dropout(a, drop, None), a), (fast.sum_of_squares([a, w]), None),
         (fast.cross_entropy(a, w, Tensor([[1, 2, 3]] * 2, dtype=dtypes.int32), None), None),
         (fast.attention_cached(q, q, q, heads, cache, 0, None, None), None),

@@ -428,7 +428,7 @@ def test_a_step_of_what_another_process_would_not_know_is_not_kept(kept, monkeyp
     def first_step(model) -> tuple[set[str], list[int]]:
         generator = Generator(model)
         ids = list(generator.generate([1, 2, 3], max_new_tokens=4, temperature=0))
-        steps = _idle[model][True]._choice_steps.values()
+        steps = _idle[model][True]._session._steps.values()
         return {step.origin for step in steps}, ids
 
     config = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=50)
@@ -463,7 +463,7 @@ REPLACED = {
     "a property": (GPT, "_unembedding", property(lambda self: (self.wte.weight, None))),
     "an operation": (ops, "activation", lambda x, kind: -x),
     "the C form of one": (ops.fast, "activation", lambda x, kind: -x),
-    "a function that is imported": (session, "choose", lambda *given: given),
+    "a function that is imported": (session, "pick", lambda *given: given),
     "a function in part": (layers, "project", functools.partial(layers.project)),
 }
 
