@@ -204,7 +204,10 @@ def test_numbers_are_those_of_the_functions(folder, cli):
     assert cli("study", "lens", TEXT, "--model", folder, "--position", 0)[1].count('token 0, "t"')
 
 
-def test_one_map_is_drawn_as_wide_as_the_terminal_and_without_blocks_in_ascii(folder, cli, capsys):
+def test_one_map_is_drawn_as_wide_as_the_terminal_and_without_blocks_in_ascii(
+    folder, cli, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "100")
     argv = ["study", "attention", TEXT, "--block", 1, "--head", 0, "--model", folder]
     out = cli(*argv)[1]
     assert "block 1, head 0" in out
