@@ -118,6 +118,7 @@ def test_a_port_that_is_taken_is_told(cli):
 
 
 def test_bad_flags_are_told(cli):
+    pytest.importorskip("uvicorn", reason="needs the extra serve")
     for argument, words in (
         (("--port", "70000"), "--port is 70000"),
         (("--slots", "0"), "--slots is 0"),

@@ -336,6 +336,7 @@ def test_what_is_no_http_is_told_in_the_same_form(running):
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.2", "::1", "0.0.0.0", "192.0.2.7"])
 def test_a_host_is_checked_on_every_loopback_address(address):
+    pytest.importorskip("starlette", reason="needs the extra serve")
     from tinygpt.server.guard import hosts_of
 
     found = hosts_of(address)

@@ -63,6 +63,7 @@ def test_a_thousand_clients_leave_neither_slots_nor_sockets(served_model):
 
 def test_a_reader_that_does_not_read_is_cut(served_model, monkeypatch):
     """Here after a third of a second, and with small buffers of the system's."""
+    pytest.importorskip("uvicorn", reason="needs the extra serve")
     from tinygpt.server import protocol
 
     monkeypatch.setattr(protocol, "SEND_S", 0.3)
