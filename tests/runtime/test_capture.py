@@ -11,6 +11,7 @@ import pkgutil
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext, suppress
 
 import numpy as np
 import pytest
@@ -482,7 +483,10 @@ def test_a_step_of_code_that_was_replaced_is_not_kept(what, kept, monkeypatch):
 def test_all_code_of_the_package_is_as_written():
     for module in pkgutil.walk_packages(tinygpt.__path__, "tinygpt."):
         if not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
+            served = module.name.startswith("tinygpt.server")
+            # Where the extra is not installed, nothing of what needs it can run.
+            with suppress(ModuleNotFoundError) if served else nullcontext():
+                importlib.import_module(module.name)
     assert as_written.constants_of_code() is not None
 
 
