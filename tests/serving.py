@@ -64,6 +64,14 @@ class Running:
         assert (done, rest) == ("data: [DONE]", "")
         return [json.loads(e.removeprefix("data: ")) for e in events if not e.startswith(":")]
 
+    def send(self, **asked: Any) -> socket.socket:
+        """A request whose answer is not read."""
+        connection = socket.create_connection(("127.0.0.1", self.port))
+        body = json.dumps(asked).encode()
+        head = f"Host: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}".encode() + body)
+        return connection
+
     def idle_within(self, seconds: float) -> bool:
         """Whether no text runs or waits by then."""
         end = time.monotonic() + seconds

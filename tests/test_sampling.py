@@ -9,7 +9,8 @@ from tinygrad import Tensor, Variable, dtypes
 from tinygpt import InputError, sampling
 from tinygpt.commands import flags
 from tinygpt.options import option
-from tinygpt.sampling import Sampling, Step, choose, steps_of
+from tinygpt.sampling import Sampling, Step, pick, steps_of
+from tinygpt.sampling import apply as apply_steps
 
 LOGITS = np.random.default_rng(0).normal(0, 2, (2, 67)).astype(np.float32)
 LOGITS[1, 10] = LOGITS[1, 20] = LOGITS[1].max() + 1  # a tie at the top
@@ -100,6 +101,11 @@ def test_warpers_equal_transformers(seed):
     settings = {"temperature": 0.7, "top_k": 200, "top_p": 0.8, "min_p": 0.02}
     ours = apply(Tensor(logits), Sampling(repetition_penalty=1.3, **settings), Tensor(counts))
     np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-5)
+
+
+def choose(logits, steps, seeds=None, draw=0, counts=None) -> Tensor:
+    """The next token of each row."""
+    return pick(logits, apply_steps(logits, steps, counts), seeds, draw)
 
 
 def tensors_of(*rows: Sampling) -> list[Step]:

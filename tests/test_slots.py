@@ -162,6 +162,14 @@ def test_log_probabilities_are_those_of_the_raw_softmax(model):
         )
 
 
+def test_a_greedy_choice_keeps_one_token(model):
+    slots = Slots(model, 1, serving=True)
+    slots.start([5, 9], Sampling(temperature=0), top=4)
+    (token,) = slots.step().values()
+    assert [each.kept for each in token.top] == [1, 0, 0, 0]
+    assert token.top[0].token == token.token
+
+
 def test_bias_forbids_a_token_or_forces_it(model, generator):
     greedy = Sampling(temperature=0)
     usual = alone(generator, [5, 9], {"temperature": 0}, 0, 1)[0]

@@ -202,18 +202,6 @@ def _bound(value: Any, kind: type) -> float:
     return size if value > 0 else -size
 
 
-def choose(
-    logits: Tensor,
-    steps: Sequence[Step],
-    seeds: Tensor | None = None,
-    draw: Position = 0,
-    counts: Tensor | None = None,
-) -> Tensor:
-    """The next token of each row: what `pick` takes of what `apply` leaves, whose arguments these
-    are."""
-    return pick(logits, apply(logits, steps, counts), seeds, draw)
-
-
 def apply(logits: Tensor, steps: Sequence[Step], counts: Tensor | None = None) -> Tensor:
     """The logits (B, V) once each step was applied, in this order.
 

@@ -119,7 +119,7 @@ class Session:
         """Make one row of the cache what another is."""
         if ("copy",) not in self._steps:
             self._steps["copy",] = self._captured(self._copy, {}, ("copy",))
-        # Names that WebGPU's language has no use for.
+        # `target` is a reserved word of WebGPU's language.
         places = {"from_slot": source, "to_slot": target}
         self._steps["copy",](*(Variable(k, 0, self.n - 1).bind(i) for k, i in places.items()))
 

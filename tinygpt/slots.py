@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 
@@ -263,10 +264,10 @@ class Slots:
 
     def _decode(self, ready: list[int]) -> dict[int, Token]:
         """Read the last token of texts, and choose the next."""
-        size = next(size for size in self._sizes if size >= len(ready))
-        others = (slot for slot in range(self.n) if slot not in ready)
-        slots = sorted([*ready, *(next(others) for _ in range(size - len(ready)))])
-        texts = [self._texts[slot] if slot in ready else _NOTHING for slot in slots]
+        size, own = next(size for size in self._sizes if size >= len(ready)), set(ready)
+        others = (slot for slot in range(self.n) if slot not in own)
+        slots = sorted([*ready, *islice(others, size - len(ready))])
+        texts = [self._texts[slot] if slot in own else _NOTHING for slot in slots]
         tokens = np.array([text.context[-1] for text in texts], np.int32).reshape(-1, 1)
         starts = [text.held if text.live else -1 for text in texts]
         wanted = any(text.top is not None for text in texts)
@@ -275,7 +276,7 @@ class Slots:
         )
         found = {}
         for row, slot in enumerate(slots):
-            if slot in ready:
+            if slot in own:
                 self._texts[slot].held += 1
                 found[slot] = self._token(self._texts[slot], chosen, row)
         return found
@@ -286,6 +287,8 @@ class Slots:
             return Token(token, prompt=tuple(text.prompt))
         assert chosen.logits is not None, "these slots give no logits: make them for serving"
         kept = None if chosen.kept is None else chosen.kept[row]
+        if text.settings.greedy:
+            kept = np.where(np.arange(len(chosen.logits[row])) == token, np.float32(0), -np.inf)
         found = scored(token, chosen.logits[row], kept, text.top)
         return found._replace(prompt=tuple(text.prompt))
 

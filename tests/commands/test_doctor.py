@@ -85,6 +85,14 @@ def test_the_proofs_are_a_page_and_json_too_and_nothing_else_is(tmp_path, cli):
         assert is_refused(cli("doctor", *flag), "show what --prove finds: name a model by it")
 
 
+def test_a_model_without_a_tokenizer_is_proved_with_the_one_that_its_error_offers(tmp_path, cli):
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=64, vocab_size=300)
+    randomize(GPT(config)).save_pretrained(tmp_path)
+    assert is_refused(cli("doctor", "--prove", tmp_path, "abc"), "pass --tokenizer with")
+    assert cli("doctor", "--prove", tmp_path, "abc", "--tokenizer", "bytes")[0] == 0
+    assert is_refused(cli("doctor", "--tokenizer", "bytes"), "--tokenizer is for doctor --prove")
+
+
 @pytest.mark.slow
 def test_a_proof_is_of_what_is_on_stdin_and_of_narrow_weights_made_wide(tmp_path, cli, monkeypatch):
     config = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=64, vocab_size=257)

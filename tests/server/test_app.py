@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import time
@@ -165,21 +166,35 @@ def test_pages_of_others_may_not_ask(running, served_model):
         assert open_to.ask("/v1/completions", body, Origin="https://evil.example")[0] == 403
 
 
-def send(running, asked: dict) -> socket.socket:
-    """A request whose answer is not read."""
-    connection = socket.create_connection(("127.0.0.1", running.port))
-    body = json.dumps(asked).encode()
-    head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    connection.sendall(head.encode() + body)
-    return connection
-
-
 def busy(running, count: int) -> None:
     """Wait until so many texts run."""
     while len(running.engine.running) + len(running.engine.waiting) < count:
         time.sleep(0.001)
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_a_stream_tells_of_a_client_that_leaves_before_its_first_event(leaves):
+    pytest.importorskip("starlette", reason="needs the extra serve")
+    from tinygpt.server.answers import EventStream
+
+    told, sent = [], []
+
+    async def events():
+        yield "data: 1\n\n"
+
+    async def receive():
+        if not leaves:
+            await asyncio.sleep(60)
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        if leaves:  # whose socket takes nothing
+            await asyncio.sleep(60)
+        sent.append(message.get("body"))
+
+    scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
+    asyncio.run(EventStream(events(), lambda: told.append(True))(scope, receive, send))
+    assert (told, sent[1:2]) == (([True], []) if leaves else ([], [b"data: 1\n\n"]))
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -187,7 +202,7 @@ def test_a_client_that_leaves_frees_its_slot(running, stream, monkeypatch):
     """In the queue too, before its first token, and in mid-stream."""
     usual = running.engine.slots.step
     monkeypatch.setattr(running.engine.slots, "step", lambda *a: time.sleep(0.02) or usual(*a))
-    clients = [send(running, {**LONG, "stream": stream, "n": 2}) for _ in range(4)]
+    clients = [running.send(**LONG, stream=stream, n=2) for _ in range(4)]
     while len(running.engine.waiting) < 4 or len(running.engine.running) < 4:
         time.sleep(0.001)
     if stream:
@@ -202,7 +217,7 @@ def test_a_full_queue_says_when_to_come_again(served_model, monkeypatch):
     with serving(served_model, slots=1, queue=2) as small:
         usual = small.engine.slots.step
         monkeypatch.setattr(small.engine.slots, "step", lambda *a: time.sleep(0.02) or usual(*a))
-        clients = [send(small, LONG) for _ in range(3)]
+        clients = [small.send(**LONG) for _ in range(3)]
         busy(small, 3)
         status, headers, answer = small.ask("/v1/completions", {"prompt": "a"})
         assert (status, answer["error"]["code"]) == (429, "queue_full")
@@ -357,7 +372,7 @@ def test_studies_let_a_stream_go_on_and_end_with_their_client(running, monkeypat
     )
     step = running.engine.slots.step
     monkeypatch.setattr(running.engine.slots, "step", lambda *a: time.sleep(0.02) or step(*a))
-    stream = send(running, {**LONG, "stream": True})
+    stream = running.send(**LONG, stream=True)
     busy(running, 1)
     body = json.dumps({"prompt": "Once upon"}).encode()
     head = f"POST /study/tokens HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"

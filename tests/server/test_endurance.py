@@ -13,17 +13,6 @@ import pytest
 from serving import serving
 
 
-def send(running, **asked) -> socket.socket:
-    """A request whose answer is not read."""
-    connection = socket.create_connection(("127.0.0.1", running.port))
-    body = json.dumps(asked).encode()
-    head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    connection.sendall(head.encode() + body)
-    return connection
-
-
 def one_of_many(running, number: int) -> None:
     """A request that is read whole, or cut in the queue or in mid-stream."""
     draw = random.Random(number)
@@ -31,7 +20,7 @@ def one_of_many(running, number: int) -> None:
     if number % 3 == 0:
         assert running.complete(**asked)["usage"]["completion_tokens"] <= 40
         return
-    with send(running, **asked, stream=number % 2 == 0) as connection:
+    with running.send(**asked, stream=number % 2 == 0) as connection:
         if number % 3 == 1:  # amid it, or as soon as it is asked for
             connection.settimeout(60)
             connection.recv(draw.randint(1, 400))

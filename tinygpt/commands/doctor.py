@@ -25,7 +25,7 @@ import tinygpt
 from tinygpt.checkpoints import hub
 from tinygpt.checkpoints.open_checkpoint import open_checkpoint
 from tinygpt.checkpoints.run_folder import NAMES, checkpoint_in, followed, steps
-from tinygpt.commands.flags import add_flag
+from tinygpt.commands.flags import add_flag, add_shared
 from tinygpt.commands.prompt import read_prompt
 from tinygpt.commands.shown_as import add_report_flags, show_report
 from tinygpt.config import GPTConfig
@@ -59,6 +59,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     words = "compute the logits of a text (- reads stdin) in each way that there is, and "
     words += "compare; with --json or --html FILE as such"
     add_flag(parser, "--prove", metavar="MODEL", help=words)
+    add_shared(parser, "--tokenizer", help="of the model that --prove names (default: its own)")
     words = "also run a small model on each backend"
     add_flag(parser, "--backends", kind=bool, help=words)
     add_report_flags(parser)
@@ -75,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--backends tries a small model of its own: leave out --prove and the run")
     if not args.prove and (args.json or args.html):
         raise InputError("--json and --html show what --prove finds: name a model by it")
+    if args.tokenizer and not args.prove:
+        raise InputError("--tokenizer is for doctor --prove MODEL: name a model by it")
     if args.prove:
         return _report_proofs(args)
     if args.run:
@@ -96,7 +99,7 @@ def _report_proofs(args: argparse.Namespace) -> int:
     """Say how far apart the ways are in which a model's logits of a text can be computed."""
     text = read_prompt(args.run) or _TEXT
     found = open_checkpoint(args.prove)
-    tokenizer, model = found.tokenizer(), as_float32(found.load())
+    tokenizer, model = found.tokenizer(args.tokenizer), as_float32(found.load())
     proofs = prove(model, tokenizer.encode(text, True))
     about = f"The model {args.prove}, and the text: {text}"
     show_report(replace(proofs_report(proofs, no_sum(model.config)), about=about), args)

@@ -58,9 +58,8 @@ def run(args: argparse.Namespace) -> int:
                 raise InputError(
                     f"--stride is {args.stride}: it must be from 1 to the window, {window}"
                 )
-            data, split = _data(args, tokenizer, stack)
+            data, split, source = _data(args, tokenizer, stack)
             data.check(found.config.vocab_size, tokenizer)  # before the model's seconds
-            source = None if args.split or prepared_or_none(args) else " ".join(args.data)
             result = evaluate_data(
                 found.load(), data, split, args.stride, tokenizer=tokenizer, source=source
             )
@@ -73,12 +72,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _data(args: argparse.Namespace, tokenizer: Tokenizer, stack: ExitStack) -> tuple[Dataset, str]:
-    """What to measure on: prepared tokens, or all of a text in the model's."""
+def _data(
+    args: argparse.Namespace, tokenizer: Tokenizer, stack: ExitStack
+) -> tuple[Dataset, str, str | None]:
+    """What to measure on: prepared tokens, or all of a text in the model's.
+
+    Returns:
+        the tokens, the split, and what an error calls a text.
+    """
     if folder := prepared_or_none(args):
-        return Dataset.open(folder), args.split or "val"
+        return Dataset.open(folder), args.split or "val", None
     if args.split:
         raise InputError("--split is for prepared tokens: a text is measured as a whole")
     folder = Path(stack.enter_context(TemporaryDirectory(ignore_cleanup_errors=True)), "data")
     prepare(args.data, folder, tokenizer, val=0, **text_settings(args))
-    return Dataset.open(folder), "train"
+    return Dataset.open(folder), "train", " ".join(args.data)

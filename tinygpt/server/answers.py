@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from tinygpt.errors import InputError
 from tinygpt.server.problems import Problem
@@ -52,9 +53,28 @@ async def body_of(request: Request) -> Any:
 class EventStream(StreamingResponse):
     """Server-sent events, with a comment now and then while there are none."""
 
-    def __init__(self, events: AsyncGenerator[str]) -> None:
+    def __init__(self, events: AsyncGenerator[str], left: Callable[[], None]) -> None:
+        """
+        Args:
+            events: as they are sent.
+            left: called where the client leaves before the last, perhaps before the first.
+        """
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(_pinged(events), headers=headers, media_type="text/event-stream")
+        self._left, self._whole = left, False
+
+    async def stream_response(self, send: Send) -> None:
+        """Send all of it."""
+        await super().stream_response(send)
+        self._whole = True
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            if not self._whole:
+                self._left()
 
 
 async def _pinged(events: AsyncGenerator[str]) -> AsyncGenerator[str]:

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, suppress
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -19,7 +20,8 @@ from starlette.types import ASGIApp
 from tinygpt.errors import InputError, show
 from tinygpt.server.answers import EventStream, answer, body_of
 from tinygpt.server.chat import CHAT, Chat, Template
-from tinygpt.server.completions import Completion, Limits, ending
+from tinygpt.server.choice import special_texts
+from tinygpt.server.completions import Completion, Limits
 from tinygpt.server.continuation import Continuation
 from tinygpt.server.engine import Engine
 from tinygpt.server.fields import Field, check_text, read_fields, yes_or_no
@@ -27,7 +29,13 @@ from tinygpt.server.guard import Access, Guard
 from tinygpt.server.metrics import Metrics
 from tinygpt.server.openapi import openapi
 from tinygpt.server.page import page_routes
-from tinygpt.server.problems import Problem
+from tinygpt.server.problems import (
+    Problem,
+    check_ids,
+    check_model,
+    ending,
+    vocabulary_has_all,
+)
 from tinygpt.server.study import Studies
 from tinygpt.server.study_fields import CONTINUE, STUDIES
 from tinygpt.writer import Writer
@@ -74,7 +82,7 @@ class Server:
         }
         app = Starlette(routes=routes, exception_handlers=handlers)
         app.router.redirect_slashes = False
-        return Guard(app, self.access, self.metrics)
+        return Guard(app, self.access, self.metrics, {route.path for route in routes})
 
     async def health(self, request: Request) -> Response:
         """200 as soon as texts can be continued."""
@@ -100,9 +108,7 @@ class Server:
     async def one_model(self, request: Request) -> Response:
         """The model of this name."""
         name = request.path_params["name"]
-        if name != self.name:
-            message = f"the model {show(name)} does not exist: this server has {self.name!r}"
-            raise Problem(404, message, "model", "model_not_found")
+        check_model(name, self.name)
         return JSONResponse(self._model())
 
     def _model(self) -> dict[str, Any]:
@@ -124,21 +130,16 @@ class Server:
         asked = await self.asked(request, FIELDS["/tokenize"])
         text, whole = asked["prompt"], asked["add_special_tokens"]
         encode = self.writer.tokenizer.encode
-        try:
+        with vocabulary_has_all():
             ids = await asyncio.to_thread(encode, text, whole=whole) if text else []
-        except InputError as error:  # a character that the vocabulary lacks
-            raise Problem(400, str(error), "prompt", "unknown_character") from error
         window = self.writer.model.config.block_size
         return JSONResponse({"count": len(ids), "max_model_len": window, "tokens": ids})
 
     async def detokenize(self, request: Request) -> Response:
         """The text of ids."""
         asked = await self.asked(request, FIELDS["/detokenize"])
-        most = self.writer.model.config.vocab_size - 1
-        for token in (ids := asked["tokens"] or []):
-            if not 0 <= token <= most:
-                message = f"tokens has the id {token}: ids are 0 to {most}"
-                raise Problem(400, message, "tokens", "unknown_id")
+        ids = asked["tokens"] or []
+        check_ids("tokens", ids, self.writer.model.config.vocab_size)
         text = await asyncio.to_thread(self.writer.tokenizer.decode, ids)
         return JSONResponse({"prompt": text})
 
@@ -151,10 +152,7 @@ class Server:
     async def tokenizer_info(self, request: Request) -> Response:
         """What clients that count tokens want to know."""
         tokenizer = self.writer.tokenizer
-        names = {
-            name: None if token is None else tokenizer.decode([token])
-            for name, token in (("bos_token", tokenizer.bos), ("eos_token", tokenizer.eos))
-        }
+        names = special_texts(tokenizer)
         about = {"tokenizer_class": tokenizer.name, "vocab_size": tokenizer.n_vocab}
         return JSONResponse({**about, **names, "chat_template": None})
 
@@ -175,7 +173,8 @@ class Server:
         self.metrics.prompt_tokens += completion.usage["prompt_tokens"]
         completion.heard = self._counting(began)
         if completion.stream:
-            return EventStream(self._events(completion))
+            left = partial(self._left_stream, completion)
+            return EventStream(self._events(completion), left)
         return await self._unless_left(request, self._whole(completion))
 
     async def study(self, request: Request) -> Response:
@@ -190,14 +189,7 @@ class Server:
 
     async def continued(self, request: Request) -> Response:
         """A text token by token, also without parts of the model."""
-        self.require_ready()
-        began = time.perf_counter()
-        asked = await body_of(request), self.studies, self.limits
-        continuation = await asyncio.to_thread(Continuation, *asked)
-        continuation.submit(continuation.engine)
-        self.metrics.prompt_tokens += continuation.usage["prompt_tokens"]
-        continuation.heard = self._counting(began)
-        return EventStream(self._events(continuation))
+        return await self._complete(request, Continuation, self.studies.reduced)
 
     async def about(self, request: Request) -> Response:
         """What the model is made of."""
@@ -218,7 +210,7 @@ class Server:
         return heard
 
     async def _whole(self, completion: Completion) -> Response:
-        return JSONResponse(await completion.whole(self.engine))
+        return JSONResponse(await completion.whole())
 
     async def _unless_left(self, request: Request, answering: Awaitable[Response]) -> Response:
         """An answer, or its end as soon as the client has left."""
@@ -237,21 +229,18 @@ class Server:
                     await each
 
     async def _events(self, completion: Completion) -> AsyncGenerator[str]:
-        done = False
         try:
-            async with aclosing(completion.events_of(self.engine)) as events:
+            async with aclosing(completion.events_of()) as events:
                 async for event in events:
                     yield _data(event)
-            yield "data: [DONE]\n\n"
-            done = True
         except Problem as problem:
             yield _data(problem.body())
-            yield "data: [DONE]\n\n"
-            done = True
-        finally:
-            self.engine.cancel(completion.jobs)
-            if not done:
-                self.metrics.cancelled += 1
+        yield "data: [DONE]\n\n"
+
+    def _left_stream(self, completion: Completion) -> None:
+        """A client has left before the end, perhaps before the first event was made."""
+        completion.cancel()
+        self.metrics.cancelled += 1
 
 
 def _data(value: Any) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt.errors import InputError, one_line, reason, show
-from tinygpt.server.choice import Piece
+from tinygpt.server.choice import Piece, special_texts
 from tinygpt.server.completions import Completion, Limits
 from tinygpt.server.fields import COMPLETION, Field, whole
 from tinygpt.server.problems import Problem
@@ -82,11 +82,7 @@ class Template:
         Raises:
             Problem: when the template refuses them.
         """
-        tokenizer = writer.tokenizer
-        tokens = {
-            name: "" if token is None else tokenizer.decode([token])
-            for name, token in (("bos_token", tokenizer.bos), ("eos_token", tokenizer.eos))
-        }
+        tokens = {name: text or "" for name, text in special_texts(writer.tokenizer).items()}
         try:
             return self._template.render(messages=messages, add_generation_prompt=True, **tokens)
         except Exception as error:  # of the template's own: it can do anything, and fail at it

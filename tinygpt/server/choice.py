@@ -132,6 +132,14 @@ def _likely(tokenizer: Tokenizer, token: Token) -> dict[str, float]:
     return found
 
 
+def special_texts(tokenizer: Tokenizer) -> dict[str, str | None]:
+    """The spellings of the begin and end tokens, by the names that templates and clients use."""
+    return {
+        name: None if token is None else tokenizer.decode([token])
+        for name, token in (("bos_token", tokenizer.bos), ("eos_token", tokenizer.eos))
+    }
+
+
 def token_text(tokenizer: Tokenizer, token: int) -> str:
     """A token's text; of one that is a part of a character its bytes, as OpenAI writes them."""
     raw = tokenizer.token_bytes(token)

@@ -15,12 +15,19 @@ from tinygpt.logprobs import Token
 from tinygpt.model import NOT_NUMBERS
 from tinygpt.sampling import Sampling
 from tinygpt.server.choice import Choice, Piece, logprobs_of
-from tinygpt.server.engine import Draining, Engine, Full, Job, NotNumbers
+from tinygpt.server.engine import Draining, Full, Job, NotNumbers
 from tinygpt.server.fields import COMPLETION, read_fields
-from tinygpt.server.problems import Problem
+from tinygpt.server.problems import (
+    Problem,
+    check_ids,
+    check_model,
+    ending,
+    queue_full,
+    timed_out,
+    vocabulary_has_all,
+)
 from tinygpt.writer import Writer
 
-_RETRY_AFTER_S = "1"
 _USUAL_TOKENS = 16
 _SETTINGS = tuple(field.name for field in fields(Sampling))
 
@@ -56,9 +63,7 @@ class Completion:
         """
         asked = dict.fromkeys(COMPLETION) | read_fields(body, self.fields)
         self.asked, self.writer, self.name, self.limits = asked, writer, name, limits
-        if asked["model"] not in (None, name):
-            message = f"the model {asked['model']!r} does not exist: this server has {name!r}"
-            raise Problem(404, message, "model", "model_not_found")
+        check_model(asked["model"], name)
         self.stream, self.n = asked["stream"], asked["n"]
         self.best_of = asked["best_of"] or self.n
         if self.best_of < self.n:
@@ -80,8 +85,7 @@ class Completion:
             raise Problem(400, message, "n", "too_many_texts")
         self.prompts = [self._fits(prompt) for prompt in self._prompts(prompt)]
         self.bias = {int(token): bias for token, bias in (asked["logit_bias"] or {}).items()}
-        for token in self.bias:
-            self._check_id(token, "logit_bias")
+        check_ids("logit_bias", self.bias, writer.model.config.vocab_size)
         self.id, self.created = f"{self.prefix}-{secrets.token_hex(12)}", int(time.time())
         self.seed = secrets.randbits(32) if asked["seed"] is None else asked["seed"]
         self.completion_tokens = 0
@@ -110,21 +114,12 @@ class Completion:
         return [self._of_text(p) if isinstance(p, str) else self._of_ids(p) for p in given]
 
     def _of_text(self, text: str) -> Prompt:
-        try:
+        with vocabulary_has_all():
             return Prompt(self.writer.encode(text), text, shown=bool(text))
-        except InputError as error:  # a character that the vocabulary lacks
-            raise Problem(400, str(error), "prompt", "unknown_character") from error
 
     def _of_ids(self, ids: list[int]) -> Prompt:
-        for token in ids:
-            self._check_id(token, "prompt")
+        check_ids("prompt", ids, self.writer.model.config.vocab_size)
         return Prompt(ids, self.writer.tokenizer.decode(ids), shown=True)
-
-    def _check_id(self, token: int, param: str) -> None:
-        most = self.writer.model.config.vocab_size - 1
-        if not 0 <= token <= most:
-            message = f"{param} has the id {token}: ids are 0 to {most}"
-            raise Problem(400, message, param, "unknown_id")
 
     def _fits(self, prompt: Prompt) -> Prompt:
         """Refuse what is longer than the window, or shorten it where that was asked for."""
@@ -143,13 +138,16 @@ class Completion:
         )
         raise Problem(400, message, "prompt", "context_length_exceeded")
 
-    def submit(self, engine: Engine) -> None:
+    def submit(self, engine: Any) -> None:
         """Let the texts wait for their turn.
+
+        Args:
+            engine: an `Engine`, or what takes texts as one does.
 
         Raises:
             Problem: when they cannot.
         """
-        loop = asyncio.get_running_loop()
+        loop, self.engine = asyncio.get_running_loop(), engine
         self.events: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
 
         def telling(index: int) -> Any:
@@ -180,13 +178,15 @@ class Completion:
         try:
             engine.submit(jobs)
         except Full as error:
-            headers = {"Retry-After": _RETRY_AFTER_S}
-            message = f"{engine.queue} texts wait already: try again"
-            raise Problem(429, message, code="queue_full", headers=headers) from error
+            raise queue_full(engine.queue, "texts") from error
         except Draining as error:
             raise ending() from error
 
-    async def pieces(self, engine: Engine) -> AsyncGenerator[tuple[Choice, Piece]]:
+    def cancel(self) -> None:
+        """End the texts, whether anybody has begun to read them or not."""
+        self.engine.cancel(self.jobs)
+
+    async def pieces(self) -> AsyncGenerator[tuple[Choice, Piece]]:
         """The texts piece by piece, as they come; of a text that has ended the last piece too.
 
         Raises:
@@ -210,13 +210,12 @@ class Completion:
                 piece = self._piece(choice, event)
                 if choice.finish:
                     open_choices.remove(index)
-                    engine.cancel([self.jobs[index]])
+                    self.engine.cancel([self.jobs[index]])
                 yield choice, piece
         except TimeoutError as error:
-            message = f"the request took longer than {self.limits.timeout_s:g} s"
-            raise Problem(504, message, code="timeout") from error
+            raise timed_out(self.limits.timeout_s) from error
         finally:
-            engine.cancel(self.jobs)
+            self.cancel()
 
     def _piece(self, choice: Choice, token: Token | None) -> Piece:
         piece = Piece()
@@ -261,11 +260,11 @@ class Completion:
         logprobs = logprobs_of(piece, self.writer.tokenizer) if wanted else None
         return {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": finish}
 
-    async def whole(self, engine: Engine) -> dict[str, Any]:
+    async def whole(self) -> dict[str, Any]:
         """The answer in one piece."""
         texts = [Piece() for _ in self.jobs]
         ends: list[str | None] = [None] * len(self.jobs)
-        async for choice, piece in self.pieces(engine):
+        async for choice, piece in self.pieces():
             texts[choice.index] += piece
             ends[choice.index] = choice.finish
         kept = list[int]()
@@ -278,21 +277,15 @@ class Completion:
         choices = [self.choice_of(i, texts[j], ends[j]) for i, j in enumerate(kept)]
         return self.frame(choices, usage=self.usage)
 
-    async def events_of(self, engine: Engine) -> AsyncGenerator[dict[str, Any]]:
+    async def events_of(self) -> AsyncGenerator[dict[str, Any]]:
         """The answer event by event."""
         counted = bool((self.asked["stream_options"] or {}).get("include_usage"))
         more = {"usage": None} if counted else {}
-        async for choice, piece in self.pieces(engine):
+        async for choice, piece in self.pieces():
             if piece.text or piece.tokens or choice.finish:
                 yield self.frame([self.choice_of(choice.index, piece, choice.finish)], **more)
         if counted:
             yield self.frame([], usage=self.usage)
-
-
-def ending() -> Problem:
-    """What is said while the program ends."""
-    headers = {"Retry-After": _RETRY_AFTER_S}
-    return Problem(503, "the server is shutting down", code="draining", headers=headers)
 
 
 def _problem_of(error: Exception) -> Problem:

@@ -12,15 +12,18 @@ from tinygpt.server.choice import token_text
 from tinygpt.server.completions import Completion, Limits
 from tinygpt.server.fields import COMPLETION, read_fields
 from tinygpt.server.problems import Problem
-from tinygpt.server.study import Studies
 from tinygpt.server.study_fields import CONTINUE, STUDIES
+from tinygpt.server.without import Reduced
 from tinygpt.study.without import check_parts
+from tinygpt.writer import Writer
 
 
 class Continuation(Completion):
     """A text token by token, with what else might have come before and after the settings."""
 
-    def __init__(self, body: Any, studies: Studies, limits: Limits) -> None:
+    def __init__(
+        self, body: Any, writer: Writer, name: str, limits: Limits, reduced: Reduced
+    ) -> None:
         """
         Raises:
             Problem: for what cannot be answered.
@@ -28,22 +31,24 @@ class Continuation(Completion):
         asked = read_fields(body, STUDIES[CONTINUE])
         own = {name: value for name, value in asked.items() if name in COMPLETION}
         top = asked["top"]
-        super().__init__(
-            {**own, "logprobs": top, "stream": True}, studies.writer, studies.name, limits
-        )
+        super().__init__({**own, "logprobs": top, "stream": True}, writer, name, limits)
         heads, blocks = asked["heads"] or [], asked["blocks"] or []
-        config = studies.writer.model.config
+        config = writer.model.config
         try:
             check_parts((config.n_layer, config.n_head), heads, blocks)
         except InputError as error:
             raise Problem(400, str(error), str(error).split()[0], "unknown_part") from error
-        self.engine: Any = studies.engine
-        if heads or blocks:
-            self.engine = studies.reduced.without([(i, h) for i, h in heads], blocks)
+        self._without = (
+            reduced.without([(i, h) for i, h in heads], blocks) if heads or blocks else None
+        )
 
-    async def events_of(self, engine: Any) -> AsyncGenerator[dict[str, Any]]:
+    def submit(self, engine: Any) -> None:
+        """Let the text wait for its turn, of the whole model or of what is left of it."""
+        super().submit(self._without or engine)
+
+    async def events_of(self) -> AsyncGenerator[dict[str, Any]]:
         """An event for each token, and one for the end."""
-        async with aclosing(self.pieces(self.engine)) as pieces:
+        async with aclosing(self.pieces()) as pieces:
             written = not self.asked["echo"]
             if not written:
                 yield {"prompt": self.prompts[0].ids}
@@ -63,7 +68,7 @@ class Continuation(Completion):
         return len(prompt.ids) if prompt.shown else 0
 
     def _event(self, token: Token, prompt: bool = False) -> dict[str, Any]:
-        tokenizer, greedy = self.writer.tokenizer, self.settings.greedy and not prompt
+        tokenizer = self.writer.tokenizer
         return {
             "id": token.token,
             "text": token_text(tokenizer, token.token),
@@ -71,8 +76,7 @@ class Continuation(Completion):
             "logprob": token.logprob,
             "likely": [
                 {"id": each.token, "text": token_text(tokenizer, each.token),
-                 "logprob": each.logprob,
-                 "kept": float(each.token == token.token) if greedy else each.kept}
+                 "logprob": each.logprob, "kept": each.kept}
                 for each in token.top
             ],
         }  # fmt: skip

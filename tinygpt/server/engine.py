@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from tinygpt.logprobs import Token
 from tinygpt.model import GPT
@@ -28,6 +29,24 @@ class Job:
     ends: frozenset[int] = frozenset()  # ids that end it; such a one is told too
     cancelled: bool = False
     told: int = 0  # tokens so far
+
+    def begin(self, slots: Slots) -> int:
+        """Start the text; its slot."""
+        return slots.start(self.ids, self.settings, self.seed, self.top, self.bias, self.scores)
+
+    def take(self, token: Token, vocab_size: int, end: Callable[[], None]) -> None:
+        """Tell a token; where it is the last, free the slot by `end` before anybody hears of it."""
+        self.told += 1
+        if not 0 <= token.token < vocab_size and self.max_tokens:
+            end()
+            self.tell(NotNumbers())
+            return
+        last = self.told >= self.max_tokens or token.token in self.ends
+        if last:
+            end()
+        self.tell(token)
+        if last:
+            self.tell(None)
 
 
 @dataclass(eq=False)
@@ -166,10 +185,7 @@ class Engine:
         while self.waiting and self.slots.free:
             job = self.waiting.popleft()
             try:
-                slot = self.slots.start(
-                    job.ids, job.settings, job.seed, job.top, job.bias, job.scores
-                )
-                self.running[slot] = job
+                self.running[job.begin(self.slots)] = job
             except Exception as error:
                 failed.append((job, error))
         return failed
@@ -186,18 +202,8 @@ class Engine:
             self.slots.clear()
             return
         for slot, token in found.items():
-            job = self.running[slot]
-            job.told += 1
-            if not 0 <= token.token < self.model.config.vocab_size and job.max_tokens:
-                self._end(slot)
-                job.tell(NotNumbers())
-                continue
-            last = job.told >= job.max_tokens or token.token in job.ends
-            if last:
-                self._end(slot)
-            job.tell(token)
-            if last:
-                job.tell(None)
+            vocab_size = self.model.config.vocab_size
+            self.running[slot].take(token, vocab_size, partial(self._end, slot))
 
     def _end(self, slot: int) -> None:
         self.slots.stop(slot)

@@ -6,6 +6,7 @@ import hmac
 import ipaddress
 import time
 import traceback
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,8 +35,14 @@ class Access:
 class Guard:
     """What stands before all addresses: who asks, from where; what is counted and logged."""
 
-    def __init__(self, app: ASGIApp, access: Access, metrics: Metrics) -> None:
-        self.app, self.access, self.metrics = app, access, metrics
+    def __init__(
+        self, app: ASGIApp, access: Access, metrics: Metrics, paths: Collection[str]
+    ) -> None:
+        """
+        Args:
+            paths: that are counted each by its name; all others are counted together.
+        """
+        self.app, self.access, self.metrics, self.paths = app, access, metrics, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -109,17 +116,10 @@ class Guard:
 
     def _count(self, request: Request, status: int, seconds: float) -> None:
         path = request.url.path
-        known = path if path in KNOWN else "other"
+        known = path if path in self.paths else "other"
         self.metrics.requests[known, status] += 1
         client = request.client.host if request.client else "?"
         say(f"{client} {request.method} {path[:100]} {status} {seconds * 1000:.0f} ms")
-
-
-KNOWN = frozenset(
-    ("/", "/health", "/metrics", "/openapi.json", "/v1/models", "/v1/completions",
-     "/v1/chat/completions", "/tokenize", "/detokenize", "/tokenizer_info", "/study/tokens",
-     "/study/attention", "/study/lens", "/study/attribute", "/study/continue", "/study/model")
-)  # fmt: skip
 
 
 def _name_of(host: str) -> str:

@@ -8,76 +8,61 @@ from typing import Any
 from tinygpt import __version__
 from tinygpt.server.fields import COMPLETION, Field, Schema, schema_of
 
-_ERROR: Schema = {
-    "type": "object",
-    "properties": {
-        "error": {
-            "type": "object",
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-            "required": ["message", "type", "param", "code"],
-        }
-    },
-    "required": ["error"],
-}
+
+def _object(properties: Mapping[str, Schema], may_be_null: bool = False) -> Schema:
+    """An object that has just these."""
+    kind = ["object", "null"] if may_be_null else "object"
+    return {"type": kind, "properties": dict(properties), "required": list(properties)}
+
+
+def _array(items: Schema) -> Schema:
+    return {"type": "array", "items": items}
+
+
 _INTEGER: Schema = {"type": "integer"}
-_USAGE: Schema = {
-    "type": "object",
-    "properties": dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), _INTEGER),
-    "required": ["prompt_tokens", "completion_tokens", "total_tokens"],
-}
-_LOGPROBS: Schema = {
-    "type": ["object", "null"],
-    "properties": {
-        "tokens": {"type": "array", "items": {"type": "string"}},
-        "token_logprobs": {"type": "array", "items": {"type": ["number", "null"]}},
-        "top_logprobs": {"type": "array", "items": {"type": ["object", "null"]}},
-        "text_offset": {"type": "array", "items": _INTEGER},
+_STRING: Schema = {"type": "string"}
+_PERHAPS: Schema = {"type": ["string", "null"]}
+_ERROR = _object(
+    {"error": _object({"message": _STRING, "type": _STRING, "param": _PERHAPS, "code": _PERHAPS})}
+)
+_USAGE = _object(dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), _INTEGER))
+_LOGPROBS = _object(
+    {
+        "tokens": _array(_STRING),
+        "token_logprobs": _array({"type": ["number", "null"]}),
+        "top_logprobs": _array({"type": ["object", "null"]}),
+        "text_offset": _array(_INTEGER),
     },
-    "required": ["tokens", "token_logprobs", "top_logprobs", "text_offset"],
-}
-_CHOICE: Schema = {
-    "type": "object",
-    "properties": {
+    may_be_null=True,
+)
+_CHOICE = _object(
+    {
         "index": _INTEGER,
-        "text": {"type": "string"},
+        "text": _STRING,
         "logprobs": _LOGPROBS,
         "finish_reason": {"enum": ["stop", "length", None]},
-    },
-    "required": ["index", "text", "logprobs", "finish_reason"],
-}
-_COMPLETION: Schema = {
-    "type": "object",
-    "properties": {
-        "id": {"type": "string"},
+    }
+)
+_COMPLETION = _object(
+    {
+        "id": _STRING,
         "object": {"const": "text_completion"},
         "created": _INTEGER,
-        "model": {"type": "string"},
-        "choices": {"type": "array", "items": _CHOICE},
+        "model": _STRING,
+        "choices": _array(_CHOICE),
         "usage": _USAGE,
-    },
-    "required": ["id", "object", "created", "model", "choices", "usage"],
-}
-_MODEL: Schema = {
-    "type": "object",
-    "properties": {
-        "id": {"type": "string"},
+    }
+)
+_MODEL = _object(
+    {
+        "id": _STRING,
         "object": {"const": "model"},
         "created": _INTEGER,
-        "owned_by": {"type": "string"},
+        "owned_by": _STRING,
         "max_model_len": _INTEGER,
-    },
-    "required": ["id", "object", "created", "owned_by", "max_model_len"],
-}
-_MODELS: Schema = {
-    "type": "object",
-    "properties": {"object": {"const": "list"}, "data": {"type": "array", "items": _MODEL}},
-    "required": ["object", "data"],
-}
+    }
+)
+_MODELS = _object({"object": {"const": "list"}, "data": _array(_MODEL)})
 _ANY: Schema = {"type": "object"}
 
 

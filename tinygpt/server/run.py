@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
+from tinygpt.errors import say
 from tinygpt.server.app import Server
 from tinygpt.server.protocol import Protocol
 
@@ -36,6 +37,13 @@ def _descriptors() -> int:
     return soft if 0 < soft < 2**20 else 2**20
 
 
+def _tell(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Tell of what nobody else has caught, without whatever a request may have said."""
+    if context["message"].startswith("socket.accept()"):
+        return  # there are too many clients: asyncio says so some thousand times a second
+    say(f"error: {context['message']}: {type(context.get('exception')).__name__}")
+
+
 def serve(
     uvicorn: ModuleType, server: Server, listener: socket.socket, signals: Iterable[int]
 ) -> None:
@@ -47,8 +55,7 @@ def serve(
 
     async def run() -> None:
         loop = asyncio.get_running_loop()
-        # asyncio tells of a client that it cannot take, some thousand times a second.
-        loop.set_exception_handler(lambda loop, context: None)
+        loop.set_exception_handler(_tell)
 
         def end() -> None:
             running.force_exit = running.should_exit

@@ -15,13 +15,20 @@ import numpy as np
 from tinygrad.nn.state import get_state_dict
 
 from tinygpt.checkpoints.quantization import dtype_of
-from tinygpt.errors import InputError, show
+from tinygpt.errors import InputError
 from tinygpt.runtime.memory import require_memory
 from tinygpt.server.choice import token_text
-from tinygpt.server.completions import ending
 from tinygpt.server.engine import Call, Engine
 from tinygpt.server.fields import read_fields
-from tinygpt.server.problems import Problem
+from tinygpt.server.problems import (
+    Problem,
+    check_ids,
+    check_model,
+    ending,
+    queue_full,
+    timed_out,
+    vocabulary_has_all,
+)
 from tinygpt.server.study_fields import STUDIES
 from tinygpt.server.without import Reduced
 from tinygpt.study.attention import HeadScores, entropies, head_scores
@@ -77,16 +84,11 @@ class Studies:
 
     def _ids(self, asked: Mapping[str, Any]) -> list[int]:
         """The tokens of a request's text."""
-        if asked["model"] not in (None, self.name):
-            message = f"the model {show(asked['model'])} does not exist: this server has "
-            raise Problem(404, message + repr(self.name), "model", "model_not_found")
+        check_model(asked["model"], self.name)
         given, config = asked["prompt"], self.writer.model.config
-        try:
+        with vocabulary_has_all():
             ids = self.writer.encode(given) if isinstance(given, str) else given
-        except InputError as error:  # a character that the vocabulary lacks
-            raise Problem(400, str(error), "prompt", "unknown_character") from error
-        for token in ids:
-            self._check_id("prompt", token)
+        check_ids("prompt", ids, config.vocab_size)
         if len(ids) > config.block_size:
             message = (
                 f"the prompt has {len(ids)} tokens, more than the model's window of "
@@ -95,20 +97,12 @@ class Studies:
             raise Problem(400, message, "prompt", "context_length_exceeded")
         return ids
 
-    def _check_id(self, name: str, token: int) -> None:
-        most = self.writer.model.config.vocab_size - 1
-        if not 0 <= token <= most:
-            message = f"{name} has the id {token}: ids are 0 to {most}"
-            raise Problem(400, message, name, "unknown_id")
-
     async def _between_steps(self, function: Callable[[], _Found]) -> _Found:
         """What a function gives in the engine's thread."""
         if self.engine.draining:
             raise ending()
         if self._waiting > self.engine.queue:
-            headers = {"Retry-After": "1"}
-            message = f"{self._waiting} studies wait already: try again"
-            raise Problem(429, message, code="queue_full", headers=headers)
+            raise queue_full(self._waiting, "studies")
         loop = asyncio.get_running_loop()
         future: asyncio.Future[_Found] = loop.create_future()
 
@@ -139,8 +133,7 @@ class Studies:
             self.engine.call(call)
             return await asyncio.wait_for(future, self.timeout_s)
         except TimeoutError as error:
-            message = f"the request took longer than {self.timeout_s:g} s"
-            raise Problem(504, message, code="timeout") from error
+            raise timed_out(self.timeout_s) from error
         finally:
             call.cancelled = True
             self._waiting -= 1
@@ -251,7 +244,7 @@ class Studies:
         index, token, against = self._index(ids, asked), asked["token"], asked["against"]
         for name in ("token", "against"):
             if asked[name] is not None:
-                self._check_id(name, asked[name])
+                check_ids(name, [asked[name]], self.writer.model.config.vocab_size)
         inside = self._look(ids)
         if token is None:
             token = int(inside.logits[index].argmax())

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from tinygpt.server.engine import Call, Draining, Engine, Full, Job, NotNumbers
+from tinygpt.server.engine import Call, Draining, Engine, Full, Job
 from tinygpt.slots import Slots
 from tinygpt.study.without import Without
 
@@ -73,7 +73,7 @@ class Reduced:
                     self._begin(text)
             if self.running is not None:
                 text = self.running[0]
-                self._step(*self.running)
+                self._step(text.job)
         except Exception as error:  # whatever it is, it ends this text and not the program
             if self.running is not None:
                 self._end()
@@ -88,27 +88,12 @@ class Reduced:
         if self._without is None:
             self._without = Without(self.engine.model)
         self._without.leave_out(text.heads, text.blocks)
-        job = text.job
-        slot = self._without.slots.start(
-            job.ids, job.settings, job.seed, job.top, job.bias, job.scores
-        )
-        self.running = text, slot
+        self.running = text, text.job.begin(self._without.slots)
 
-    def _step(self, text: _Text, slot: int) -> None:
+    def _step(self, job: Job) -> None:
         assert self._without is not None
-        job = text.job
         for token in self._without.slots.step().values():
-            job.told += 1
-            if not 0 <= token.token < self.engine.model.config.vocab_size and job.max_tokens:
-                self._end()
-                job.tell(NotNumbers())
-                return
-            last = job.told >= job.max_tokens or token.token in job.ends
-            if last:
-                self._end()
-            job.tell(token)
-            if last:
-                job.tell(None)
+            job.take(token, self.engine.model.config.vocab_size, self._end)
 
     def _end(self) -> None:
         assert self._without is not None
