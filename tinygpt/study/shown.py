@@ -297,7 +297,7 @@ def proofs_report(proofs: list[Proof], no_sum: str | None) -> Report:
     Args:
         no_sum: why a logit is no sum of its parts, where that is so.
     """
-    columns = ("claim", "", "differs by", "of")
+    columns = ("claim", "found", "differs by", "of")
     rows = [
         [each.claim, "holds" if each.holds else "DOES NOT HOLD", each.difference, each.scale]
         for each in proofs
