@@ -173,23 +173,10 @@ def _remember(new: Tensor, cache: Tensor, start_pos: Position, slots: Tensor | N
     The write happens when the result is computed: in place, so that a JIT sees one fixed buffer.
     """
     T, new = shape(new)[2], new.cast(cache.dtype)
-    if isinstance(start_pos, Tensor):  # each row has a place of its own, so all of it is written
-        old = cache if slots is None else cache[slots]
-        B, H, S, D = shape(old)
-        at = Tensor.arange(S, dtype=dtypes.int32).reshape(1, 1, S, 1)
-        at = at - start_pos.reshape(-1, 1, 1, 1)
-        rows = new.gather(2, at.clip(0, T - 1).expand(B, H, S, D))
-        inside = (start_pos >= 0) & (start_pos + T <= S)
-        here = (at >= 0) & (at < T) & inside.reshape(-1, 1, 1, 1)
-        whole = here.where(rows, old).contiguous()
-        if slots is None:
-            return buffers.written(cache, cache, whole)
-        # What each row of the cache becomes: of the batch's row that has it, or what it was.
-        own = Tensor.arange(shape(cache)[0], dtype=dtypes.int32).reshape(-1, 1)
-        taken = (own == slots.reshape(1, -1)) & inside.reshape(1, -1)  # (N, B)
-        new = whole[taken.argmax(1)]
-        new = taken.any(1).reshape(-1, 1, 1, 1).where(new, cache)
-        return buffers.written(cache, cache, new.contiguous())[slots]
+    if isinstance(start_pos, Tensor):
+        own = Tensor.arange(shape(new)[0], dtype=dtypes.int32) if slots is None else slots
+        done = buffers.scattered(cache, new, start_pos, own)
+        return done if slots is None else done[slots]
     end = start_pos + T
     return buffers.written(cache, cache[:, :, start_pos:end], new)[:, :, :end]
 

@@ -7,9 +7,10 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
-from tinygrad import Tensor, UOp
+from tinygrad import Tensor, UOp, dtypes
 from tinygrad.device import Buffer, BufferSpec
 from tinygrad.dtype import _from_np_dtype, _to_np_dtype
+from tinygrad.uop.ops import KernelInfo
 
 from tinygpt.runtime import cpu_memory
 
@@ -82,6 +83,32 @@ def written(target: Tensor, part: Tensor, values: Tensor) -> Tensor:
     The write happens when the result is computed, so that a captured step sees one fixed buffer.
     """
     return Tensor(target.uop.after(part.uop.store(values.uop)))
+
+
+def scattered(target: Tensor, values: Tensor, starts: Tensor, rows: Tensor) -> Tensor:
+    """The target (N, H, S, D) as it is once each row of values stands in it, in place.
+
+    A kernel of its own, because as an assignment the whole target would be written anew.
+
+    Args:
+        values: (B, H, T, D), of the target's dtype.
+        starts: int32 (B,): where along S each begins; one that does not fit is not written.
+        rows: int32 (B,), each another one: in which row of the target each stands.
+    """
+
+    def kernel(target: UOp, values: UOp, starts: UOp, rows: UOp) -> UOp:
+        (B, H, T, D), (N, _, S, _) = values.shape, target.shape
+        b, h, t, d = (UOp.range(size, i) for i, size in enumerate((B, H, T, D)))
+        start, row = starts[b].cast(dtypes.weakint), rows[b].cast(dtypes.weakint)
+        fits = (start >= 0) & (start <= S - T)
+        # What does not fit leaves what stands in some place of its own row. Remainders have bounds
+        # that tinygrad knows: so it counts in 32 bits, which is all that WebGPU has.
+        place = target[row % N, h, start % (S - T + 1) + t, d]
+        store = place.store(fits.where(values[b, h, t, d], place))
+        return store.end(b, h, t, d).sink(arg=KernelInfo(name="scatter"))
+
+    given = (each.contiguous().uop for each in (values, starts, rows))
+    return Tensor(target.uop.custom_kernel(*given, fxn=kernel)[0])
 
 
 def alias(tensor: Tensor) -> Tensor:
