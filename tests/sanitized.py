@@ -24,8 +24,13 @@ _INTS = {
     "targets": "-1, V",
     "slots": "B - 1 - i, B - 1 - i",  # no two rows have the same
     "starts": "-1, S - T + 1",
+    "draws": "0, 0x7fffffff",
 }
-_NUMBERS = {"float": "random_in(-60, 60) / 16.0f", "unsigned": "random_in(0, 0xffffffff)"}
+_NUMBERS = {
+    "float": "random_in(-60, 60) / 16.0f",
+    "unsigned": "random_in(0, 0xffffffff)",
+    "u64": "(u64)random_in(0, 0x7fffffff) << 32 | random_in(0, 0xffffffff)",
+}
 _WEIGHTS = {"signed char": "random_in(-127, 127)", "unsigned short": "0xbf80 - random_in(0, 9)"}
 # What is written, but read before; and what has room that is neither.
 _BOTH = ("totals", "parameter", "mean", "square", "keys", "values")
@@ -144,7 +149,7 @@ def random_sizes(draw: random.Random, few: bool) -> dict[str, int]:
     sizes |= {"D": draw.randint(1, 80), "place": draw.randint(0, 99), "threshold": 2**30}
     sizes |= {"row": 0, "few": 0}
     if few:
-        sizes["few"] = sizes["M"] = draw.randint(1, 8)
+        sizes["few"] = sizes["M"] = draw.randint(1, 16)
     sizes["S"] = sizes["T"] + draw.randint(0, 70)
     sizes["start_pos"] = draw.randint(0, sizes["S"] - sizes["T"])
     return sizes

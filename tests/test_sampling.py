@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import pytest
-from tinygrad import Tensor, Variable, dtypes
+from tinygrad import Tensor, dtypes
 
 from tinygpt import InputError, sampling
 from tinygpt.commands import flags
@@ -103,8 +103,10 @@ def test_warpers_equal_transformers(seed):
     np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-5)
 
 
-def choose(logits, steps, seeds=None, draw=0, counts=None) -> Tensor:
-    """The next token of each row."""
+def choose(logits, steps, seeds=None, draw=None, counts=None) -> Tensor:
+    """The next token of each row, all at the same draw of their streams."""
+    if draw is not None:
+        draw = Tensor(np.full(logits.shape[0], draw, np.int32))
     return pick(logits, apply_steps(logits, steps, counts), seeds, draw)
 
 
@@ -178,7 +180,8 @@ def test_noise_equals_that_of_numpy(size, draw):
     words = threefry(np.zeros(1, np.uint64), 0)
     assert [int(word[0]) for word in words] == [0x6B200159, 0x99BA4EFE]  # as they publish it
     seeds = [35, 2**40 + 5, 2**64 - 1]
-    found = sampling.gumbel(Tensor(np.array(seeds, np.uint64)), draw, size).numpy()
+    draws = Tensor(np.full(len(seeds), draw, np.int32))
+    found = sampling.gumbel(Tensor(np.array(seeds, np.uint64)), draws, size).numpy()
     assert np.isfinite(found).all()
     for row, seed in zip(found, seeds, strict=True):
         np.testing.assert_allclose(row, noise(seed, draw, size), atol=1e-5, rtol=0)
@@ -198,8 +201,7 @@ def test_a_choice_is_the_largest_sum_of_logit_and_noise():
 def test_steps_of_one_stream_follow_the_distribution_too():
     """As above along the other axis, and neighbouring steps are independent."""
     logits, seeds = Tensor(LOGITS[:1]), Tensor([5], dtype=dtypes.uint64)
-    step = Variable("step", 0, 1000)  # one kernel for all
-    tokens = np.array([choose(logits, [], seeds, step.bind(i)).item() for i in range(300)])
+    tokens = np.array([choose(logits, [], seeds, i).item() for i in range(300)])
     expected = softmax(LOGITS[0].astype(np.float64))
     top = int(expected.argmax())
     share = (tokens == top).mean()

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tinygrad import Tensor, dtypes
 
-from tinygpt.ops import threshold
-from tinygpt.ops.sizes import Position, plus, shape
+from tinygpt.ops import gumbel, threshold
+from tinygpt.ops.sizes import shape
 from tinygpt.options import Checked, check_names, kinds, option
 
 
@@ -219,7 +219,7 @@ def pick(
     given: Tensor,
     kept: Tensor,
     seeds: Tensor | None = None,
-    draw: Position = 0,
+    draw: Tensor | None = None,
     drawn: Tensor | None = None,
 ) -> Tensor:
     """The likeliest token of each row, or one that is drawn.
@@ -228,7 +228,7 @@ def pick(
         given: float (B, V), the model's logits.
         kept: float (B, V), what the steps have left of them.
         seeds: uint64 (B,), one for each row's own stream of draws; None: nothing is drawn.
-        draw: which draw of the stream this is; int (B,) for one of each row.
+        draw: which draw of its stream each row takes, int32 (B,); None: the first.
         drawn: float (B, 1): 1 for a row that draws, 0 for one that takes the likeliest; None: all
             draw.
     Returns:
@@ -236,6 +236,8 @@ def pick(
     """
     V = shape(given)[-1]
     if seeds is not None:
+        if draw is None:
+            draw = Tensor.zeros(shape(seeds)[0], dtype=dtypes.int32).contiguous()
         noise = gumbel(seeds, draw, V)
         kept = kept + (noise if drawn is None else noise * drawn)
     kept = kept.contiguous()
@@ -245,37 +247,6 @@ def pick(
     places = (kept == kept.max(-1, keepdim=True)) * Tensor.arange(V, 0, -1, dtype=dtypes.int32)
     exponents = given.cast(dtypes.float32).bitcast(dtypes.uint32) & 0x7F800000
     return V - (exponents != 0x7F800000).where(places, V + 1).max(-1).cast(dtypes.int32)
-
-
-def gumbel(seeds: Tensor, draw: Position, size: int) -> Tensor:
-    """Gumbel noise: the argmax of logits plus it is a draw from their softmax.
-
-    The generator is tinygrad's Threefry, a pure function of (seed, draw, place): a row draws the
-    same whatever stands beside it. Source: Maddison et al. 2014, "A* Sampling", section 2.
-
-    Args:
-        seeds: uint64 (B,).
-        draw: from 0; int (B,) for one of each row.
-    Returns:
-        float32 (B, size).
-    """
-    places = Tensor.arange((size + 1) // 2, dtype=dtypes.uint32).cast(dtypes.uint64)
-    if isinstance(draw, Tensor):
-        draws = draw.cast(dtypes.uint64).reshape(-1, 1)
-    else:
-        draws = plus(Tensor.zeros(1, 1, dtype=dtypes.uint64), draw)
-    pairs = (places + draws * 2**32).threefry(seeds.reshape(-1, 1))  # (B, size / 2) of 64 bits
-    bits = Tensor.cat((pairs & 0xFFFFFFFF), pairs.rshift(32), dim=-1)[:, :size]
-    # The middle of one of 2**23 equal steps: never 0 or 1, where a logarithm would be infinite.
-    # Of 2**24 steps float32 cannot say the middles: the last would be 1.
-    uniform = (bits.cast(dtypes.uint32).rshift(9).cast(dtypes.float32) + 0.5) * 2**-23
-    # Near 1, where the largest noise comes from, a GPU's logarithm may be off by more than its
-    # value: there it is its series.
-    rest = 1 - uniform
-    series = rest / 6 + 1 / 5
-    for n in (4, 3, 2, 1):
-        series = series * rest + 1 / n
-    return -(rest < 1 / 8).where(series * rest, -uniform.log()).log()
 
 
 def _ordered_bits(x: Tensor) -> Tensor:

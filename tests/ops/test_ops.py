@@ -81,7 +81,8 @@ def hold_equal(name: str, given: dict[str, Array | None], by: tuple[str, ...] = 
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 1), (1, 21, 67), (7, 259, 8), (9, 21, 37), (70, 37, 67), (270, 259, 33)]
+    "shape",
+    [(1, 1, 1), (1, 21, 67), (7, 259, 8), (16, 21, 37), (17, 21, 37), (70, 37, 67), (270, 259, 33)],
 )
 def test_linear(shape):
     M, K, N = shape
@@ -97,7 +98,7 @@ def test_linear_without_what_may_be_absent(absent):
     hold_equal("linear", given, tuple(n for n in given if given[n] is not None))
 
 
-@pytest.mark.parametrize("M", [1, 3, 9])
+@pytest.mark.parametrize("M", [1, 3, 16, 17])
 @pytest.mark.parametrize("dtype", HOLDS)
 def test_linear_of_narrow_weights(M, dtype):
     given = {"x": draw(M, 53), "weight": hold(draw(67, 53), dtype), "bias": draw(67)}
@@ -283,6 +284,14 @@ def test_threshold(shape):
         assert np.array_equal(*found)
 
 
+@pytest.mark.parametrize("size", [1, 2, 15, 16, 17, 71, 5003])
+def test_gumbel(size):
+    seeds = Tensor(np.array([0, 35, 2**64 - 1], np.uint64), device="CPU")
+    draws = Tensor(np.array([3, 0, 2**31 - 1], np.int32), device="CPU")
+    found = [form.gumbel(seeds, draws, size).numpy() for form in (plain, fast)]
+    np.testing.assert_allclose(*found, rtol=1e-6, atol=1e-6)
+
+
 def test_dropout_drops_its_share_and_no_two_places_alike():
     x = Tensor.ones(64, 1000, device="CPU")
     masks = {
@@ -331,7 +340,7 @@ def test_what_each_operation_is_said_to_take_grows_with_its_sizes(monkeypatch):
     q, cache = Tensor.ones(2, 3, 8).contiguous(), (Tensor.zeros(2, 2, 9, 4).contiguous(),) * 2
     drop, heads = key_of(0.5), Heads(2, 1.0)
     inputs, order = Tensor.ones(5).contiguous(), Tensor.zeros(2, 7, dtype=dtypes.uint32)
-    order = order.contiguous()
+    order, seeds = order.contiguous(), Tensor([3, 4], dtype=dtypes.uint64)
     for y, x in (
         (fast.matmul(a, b, False, False), a), (fast.linear(a, w, None, None, None), a),
         (fast.activation(a, "relu"), a), (fast.layer_norm(a, row, row, 1e-5), a),
@@ -340,6 +349,7 @@ def test_what_each_operation_is_said_to_take_grows_with_its_sizes(monkeypatch):
         (fast.cross_entropy(a, w, Tensor([[1, 2, 3]] * 2, dtype=dtypes.int32), None), None),
         (fast.attention_cached(q, q, q, heads, cache, 0, None, None), None),
         (fast.threshold(order, Tensor.ones(2, 7), Tensor([1.0])), None),
+        (fast.gumbel(seeds, Tensor([0, 1], dtype=dtypes.int32), 7), None),
     ):  # fmt: skip
         if x is not None:
             y.sum().gradient(x)
@@ -361,6 +371,7 @@ def test_what_each_operation_is_said_to_take_grows_with_its_sizes(monkeypatch):
         "sum_of_squares": (2 * 35,) * 2,
         "cross_entropy": (2 * 6 * 5 * 7, 6),
         "threshold": (64 * 2 * 7, 2),
+        "gumbel": (16 * 2 * 7,) * 2,
         "adamw": (16 * 30,) * 2,
     }
 

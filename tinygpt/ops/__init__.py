@@ -24,6 +24,7 @@ __all__ = [
     "cross_entropy",
     "dropout",
     "embedding",
+    "gumbel",
     "layer_norm",
     "linear",
     "matmul",
@@ -211,3 +212,19 @@ def threshold(order: Tensor, weights: Tensor, target: Tensor) -> Tensor:
         uint32 (B, 1).
     """
     return _form(order, weights).threshold(order, weights, target)
+
+
+def gumbel(seeds: Tensor, draw: Tensor, size: int) -> Tensor:
+    """Gumbel noise: the argmax of logits plus it is a draw from their softmax.
+
+    The generator is Threefry, as tinygrad has it, a pure function of (seed, draw, place): a row
+    draws the same whatever stands beside it. Source: Maddison et al. 2014, "A* Sampling",
+    section 2.
+
+    Args:
+        seeds: uint64 (B,).
+        draw: int32 (B,), from 0.
+    Returns:
+        float32 (B, size).
+    """
+    return _form(seeds, draw).gumbel(seeds, draw, size)

@@ -316,3 +316,11 @@ def threshold(order: Tensor, weights: Tensor, target: Tensor) -> Tensor:
     flops = 64 * B * V
     return launch.call(_HERE / "sampling.c", "threshold", tensors, {"B": B, "V": V},
                        count_threads(flops, B), flops)["found"]  # fmt: skip
+
+
+def gumbel(seeds: Tensor, draw: Tensor, size: int) -> Tensor:
+    B = shape(seeds)[0]
+    tensors = {"noise": _empty(seeds, B, size), "seeds": seeds, "draws": draw}
+    flops = 16 * B * size
+    return launch.call(_HERE / "sampling.c", "gumbel", tensors, {"B": B, "V": size},
+                       count_threads(flops), flops)["noise"]  # fmt: skip

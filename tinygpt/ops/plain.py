@@ -255,3 +255,20 @@ def threshold(order: Tensor, weights: Tensor, target: Tensor) -> Tensor:
         reached = (order >= candidate).where(weights, 0).sum(-1, keepdim=True) >= target
         candidate = (reached.where(candidate, candidate - bit) + bit // 2).contiguous()
     return candidate
+
+
+def gumbel(seeds: Tensor, draw: Tensor, size: int) -> Tensor:
+    places = Tensor.arange((size + 1) // 2, dtype=dtypes.uint32).cast(dtypes.uint64)
+    counters = places + draw.cast(dtypes.uint64).reshape(-1, 1) * 2**32
+    pairs = counters.threefry(seeds.reshape(-1, 1))  # (B, size / 2) of 64 bits
+    bits = Tensor.cat((pairs & 0xFFFFFFFF), pairs.rshift(32), dim=-1)[:, :size]
+    # The middle of one of 2**23 equal steps: never 0 or 1, where a logarithm would be infinite.
+    # Of 2**24 steps float32 cannot say the middles: the last would be 1.
+    uniform = (bits.cast(dtypes.uint32).rshift(9).cast(dtypes.float32) + 0.5) * 2**-23
+    # Near 1, where the largest noise comes from, a GPU's logarithm may be off by more than its
+    # value: there it is its series.
+    rest = 1 - uniform
+    series = rest / 6 + 1 / 5
+    for n in (4, 3, 2, 1):
+        series = series * rest + 1 / n
+    return -(rest < 1 / 8).where(series * rest, -uniform.log()).log()

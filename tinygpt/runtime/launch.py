@@ -23,7 +23,9 @@ from tinygpt.runtime import buffers
 
 # How C names the types of numbers in memory. A matrix of weights may have any of WEIGHTS; C calls
 # its type WEIGHT. bfloat16, the upper half of a float32, is held as uint16.
-_TYPES = {"float": dtypes.float32, "int": dtypes.int32, "unsigned": dtypes.uint32}
+_TYPES = {
+    "float": dtypes.float32, "int": dtypes.int32, "unsigned": dtypes.uint32, "u64": dtypes.uint64,
+}  # fmt: skip
 WEIGHTS: dict[DType, dict[str, object]] = {
     dtypes.float32: {"WEIGHT": "float"},
     dtypes.float16: {"WEIGHT": "__fp16"},
