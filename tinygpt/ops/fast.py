@@ -20,8 +20,10 @@ from tinygpt.runtime.launch import Gradient, Tensors
 # A thread is worth its while for so many floating-point operations: meeting it costs about a
 # microsecond.
 _THREAD_FLOPS = 50_000
-# Up to so many rows a product with weights takes the time of reading them: see gemv.h.
-_FEW_ROWS = 8
+# Up to so many rows a product with weights is gemv.h's, whose time is that of reading them.
+_FEW_ROWS = 16
+# Up to so many queries attention has a way of its own: see attention.c.
+_FEW_QUERIES = 8
 # Of attention: see attention.c.
 _STRIP, _BAND = 66, 96
 
@@ -214,7 +216,7 @@ def attention_cached(
     flops = 2 * B * M * S * C
     threads = count_threads(flops, B * heads.n_head)
     starts = start_pos if isinstance(start_pos, Tensor) else None
-    few = M <= _FEW_ROWS
+    few = M <= _FEW_QUERIES
     scores = _empty(q, threads, 1 if few else min(M, _BAND), S)
     tensors: Given = {"y": _empty(q, B, M, C), "keys": cache[0], "values": cache[1]}
     tensors |= {"scores": scores, "q": q, "k": k, "v": v, "starts": starts, "slots": slots}

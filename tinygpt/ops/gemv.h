@@ -1,6 +1,6 @@
 // A product of a few rows with weights, as generating one token takes it.
 
-// Columns n0 to n1 of c = a @ b.T, for M rows of a (at most 8, a constant) and weights b[n][k]. The
+// Columns n0 to n1 of c = a @ b.T, for M rows of a (at most 16, a constant) and weights b[n][k]. The
 // time is that of reading b, so each weight goes straight from memory into as many sums as the
 // registers hold. A core fetches ahead for each of several far places that it reads in turn, so
 // there are STREAMS of them. Where they do not come out even, a row is computed twice.

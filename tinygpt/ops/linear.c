@@ -36,7 +36,7 @@ static void linear(float *y,                          // (M, N)
                    const float *scale,                // (N,) or absent
                    const float *bias,                 // (N,) or absent
                    const float *residual,             // (M, N) or absent
-                   int core_id, int threads, int few,  // few: M if it is at most 8, else 0
+                   int core_id, int threads, int few,  // few: M if it is at most 16, else 0
                    int M, int N, int K) {
   range rows = {0, M}, columns = {0, N};
   if (few) {
