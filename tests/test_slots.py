@@ -115,20 +115,41 @@ def test_what_a_prompt_begins_with_like_another_is_not_read_again(model, monkeyp
     other = [*prompt[:9], 50, 51]
     four, token = first(other)
     assert token == reference_of(model).row(other)[-1].argmax()
-    assert (len(read), len(copied)) == (3, 2)
+    assert (read, len(copied)) == ([4, 4, 4, 1], 2)
     slots.stop(four)
     slots.clear()
     first(prompt)
-    assert (len(read), len(copied)) == (6, 2)
+    assert (len(read), len(copied)) == (7, 2)
 
 
 def test_a_prompt_is_read_one_chunk_a_step_while_others_go_on(model):
     slots = Slots(model, 2, chunk_size=4, serving=True)
     running = slots.start([1])
     slots.step()
-    late = slots.start(list(range(1, 15)))
+    late = slots.start(list(range(2, 16)))
     steps = [sorted(slots.step()) for _ in range(5)]
     assert steps == [[running]] * 3 + [[running, late]] * 2
+
+
+def test_a_short_prompt_is_read_in_smaller_chunks(model, monkeypatch):
+    slots = Slots(model, 2, chunk_size=16, serving=True)
+    read, usual = [], slots._session._run
+    monkeypatch.setattr(
+        slots._session, "_run", lambda do, ids, *at: read.append(ids.shape) or usual(do, ids, *at)
+    )
+    for length, expected in (
+        (3, [4]),
+        (10, [4, 4, 4]),
+        (12, [4, 4, 4]),
+        (13, [16]),
+        (29, [16, 16]),
+    ):
+        read.clear()
+        slots.clear()
+        slots.start([7] * length)
+        while not slots.step():
+            pass
+        assert read == [(1, size) for size in expected], length
 
 
 def test_log_probabilities_are_those_of_the_raw_softmax(model):

@@ -61,16 +61,18 @@ class Slots:
         """
         Args:
             n: how many texts at most.
-            chunk_size: how many tokens of a prompt are read at once.
+            chunk_size: how many tokens of a prompt are read at once: at most so many where it is
+                serving, else at least; the other is a quarter, or four times as many.
             serving: make few kinds of steps, each for any settings, so that nothing is compiled
                 any more after `compile`: for 1, 4, 16 and n rows. Else each is made when it is
-                first needed, for n rows and no other settings than there are, which is faster; and
-                four times as many tokens are read at once where more than three times are left.
+                first needed, for n rows and no other settings than there are, which is faster.
         """
         block_size = model.config.block_size
         self.n, self.serving = n, serving
         self.chunk_size = min(chunk_size, block_size)
-        self._large_chunk = self.chunk_size if serving else min(4 * chunk_size, block_size)
+        # The large chunk is read where more than three small ones are left.
+        self._small = max(1, self.chunk_size // 4) if serving else self.chunk_size
+        self._large = self.chunk_size if serving else min(4 * chunk_size, block_size)
         self._sizes = sorted({size for size in _SIZES if serving and size < n} | {n})
         self._session = Session(model, n, logits=serving)
         self._chooser = Chooser(model.config.vocab_size, serving)
@@ -195,14 +197,17 @@ class Slots:
     def compile(self) -> None:
         """Run each step that there can be once, on nothing, where it is `serving`."""
         start = 0 if self.n == 1 else -1
-        chunk = np.zeros(self.chunk_size, np.int32)
-        self._session.fill(chunk, start, 0)
-        self._session.score(chunk, start, 0)
+        chunks = [np.zeros(length, np.int32) for length in sorted({self._small, self._large})]
+        for chunk in chunks:
+            self._session.fill(chunk, start, 0)
+        self._session.score(chunks[-1], start, 0)
         if self.n > 1:
             self._session.copy(0, 0)
         for settings in (Sampling(), Sampling(top_k=1)):
             text = _Text(settings)
-            self._session.choose(chunk.reshape(1, -1), [start], [0], self._chooser.choice([text]))
+            for chunk in chunks:
+                choice = self._chooser.choice([text])
+                self._session.choose(chunk.reshape(1, -1), [start], [0], choice)
             for size in self._sizes:
                 choice = self._chooser.choice([text] * size)
                 zeros = np.zeros((size, 1), np.int32)
@@ -215,18 +220,26 @@ class Slots:
         return ids if len(ids) <= block_size else ids[-max(1, block_size // 2) :]
 
     def _copy_beginning(self, slot: int) -> None:
-        """Copy what a text has in common with another, where that saves reading a chunk."""
+        """Copy what a text has in common with another, where fewer tokens are read then."""
         text = self._texts[slot]
         text.begun = True
         source = max(range(self.n), key=lambda other: text.shared_with(self._texts[other]))
         shared = text.shared_with(self._texts[source])
-        if self._chunks(len(text.context) - shared) < self._chunks(text.left):
+        if self._read_for(len(text.context) - shared) < self._read_for(text.left):
             self._session.copy(source, slot)
             text.held = shared
 
-    def _chunks(self, left: int) -> int:
-        """In how many chunks so many tokens are read; one alone needs none."""
-        return -(-left // self.chunk_size) if left > 1 else 0
+    def _chunk(self, left: int) -> int:
+        """How many tokens are read at once where so many are left."""
+        return self._large if left > 3 * self._small else self._small
+
+    def _read_for(self, left: int) -> int:
+        """How many tokens are read in chunks where so many are left; one alone needs none."""
+        read = 0
+        while left > 1:
+            read += self._chunk(left)
+            left -= self._chunk(left)
+        return read
 
     def _read_chunk(self, slot: int) -> Token | None:
         """Read a chunk of a prompt; what follows it, where that was the last."""
@@ -234,7 +247,7 @@ class Slots:
         if text.scores:
             self._score_chunk(slot)
             return None
-        length = self._large_chunk if text.left > 3 * self.chunk_size else self.chunk_size
+        length = self._chunk(text.left)
         if length < text.left:
             self._session.fill(_array(text.context, text.held, length), text.held, slot)
             text.held += length
