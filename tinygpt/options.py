@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -56,6 +57,7 @@ def option_of(other: type, name: str, default: Any, help: str | None = None) -> 
     return field(default=default, metadata={**known, "help": help or known["help"]})
 
 
+@cache
 def kinds(owner: type) -> dict[str, Kind]:
     """The kind of each field of a dataclass, by its name."""
     hints = get_type_hints(owner)

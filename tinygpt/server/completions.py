@@ -148,7 +148,7 @@ class Completion:
             Problem: when they cannot.
         """
         loop, self.engine = asyncio.get_running_loop(), engine
-        self.events: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
+        self.events: asyncio.Queue[tuple[int | None, Any]] = asyncio.Queue()
 
         def telling(index: int) -> Any:
             def tell(event: Token | Exception | None) -> None:
@@ -197,24 +197,26 @@ class Completion:
         ]
         self.echoed = [not self.asked["echo"]] * len(choices)
         open_choices = set(range(len(choices)))
+        # The deadline is an event like the others: to wait for each of them with a limit takes
+        # longer than to handle it.
+        late = None, timed_out(self.limits.timeout_s)
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self.limits.timeout_s
+        deadline = loop.call_later(self.limits.timeout_s, self.events.put_nowait, late)
         try:
             while open_choices:
-                index, event = await asyncio.wait_for(self.events.get(), deadline - loop.time())
-                if index not in open_choices:
+                index, event = await self.events.get()
+                if index is not None and index not in open_choices:
                     continue
-                choice = choices[index]
                 if isinstance(event, Exception):
                     raise _problem_of(event)
+                choice = choices[index]
                 piece = self._piece(choice, event)
                 if choice.finish:
                     open_choices.remove(index)
                     self.engine.cancel([self.jobs[index]])
                 yield choice, piece
-        except TimeoutError as error:
-            raise timed_out(self.limits.timeout_s) from error
         finally:
+            deadline.cancel()
             self.cancel()
 
     def _piece(self, choice: Choice, token: Token | None) -> Piece:
@@ -289,6 +291,8 @@ class Completion:
 
 
 def _problem_of(error: Exception) -> Problem:
+    if isinstance(error, Problem):
+        return error
     if isinstance(error, Draining):
         return ending()
     if isinstance(error, NotNumbers):
