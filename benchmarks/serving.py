@@ -2,7 +2,7 @@
 
     python benchmarks/serving.py [MODEL] [--clients 32] [--tokens 64] [--slots 16] [--rounds 3]
 
-Prints JSON: of each round both rates and their ratio, and the median of the ratios.
+Prints JSON: of each round both rates in tokens/s and their ratio, and the medians.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def main() -> None:
                 many = rate(port, args.clients, args.clients * 2, args.tokens)
                 rounds.append({"one": one, "many": many, "ratio": many / one})
             server.terminate()
-    ratio = statistics.median(each["ratio"] for each in rounds)
-    print(json.dumps({"load": load, "clients": args.clients, "ratio": ratio, "rounds": rounds}))
+    medians = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
+    print(json.dumps({"load": load, "clients": args.clients, **medians, "rounds": rounds}))
 
 
 if __name__ == "__main__":
