@@ -57,9 +57,14 @@ def option_of(other: type, name: str, default: Any, help: str | None = None) -> 
     return field(default=default, metadata={**known, "help": help or known["help"]})
 
 
-@cache
 def kinds(owner: type) -> dict[str, Kind]:
     """The kind of each field of a dataclass, by its name."""
+    hashed: Any = owner  # which mypy denies of a class whose objects are compared
+    return _kinds(hashed)
+
+
+@cache
+def _kinds(owner: type) -> dict[str, Kind]:
     hints = get_type_hints(owner)
     return {each.name: _kind(hints[each.name]) for each in fields(owner)}
 
