@@ -146,7 +146,7 @@ class Generator:
         stop_tokens: Collection[int],
         settings: Sampling,
     ) -> Iterator[list[int | None]]:
-        with self._slots(len(rows)) as slots:
+        with self.slots(len(rows)) as slots:
             places = [
                 slots.start(ids, settings, seed) for ids, seed in zip(rows, seeds, strict=True)
             ]
@@ -171,7 +171,7 @@ class Generator:
         return idle is not None and idle.fits(batch_size, self.chunk_size)
 
     @contextmanager
-    def _slots(self, batch_size: int) -> Iterator[Slots]:
+    def slots(self, batch_size: int) -> Iterator[Slots]:
         """Slots for one stream alone, as long as it lasts."""
         alone, slots = batch_size == 1, None
         with _lock:

@@ -21,7 +21,7 @@ from program import CONFIG, ROOT, SHORT, finish, is_refused, start
 from tinygpt import GPT, Generator, GPTConfig, load_tokenizer
 from tinygpt.checkpoints import hub
 from tinygpt.commands import prompt as read_from
-from tinygpt.commands.output import _Sample
+from tinygpt.commands.output import Sample
 from tinygpt.commands.prompt import stop_text
 from tinygpt.runtime import device
 
@@ -290,7 +290,7 @@ def test_a_line_that_ends_as_on_windows_ends_at_a_terminal(cli, monkeypatch):
     """However its two characters come, and a carriage return by itself does not go back."""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     pieces = ["a\r\nb", "\r", "\n", "c\r", "d", "\r"]
-    monkeypatch.setattr(_Sample, "add", lambda *_: pieces.pop(0) if pieces else "")
+    monkeypatch.setattr(Sample, "add", lambda *_: pieces.pop(0) if pieces else "")
     assert cli("x", *SHORT)[1].endswith("a\nb\nc\ufffdd\n")
 
 

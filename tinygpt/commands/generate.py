@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from tinygpt.commands.flags import add_flag, add_options, add_shared, given, spe
 from tinygpt.commands.interrupts import Ended, Interrupts
 from tinygpt.commands.output import Output
 from tinygpt.commands.prompt import read_ids, read_prompt, stop_text, typed_prompts
+from tinygpt.commands.prompts_file import Asked, opened, read_asked, write_all
 from tinygpt.config import PRESETS, SHAPE, GPTConfig
 from tinygpt.errors import InputError, say
 from tinygpt.options import defaults
@@ -30,6 +32,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     words = "text to continue; - or a pipe reads stdin"
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help=words)
     add_flag(parser, "--prompt-file", metavar="FILE", help="the text to continue is in a file")
+    words = "continue each prompt of a file of JSON lines, with prompt and id in each"
+    add_flag(parser, "--prompts", metavar="FILE", help=words)
+    words = "where the texts of --prompts go, an id's on a line; started again, it goes on "
+    words += "(default: stdout)"
+    add_flag(parser, "-o", "--out", metavar="FILE", help=words)
     words = "continue one line after the other, typed or from a pipe; Ctrl-D ends"
     add_flag(parser, "-i", "--interactive", kind=bool, help=words)
     models = f"a folder, file, or name to fetch, such as gpt2; or {' or '.join(hub.BUILT_IN)}, "
@@ -87,6 +94,8 @@ class Request:
     sampling: dict[str, Any]
     json: bool
     interactive: bool
+    asked: list[Asked]  # the prompts of a file, in place of one
+    out: str | None
 
 
 def parse(args: argparse.Namespace) -> Request:
@@ -105,7 +114,8 @@ def parse(args: argparse.Namespace) -> Request:
     if args.prompt_file is not None and (args.prompt, args.ids) != (None, None):
         raise InputError("--prompt-file and a prompt or --ids are two texts: give one of them")
     ids = read_ids(args.ids, args.prompt)
-    nothing = ids or (args.interactive and (args.prompt, args.prompt_file) == (None, None))
+    asked = _asked(args)
+    nothing = ids or asked or (args.interactive and (args.prompt, args.prompt_file) == (None, None))
     preset = args.preset or _DEFAULT_PRESET
     shape = given(args, SHAPE)
     if preset in PRESETS:
@@ -128,7 +138,26 @@ def parse(args: argparse.Namespace) -> Request:
         sampling={**sampling, **given(args, defaults(Sampling))},
         json=bool(args.json),
         interactive=bool(args.interactive),
+        asked=asked,
+        out=args.out,
     )
+
+
+def _asked(args: argparse.Namespace) -> list[Asked]:
+    """The prompts of --prompts; none without it."""
+    if args.prompts is None:
+        if args.out is not None:
+            raise InputError("--out is for the texts of --prompts FILE: > FILE keeps what is shown")
+        return []
+    others = {
+        "a prompt": args.prompt, "--prompt-file": args.prompt_file, "--ids": args.ids,
+        "--interactive": args.interactive, "--json": args.json,
+        "--num-samples": args.num_samples > 1,
+    }  # fmt: skip
+    for name, other in others.items():
+        if other not in (None, False):
+            raise InputError(f"{name} is for one prompt: leave it out, or --prompts")
+    return read_asked(args.prompts)
 
 
 def _first_of_a_new_model(args: argparse.Namespace) -> str | None:
@@ -153,6 +182,8 @@ def run(args: argparse.Namespace) -> int:
         writer = open_writer(request)
     if writer is None:  # a signal came before there was a model
         return 128 + interrupts.came
+    if request.asked:
+        return _write_file(request, writer)
     if not request.interactive:
         came = _write(request, writer, first=True)
         return 128 + came if came else 0
@@ -184,13 +215,8 @@ def _write(request: Request, writer: Writer, first: bool = False) -> int | None:
         ids = request.ids or writer.encode(request.prompt, request.special_tokens)
         if request.ids:
             request = replace(request, prompt=writer.tokenizer.decode(ids))
-        settings = {**writer.sampling, **request.sampling}
-        most = request.max_new_tokens
-        if most is None:  # else a text is as long as was asked for
-            most = writer.max_new_tokens
-            if request.sentence_after is None:
-                request = replace(request, sentence_after=writer.sentence_after)
-        steps = writer.stream(ids, most, request.seeds, **settings)
+        request = _as_the_model_says(request, writer)
+        steps = writer.stream(ids, request.max_new_tokens, request.seeds, **request.sampling)
         if first:
             introduce(request, writer)
         _say_what_is_read(len(ids), writer.model.config.block_size)
@@ -199,6 +225,30 @@ def _write(request: Request, writer: Writer, first: bool = False) -> int | None:
     if output:  # else it was ended before anything
         output.finish()
     return interrupts.came
+
+
+def _write_file(request: Request, writer: Writer) -> int:
+    """Continue the prompts of a file; the exit status."""
+    request = _as_the_model_says(request, writer)
+    introduce(request, writer)
+    with opened(request.out, request.asked) as texts:
+        already, start, count = len(texts.done), time.perf_counter(), 0
+        if already:
+            say(f"{already} of {len(request.asked)} texts are in {request.out}")
+        with Interrupts() as interrupts, _backend_is_asked_first():
+            count = write_all(request, writer, request.asked, texts, interrupts)
+        made, took_s = len(texts.done) - already, time.perf_counter() - start
+        say(f"{made} texts, {count} tokens, {count / took_s:.1f} tokens/s")
+    return 128 + interrupts.came if interrupts.came else 0
+
+
+def _as_the_model_says(request: Request, writer: Writer) -> Request:
+    """The request with all that the model's files say and it does not."""
+    request = replace(request, sampling={**writer.sampling, **request.sampling})
+    if request.max_new_tokens is not None:  # a text is as long as was asked for
+        return request
+    after = writer.sentence_after if request.sentence_after is None else request.sentence_after
+    return replace(request, max_new_tokens=writer.max_new_tokens, sentence_after=after)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tinygpt.commands.generate import Request
 
 
-class _Sample:
+class Sample:
     """One text that is being written."""
 
     def __init__(self, stream: TextStream) -> None:
@@ -46,7 +46,7 @@ class Output:
     ) -> None:
         self.request, self.prompt_ids, self.interrupts = request, prompt_ids, interrupts
         ends = request.stop, request.sentence_after
-        self.samples = [_Sample(writer.text_stream(*ends)) for _ in request.seeds]
+        self.samples = [Sample(writer.text_stream(*ends)) for _ in request.seeds]
         self.at_once = len(self.samples) == 1 and not request.json
         self.times: list[float] = []  # seconds after the start, for each token
         if hasattr(sys.stdout, "reconfigure"):

@@ -1,0 +1,207 @@
+"""A file of prompts, each continued once, and the file of the texts, which can be gone on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+from tinygpt.commands.interrupts import Interrupts
+from tinygpt.commands.output import Sample
+from tinygpt.commands.prompt import MAX_PROMPT_BYTES
+from tinygpt.errors import InputError, reason, show
+from tinygpt.model import NOT_NUMBERS
+from tinygpt.sampling import Sampling
+from tinygpt.storage import parse_json, read_bytes
+from tinygpt.writer import Writer
+
+if TYPE_CHECKING:
+    from tinygpt.commands.generate import Request
+
+AT_ONCE = 16  # texts side by side
+_MOST_BYTES = 1 << 30  # of a file of prompts or texts
+
+
+class Asked(NamedTuple):
+    """One prompt of a file."""
+
+    id: str | int
+    prompt: str
+
+
+def read_asked(path: str) -> list[Asked]:
+    """The prompts of a file of JSON lines.
+
+    A line is an object with `prompt`, and `id`, a text or a whole number, which is the line's
+    number where there is none. What else it has is not read.
+
+    Raises:
+        InputError: when it cannot be read, a line is none of these, or two have one id.
+    """
+    asked, lines = list[Asked](), dict[str | int, int]()
+    for number, record in _records(_read(path), path):
+        where = f"{path}, line {number}"
+        prompt, name = record.get("prompt"), record.get("id", number)
+        if not isinstance(prompt, str):
+            raise InputError(f"{where}: prompt is {show(prompt)}: it must be a text")
+        if len(prompt) > MAX_PROMPT_BYTES:
+            raise InputError(f"{where}: its prompt has more than {MAX_PROMPT_BYTES >> 20} MiB")
+        if isinstance(name, bool) or not isinstance(name, str | int):
+            raise InputError(f"{where}: id is {show(name)}: it must be a text or a whole number")
+        if name in lines:
+            raise InputError(f"{where}: its id {show(name)} is that of line {lines[name]} too")
+        lines[name] = number
+        asked.append(Asked(name, prompt))
+    if not asked:
+        raise InputError(f"{path} is empty: give a line of JSON with a prompt for each text")
+    return asked
+
+
+def _read(path: str) -> bytes:
+    try:
+        return read_bytes(path, _MOST_BYTES)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {reason(error)}") from error
+
+
+def _records(data: bytes, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Of each line that is not empty its number, and what it says."""
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if line.strip():
+            try:
+                yield number, parse_json(line)
+            except ValueError as error:
+                raise InputError(f"{path}, line {number}: {reason(error)}") from error
+
+
+class Texts:
+    """Where the texts go, a line of JSON for each, as soon as it is whole."""
+
+    def __init__(self, file: BinaryIO | None, done: set[str | int]) -> None:
+        self._file, self.done = file, done
+
+    def add(self, asked: Asked, text: str, finish: str) -> None:
+        """Write one."""
+        found = {"id": asked.id, "text": text, "finish_reason": finish}
+        line = json.dumps(found, ensure_ascii=False) + "\n"
+        if self._file is None:
+            sys.stdout.write(line)
+            sys.stdout.flush()
+        else:
+            self._file.write(line.encode())
+            self._file.flush()
+        self.done.add(asked.id)
+
+
+@contextmanager
+def opened(path: str | None, asked: Sequence[Asked]) -> Iterator[Texts]:
+    """The file of texts, made or gone on with; None is stdout.
+
+    Of a line that was cut when the program was killed, what is there goes away.
+
+    Raises:
+        InputError: when it cannot be written, another program writes it, or it has texts of other
+            prompts.
+    """
+    if path is None:
+        yield Texts(None, set())
+        return
+    try:
+        file = open(path, "ab")  # noqa: SIM115
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {reason(error)}; name another --out") from error
+    with file:
+        _lock(file, path)
+        done, known = set[str | int](), {each.id for each in asked}
+        whole, _, cut = _read(path).rpartition(b"\n")
+        for number, record in _records(whole, path):
+            name = record.get("id")
+            if not isinstance(name, str | int) or name not in known:
+                fact = f"{path}, line {number}, is of no prompt that was given"
+                raise InputError(f"{fact}: name another --out, or remove it")
+            if name in done:
+                raise InputError(f"{path}, line {number}: {show(name)} stands there twice")
+            done.add(name)
+        try:
+            if cut:
+                file.truncate(os.fstat(file.fileno()).st_size - len(cut))
+            yield Texts(file, done)
+            os.fsync(file.fileno())
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {reason(error)}") from error
+
+
+def _lock(file: BinaryIO, path: str) -> None:
+    """Let no other program write it, as long as it is open."""
+    with suppress(ImportError):  # Windows
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"another program is writing {path}: wait for it, or name another --out"
+            ) from error
+        except OSError:  # a drive without locks
+            return
+
+
+class _Text:
+    """One that is being written."""
+
+    def __init__(self, asked: Asked, sample: Sample) -> None:
+        self.asked, self.sample = asked, sample
+
+    def add(self, token: int, ends: Collection[int], most: int) -> str | None:
+        """Take one more token; why the text ends with it, where it does."""
+        if token in ends:
+            return "stop"
+        self.sample.add(token)
+        if self.sample.stream.stopped:
+            return "stop"
+        return "length" if len(self.sample.tokens) == most else None
+
+
+def write_all(
+    request: Request, writer: Writer, asked: Sequence[Asked], texts: Texts, interrupts: Interrupts
+) -> int:
+    """Continue each prompt that has no text yet, several side by side; how many tokens it took.
+
+    The prompt of line n, counted from 0, is continued with the n-th seed: its text is the same
+    whatever stands beside it, and whenever the program was started again.
+    """
+    settings, most = Sampling.of(**request.sampling), request.max_new_tokens
+    waiting = deque((i, each) for i, each in enumerate(asked) if each.id not in texts.done)
+    if not most:
+        for _, each in waiting:
+            texts.add(each, "", "length")
+        return 0
+    if not waiting:
+        return 0
+    count, running, at_once = 0, dict[int, _Text](), min(AT_ONCE, len(waiting))
+    writer.generator.require_memory(at_once)
+    with writer.generator.slots(at_once) as slots:
+        while (waiting or running) and not interrupts.came:
+            while waiting and slots.free:
+                index, each = waiting.popleft()
+                ids = writer.encode(each.prompt, request.special_tokens)
+                sample = Sample(writer.text_stream(request.stop, request.sentence_after))
+                slot = slots.start(ids, settings, request.seeds[0] + index)
+                running[slot] = _Text(each, sample)
+            found = slots.step()
+            for slot, text in [each for each in running.items() if each[0] in found]:
+                token = found[slot].token
+                if not 0 <= token < writer.model.config.vocab_size:
+                    raise InputError(NOT_NUMBERS)
+                interrupts.has_text = True
+                count += 1
+                if finish := text.add(token, writer.tokenizer.ends, most):
+                    slots.stop(slot)
+                    del running[slot]
+                    text.sample.end()
+                    texts.add(text.asked, text.sample.text, finish)
+    return count
