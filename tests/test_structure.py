@@ -30,6 +30,7 @@ ROWS = [
     ("session", "logprobs"),
     ("choosing",),
     ("checkpoints",),
+    ("devices",),
     ("model",),
     ("layers", "sampling"),
     ("ops",),

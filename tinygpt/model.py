@@ -23,7 +23,7 @@ from tinygpt.ids import check_range, read_ids
 from tinygpt.layers import Dropout, Embedding, LayerNorm, Linear, Record, TransformerBlock
 from tinygpt.ops.sizes import Position, Whole, plus, shape
 from tinygpt.runtime import device
-from tinygpt.runtime.buffers import tensor, write
+from tinygpt.runtime.buffers import moved, tensor, write
 from tinygpt.runtime.capture import is_capturing
 from tinygpt.runtime.memory import require_memory
 from tinygpt.tokenizer.tokenizer import Tokenizer
@@ -182,7 +182,8 @@ class GPT:
         """
         self.require_cache_memory(batch_size, length)
         zeros = np.broadcast_to(np.float32(0), self._cache_shape(batch_size, length))
-        return [(tensor(zeros), tensor(zeros)) for _ in range(self.config.n_layer)]
+        devices = [block.device for block in self.blocks]
+        return [(tensor(zeros, device), tensor(zeros, device)) for device in devices]
 
     def require_cache_memory(self, batch_size: int, length: int) -> None:
         """Refuse a cache that would not fit into memory: see `empty_cache`."""
@@ -249,13 +250,15 @@ class GPT:
         x = self.dropout(x.contiguous(), key)  # (B, T, C)
         for i, block in enumerate(self.blocks):
             last_row = row if i == len(self.blocks) - 1 else None
+            x, key = moved(x, block.device), moved(key, block.device)
+            start_pos, slots = moved(start_pos, block.device), moved(slots, block.device)
             if record is not None:
                 record.hidden_states.append(x)
             part = None if cache is None else cache[i]
             x = block(x, part, start_pos, slots, last_row, key, record)
         if record is not None:
             record.hidden_states.append(x)
-        return self.ln_f(x) if self.config.norm == "pre" else x
+        return self.ln_f(moved(x, str(self.wte.weight.device))) if self.config.norm == "pre" else x
 
     def ids(self, given: Any) -> Tensor:
         """What is given as tokens, as int32 (B, T).
@@ -288,7 +291,7 @@ class GPT:
     def logits(self, x: Tensor) -> Tensor:
         """The output projection, or unembedding: (..., C) -> (..., V)."""
         weight, scale = self._unembedding
-        return ops.linear(x, weight, scale=scale)
+        return ops.linear(moved(x, str(weight.device)), weight, scale=scale)
 
     def losses(self, tokens: Any, targets: Any, key: Tensor | None = None) -> Tensor:
         """The cross entropy of each target, in nats, through which gradients go.
@@ -308,7 +311,7 @@ class GPT:
             )
         x = self.hidden_states(tokens, key=key)
         weight, scale = self._unembedding
-        return ops.cross_entropy(x, weight, targets, scale)
+        return ops.cross_entropy(moved(x, str(weight.device)), weight, targets, scale)
 
     @property
     def _unembedding(self) -> tuple[Tensor, Tensor | None]:

@@ -18,6 +18,7 @@ from tinygpt.commands.output import Output
 from tinygpt.commands.prompt import read_ids, read_prompt, stop_text, typed_prompts
 from tinygpt.commands.prompts_file import Asked, opened, read_asked, write_all
 from tinygpt.config import PRESETS, SHAPE, GPTConfig
+from tinygpt.devices import share_blocks
 from tinygpt.errors import InputError, say
 from tinygpt.options import defaults
 from tinygpt.runtime import device
@@ -45,6 +46,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     words = "a new model of random weights; so does --tokenizer, or any flag of its shape"
     add_flag(parser, "--untrained", kind=bool, help=words)
     add_shared(parser, "--dtype")
+    words = (
+        "share the blocks out over so many devices of the backend, where one has no room for all"
+    )
+    add_flag(parser, "--devices", kind=int, help=words, low=1, below=1025)
     add_shared(parser, "--plain")
     add_shared(parser, "--json", help="print one JSON object instead of text")
     group = parser.add_argument_group("the shape of a new model")
@@ -86,6 +91,7 @@ class Request:
     fit_vocabulary: bool  # whether the shape has no number of ids of its own
     tokenizer: str | None
     dtype: str | None
+    devices: int | None
     special_tokens: bool
     max_new_tokens: int | None  # None is as many as the model has it
     stop: list[str]
@@ -130,6 +136,7 @@ def parse(args: argparse.Namespace) -> Request:
         fit_vocabulary=bool(args.tokenizer) and args.vocab_size is None,
         tokenizer=args.tokenizer,
         dtype=args.dtype,
+        devices=args.devices,
         special_tokens=args.special_tokens,
         max_new_tokens=args.max_new_tokens,
         stop=[stop_text(text) for text in args.stop],
@@ -180,6 +187,8 @@ def run(args: argparse.Namespace) -> int:
     request, writer = parse(args), None
     with Interrupts() as interrupts, _backend_is_asked_first():
         writer = open_writer(request)
+        if request.devices is not None:
+            share_blocks(writer.model, request.devices)
     if writer is None:  # a signal came before there was a model
         return 128 + interrupts.came
     if request.asked:
@@ -274,6 +283,10 @@ def introduce(request: Request, writer: Writer) -> None:
     name = request.model or request.preset
     about = f", trained on {hub.BUILT_IN[name]}," if name in hub.BUILT_IN else ""
     where = f"{device.describe()}, {device.describe_operations()}"
+    if (request.devices or 1) > 1:
+        where += f", its blocks on {request.devices} devices"
+        if device.default() == "CPU":
+            where += " (which share the cores of one: it is no faster)"
     say(f"{name}, {config.parameter_count:,} parameters{about} on {where}")
     if not request.model:
         say(f"untrained: its weights are random (seed {request.seeds[0]}), so the text is noise")

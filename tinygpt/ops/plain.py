@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tinygrad import Tensor, dtypes
 
@@ -116,7 +117,7 @@ def attention(
     seen: list[Tensor] | None = None,
 ) -> Tensor:
     T = shape(k)[1]
-    mask = _causal_mask(shape(q)[1], T, cache, start_pos, row)
+    mask = _causal_mask(q, T, cache, start_pos, row)
     q, k, v = (x.reshape(*shape(x)[:2], heads.n_head, -1).transpose(1, 2) for x in (q, k, v))
     if cache is not None:
         k, v = (_remember(x, old, start_pos, slots) for x, old in zip((k, v), cache, strict=True))
@@ -148,22 +149,27 @@ def attention_weights(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -
     return (scores if mask is None else mask.where(scores, -math.inf)).softmax(-1)
 
 
+def _counted(size: Position, like: Tensor, dtype: Any = dtypes.int32) -> Tensor:
+    """The whole numbers from 0, where another tensor lies: (size,)."""
+    return Tensor.arange(size, dtype=dtype, device=like.device)
+
+
 def _causal_mask(
-    M: int,
+    q: Tensor,
     T: int,
     cache: tuple[Tensor, Tensor] | None,
     start_pos: Position,
     row: Whole | None,
 ) -> Tensor | None:
     """True where a query may look: at itself and before. (B or 1, 1, M, S)."""
-    own_starts = isinstance(start_pos, Tensor)
+    M, own_starts = shape(q)[1], isinstance(start_pos, Tensor)
     if T == 1 and not own_starts:
         return None
     start = start_pos.reshape(-1, 1, 1, 1) if isinstance(start_pos, Tensor) else start_pos
     S = shape(cache[0])[2] if own_starts and cache is not None else start_pos + T
-    query = plus(Tensor.arange(M, dtype=dtypes.int32).reshape(1, 1, M, 1), start)
+    query = plus(_counted(M, q).reshape(1, 1, M, 1), start)
     query = query if row is None or M == T else plus(query, row)
-    key = Tensor.arange(S, dtype=dtypes.int32).reshape(1, 1, 1, S)
+    key = _counted(S, q).reshape(1, 1, 1, S)
     return key <= query
 
 
@@ -174,7 +180,7 @@ def _remember(new: Tensor, cache: Tensor, start_pos: Position, slots: Tensor | N
     """
     T, new = shape(new)[2], new.cast(cache.dtype)
     if isinstance(start_pos, Tensor):
-        own = Tensor.arange(shape(new)[0], dtype=dtypes.int32) if slots is None else slots
+        own = _counted(shape(new)[0], new) if slots is None else slots
         done = buffers.scattered(cache, new, start_pos, own)
         return done if slots is None else done[slots]
     end = start_pos + T
@@ -205,7 +211,7 @@ def dropout_bits(dropout: Dropout, shape: Sequence[int]) -> Tensor:
     size = math.prod(shape)
     first = _mix(_mix(_mix(dropout.key[0]) + dropout.key[1]) + dropout.place)
     second = _mix(first + 0x9E3779B9)
-    index = Tensor.arange(size, dtype=dtypes.uint32) + dropout.key[2] * (size // shape[0])
+    index = _counted(size, dropout.key, dtypes.uint32) + dropout.key[2] * (size // shape[0])
     return _mix(_mix(index ^ first) + second).reshape(shape)
 
 
@@ -249,7 +255,8 @@ def adamw(
 def threshold(order: Tensor, weights: Tensor, target: Tensor) -> Tensor:
     # A sort of the vocabulary would take over a hundred kernels. This takes 32 runs of one: the
     # bit under trial is the candidate's lowest set bit.
-    candidate = Tensor.full((shape(order)[0], 1), 2**31, dtype=dtypes.uint32).contiguous()
+    candidate = Tensor.full((shape(order)[0], 1), 2**31, dtype=dtypes.uint32, device=order.device)
+    candidate = candidate.contiguous()
     for _ in range(32):
         bit = candidate & ((candidate ^ 0xFFFFFFFF) + 1)
         reached = (order >= candidate).where(weights, 0).sum(-1, keepdim=True) >= target
@@ -258,7 +265,7 @@ def threshold(order: Tensor, weights: Tensor, target: Tensor) -> Tensor:
 
 
 def gumbel(seeds: Tensor, draw: Tensor, size: int) -> Tensor:
-    places = Tensor.arange((size + 1) // 2, dtype=dtypes.uint32).cast(dtypes.uint64)
+    places = _counted((size + 1) // 2, seeds, dtypes.uint32).cast(dtypes.uint64)
     counters = places + draw.cast(dtypes.uint64).reshape(-1, 1) * 2**32
     pairs = counters.threefry(seeds.reshape(-1, 1))  # (B, size / 2) of 64 bits
     bits = Tensor.cat((pairs & 0xFFFFFFFF), pairs.rshift(32), dim=-1)[:, :size]

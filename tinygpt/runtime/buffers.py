@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from tinygrad import Tensor, UOp, dtypes
@@ -13,6 +13,8 @@ from tinygrad.dtype import _from_np_dtype, _to_np_dtype
 from tinygrad.uop.ops import KernelInfo
 
 from tinygpt.runtime import cpu_memory
+
+Given = TypeVar("Given")
 
 _MAKING = Lock()  # tinygrad makes tensors for one thread at a time
 
@@ -109,6 +111,15 @@ def scattered(target: Tensor, values: Tensor, starts: Tensor, rows: Tensor) -> T
 
     given = (each.contiguous().uop for each in (values, starts, rows))
     return Tensor(target.uop.custom_kernel(*given, fxn=kernel)[0])
+
+
+def moved(given: Given, device: str) -> Given:
+    """A tensor on a device, copied there from another; anything else as it is."""
+    held: Any = given
+    if not isinstance(given, Tensor) or given.device == device:
+        return held
+    # Or it may fuse with what is computed before and behind, in one kernel for both devices.
+    return held.contiguous().to(device).contiguous()
 
 
 def alias(tensor: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from tinygrad.dtype import DType
 from tinygrad.helpers import CPU_COUNT, DEV, Context
 
 from tinygpt.environment import MOST_THREADS, OLDER
-from tinygpt.errors import InputError
+from tinygpt.errors import InputError, reason
 from tinygpt.runtime import clang, cpu_memory, disk_cache, webgpu
 from tinygpt.runtime.postpone import postpone
 
@@ -225,6 +225,22 @@ def cpu_count() -> int:
 def use_threads(count: int) -> None:
     """Let computation take so many threads: to be said before anything is computed."""
     CPU_COUNT.value = count
+
+
+def several(count: int) -> list[str]:
+    """The names of the first so many devices of the backend in use.
+
+    Raises:
+        InputError: when one does not open.
+    """
+    names = [Device.canonicalize(f"{default()}:{i}") for i in range(count)]
+    for i, name in enumerate(names):
+        try:
+            Device[name]
+        except Exception as error:  # each backend has kinds of its own
+            fact = f"{count} devices, of which {name} does not open ({reason(error)})"
+            raise InputError(f"{fact}: give {max(1, i)} (--devices)") from error
+    return names
 
 
 def default() -> str:
