@@ -24,8 +24,8 @@ def share_blocks(model: GPT, count: int) -> None:
         fact = f"{count} devices, and the model has {len(blocks)} blocks to share out"
         raise InputError(f"{fact}: give 1 to {len(blocks)} (--devices)")
     names = device.several(count)
-    for i, block in enumerate(blocks):
-        name = names[i * count // len(blocks)]
+    model.devices = [names[i * count // len(blocks)] for i in range(len(blocks))]
+    for block, name in zip(blocks, model.devices, strict=True):
         for tensor in get_state_dict(block).values():
             if tensor.device != name:
                 tensor.replace(buffers.tensor(tensor.numpy(), name))

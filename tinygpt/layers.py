@@ -220,11 +220,6 @@ class TransformerBlock:
             record.half_states.append(x)
         return self._sublayer(x, self.ln_2, lambda h, residual: self.mlp(h, residual, key))
 
-    @property
-    def device(self) -> str:
-        """Where the block computes."""
-        return str(self.ln_1.weight.device)
-
     def linears(self) -> Iterator[tuple[str, Linear]]:
         """The block's linear layers with their names in it, in the order of their use."""
         for name, part in (("attn", self.attn), ("mlp", self.mlp)):

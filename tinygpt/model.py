@@ -77,6 +77,7 @@ class GPT:
             require_memory(4 * (config.parameter_count + largest), "a model of this shape")
         self.name = self._tokenizer = None
         self.config = config
+        self.devices: list[str] | None = None  # of each block, where not all lie on one
         self.wte = Embedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
             self.wpe = Embedding(config.block_size, config.n_embd)
@@ -182,8 +183,8 @@ class GPT:
         """
         self.require_cache_memory(batch_size, length)
         zeros = np.broadcast_to(np.float32(0), self._cache_shape(batch_size, length))
-        devices = [block.device for block in self.blocks]
-        return [(tensor(zeros, device), tensor(zeros, device)) for device in devices]
+        devices: Sequence[str | None] = self.devices or [None] * self.config.n_layer
+        return [(tensor(zeros, name), tensor(zeros, name)) for name in devices]
 
     def require_cache_memory(self, batch_size: int, length: int) -> None:
         """Refuse a cache that would not fit into memory: see `empty_cache`."""
@@ -250,8 +251,10 @@ class GPT:
         x = self.dropout(x.contiguous(), key)  # (B, T, C)
         for i, block in enumerate(self.blocks):
             last_row = row if i == len(self.blocks) - 1 else None
-            x, key = moved(x, block.device), moved(key, block.device)
-            start_pos, slots = moved(start_pos, block.device), moved(slots, block.device)
+            if self.devices is not None:
+                here = self.devices[i]
+                x, key = moved(x, here), moved(key, here)
+                start_pos, slots = moved(start_pos, here), moved(slots, here)
             if record is not None:
                 record.hidden_states.append(x)
             part = None if cache is None else cache[i]
