@@ -64,6 +64,9 @@ def test_a_signal_lets_what_runs_finish_and_refuses_what_waits(program, number):
         while b"tinygpt_queue_length 1" not in (text := ask(port, "/metrics")[1]):
             assert b"tinygpt_slots_busy 1" in text, "the text had ended before"
         process.send_signal(number)
+        while (status := ask(port, "/health"))[0] == 200:
+            pass
+        assert status[0] == 503  # a new client hears why, as long as something runs
         text = running.read()
         assert text.endswith(b"data: [DONE]\n\n")
         assert b'"finish_reason":"length"' in text

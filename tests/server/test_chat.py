@@ -27,6 +27,18 @@ def chatting(served_model, tmp_path_factory):
         yield found
 
 
+def test_contents_in_parts_and_names_are_taken(chatting):
+    asked = {"max_tokens": 9, "temperature": 0}
+    parts = [{"type": "text", "text": "Hi "}, {"type": "text", "text": "<b>"}]
+    other = [{"role": "user", "name": "Ann", "content": parts}, MESSAGES[1]]
+    answers = [
+        chatting.ask("/v1/chat/completions", {"messages": messages, **asked})[2]["choices"]
+        for messages in (MESSAGES, other)
+    ]
+    assert answers[0] == answers[1]
+    assert chatting.ask("/tokenizer_info")[2]["chat_template"] == TEMPLATE
+
+
 def test_messages_are_continued_as_the_template_writes_them(chatting):
     asked = {"max_tokens": 12, "seed": 3, "temperature": 1, "n": 2}
     prompt = "user: Hi <b>\nassistant: Yes?\nassistant:"
@@ -59,6 +71,8 @@ def test_messages_are_continued_as_the_template_writes_them(chatting):
         ({"messages": [{"role": "user"}]}, "a role and a content"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "one of system, user, assistant"),
         ({"messages": [{"role": "user", "content": ["x"]}]}, "a content is a text"),
+        ({"messages": [{"role": "user", "content": []}]}, "a content is a text"),
+        ({"messages": [{"role": "user", "content": "x", "name": 3}]}, "name is 3"),
         ({"messages": MESSAGES, "prompt": "a"}, "unknown field 'prompt'"),
         ({"messages": MESSAGES, "tools": []}, "unknown field 'tools'"),
         ({"messages": [*MESSAGES, {"role": "system", "content": "x"}]}, "system comes first"),

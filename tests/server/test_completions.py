@@ -77,11 +77,11 @@ def join(events: list[dict]) -> dict:
     return {"choices": list(choices.values()), "usage": events[-1]["usage"]}
 
 
-def hold_equal(running, count: int, clients: int) -> None:
-    """Requests alone on one slot, among many, streamed, and once more."""
+def hold_equal(running, count: int, clients: int, one=None) -> None:
+    """Requests alone on one slot, among many, and streamed from a warm cache."""
     draw = random.Random(0)
     requests = [random_request(draw) for _ in range(count)]
-    alone = [comparable(running.complete(**each)) for each in requests]
+    alone = [comparable((one or running).complete(**each)) for each in requests]
     with ThreadPoolExecutor(clients) as pool:
         among = list(pool.map(lambda each: comparable(running.complete(**each)), requests))
     options = {"stream_options": {"include_usage": True}}
@@ -98,10 +98,34 @@ def test_a_text_is_the_same_alone_among_others_and_streamed(running):
 
 @pytest.mark.slow
 def test_two_hundred_texts_are_the_same_under_32_clients_on_16_slots(served_model):
-    with serving(served_model, slots=16, queue=200) as many:
+    with (
+        serving(served_model, slots=1) as one,
+        serving(served_model, slots=16, queue=200) as many,
+    ):
         built = len(runtime_cache), many.engine.slots.step_count
-        hold_equal(many, 200, 32)
+        hold_equal(many, 200, 32, one)
         assert (len(runtime_cache), many.engine.slots.step_count) == built
+
+
+def test_texts_of_one_prompt_are_read_once_though_it_is_echoed(running):
+    """Its own log-probabilities are computed for the first of them; also where it was cached."""
+    asked = {"prompt": "a long prompt " * 8, "max_tokens": 2, "echo": True, "logprobs": 2}
+    asked |= {"temperature": 1.0}
+    apart = [running.complete(**asked, seed=9 + i) for i in range(4)]
+    before = running.engine.steps
+    whole = running.complete(**asked, seed=9, n=4)
+    assert running.engine.steps - before < 2 * 3 + 4  # of 112 tokens two chunks, not eight
+    options = {"stream_options": {"include_usage": True}}
+    streamed = join(running.stream(**asked, seed=9, n=4, **options))
+    assert comparable(whole)[:-1] == [comparable(each)[0] for each in apart]
+    assert comparable(streamed) == comparable(whole)
+    for found in (whole, streamed):
+        for choice in found["choices"]:
+            columns = [
+                each["logprobs"]["token_logprobs"]
+                for each in (choice, apart[choice["index"]]["choices"][0])
+            ]
+            assert columns[0][1:] == pytest.approx(columns[1][1:], abs=1e-5)
 
 
 def test_a_seed_writes_what_it_writes_elsewhere(running, served_model):

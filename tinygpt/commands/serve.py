@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
 def name_of(model: str) -> str:
     """What clients call a model: its name, or that of its folder or file."""
-    return Path(model).name if os.path.exists(model) else model
+    return Path(os.path.abspath(model)).name or model if os.path.exists(model) else model
 
 
 def _uvicorn() -> ModuleType:

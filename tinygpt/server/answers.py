@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+import json
+from collections.abc import AsyncGenerator, AsyncIterable, Callable
 from contextlib import suppress
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from tinygpt.errors import InputError
 from tinygpt.server.problems import Problem
@@ -51,12 +52,15 @@ async def body_of(request: Request) -> Any:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events, with a comment now and then while there are none."""
+    """Server-sent events, with a comment now and then while there are none.
 
-    def __init__(self, events: AsyncGenerator[str], left: Callable[[], None]) -> None:
+    A problem in place of the first is answered as that of any request; one behind it is an event.
+    """
+
+    def __init__(self, events: AsyncGenerator[dict[str, Any]], left: Callable[[], None]) -> None:
         """
         Args:
-            events: as they are sent.
+            events: what each says.
             left: called where the client leaves before the last, perhaps before the first.
         """
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -65,7 +69,14 @@ class EventStream(StreamingResponse):
 
     async def stream_response(self, send: Send) -> None:
         """Send all of it."""
-        await super().stream_response(send)
+        events = self.body_iterator
+        try:
+            first = await anext(events)
+        except Problem as problem:
+            await answer(problem)({"type": "http"}, _nothing_comes, send)
+        else:
+            self.body_iterator = _from(first, events)
+            await super().stream_response(send)
         self._whole = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -77,23 +88,50 @@ class EventStream(StreamingResponse):
                 self._left()
 
 
-async def _pinged(events: AsyncGenerator[str]) -> AsyncGenerator[str]:
-    """The same events, and comments in between, which a client leaves out."""
-    waiting: asyncio.Future[str] | None = None
+async def _nothing_comes() -> Message:
+    raise AssertionError("an answer in one piece reads no request")
+
+
+async def _from(first: Any, others: AsyncIterable[Any]) -> AsyncGenerator[Any]:
+    yield first
+    async for each in others:
+        yield each
+
+
+def _data(value: Any) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+async def _pinged(events: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[str]:
+    """The events as they are sent, and comments in between, which a client leaves out.
+
+    Raises:
+        Problem: in place of the first.
+    """
+    waiting: asyncio.Future[dict[str, Any]] | None = None
+    begun = False
     try:
         while True:
             waiting = waiting or asyncio.ensure_future(anext(events))
             done, _ = await asyncio.wait({waiting}, timeout=PING_S)
             if not done:
+                begun = True
                 yield ": ping\n\n"
                 continue
             try:
                 event = waiting.result()
             except StopAsyncIteration:
-                return
+                break
+            except Problem as problem:
+                if not begun:
+                    raise
+                yield _data(problem.body())
+                break
             finally:
                 waiting = None
-            yield event
+            begun = True
+            yield _data(event)
+        yield "data: [DONE]\n\n"
     finally:
         if waiting is not None:
             waiting.cancel()

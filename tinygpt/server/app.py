@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -57,6 +56,8 @@ class Server:
         self.limits, self.access, self.template = limits, access, template
         self.metrics, self.created = Metrics(), int(time.time())
         self.studies = Studies(writer, engine, name, limits.timeout_s)
+        # A long text takes seconds: these threads are for completions too.
+        self._tokenizing = asyncio.Semaphore(2)
 
     def app(self) -> ASGIApp:
         """The application that uvicorn runs."""
@@ -90,6 +91,12 @@ class Server:
             raise ending()
         self.require_ready()
         return JSONResponse({"status": "ok"})
+
+    @property
+    def busy(self) -> bool:
+        """Whether a text runs, or something is computed of one."""
+        engine = self.engine
+        return bool(engine.running or engine.calls or self.studies.reduced.running)
 
     def require_ready(self) -> None:
         """Refuse what comes before the engine is compiled."""
@@ -130,8 +137,9 @@ class Server:
         asked = await self.asked(request, FIELDS["/tokenize"])
         text, whole = asked["prompt"], asked["add_special_tokens"]
         encode = self.writer.tokenizer.encode
-        with vocabulary_has_all():
-            ids = await asyncio.to_thread(encode, text, whole=whole) if text else []
+        async with self._tokenizing:
+            with vocabulary_has_all():
+                ids = await asyncio.to_thread(encode, text, whole=whole) if text else []
         window = self.writer.model.config.block_size
         return JSONResponse({"count": len(ids), "max_model_len": window, "tokens": ids})
 
@@ -153,8 +161,9 @@ class Server:
         """What clients that count tokens want to know."""
         tokenizer = self.writer.tokenizer
         names = special_texts(tokenizer)
+        source = None if self.template is None else self.template.source
         about = {"tokenizer_class": tokenizer.name, "vocab_size": tokenizer.n_vocab}
-        return JSONResponse({**about, **names, "chat_template": None})
+        return JSONResponse({**about, **names, "chat_template": source})
 
     async def asked(self, request: Request, known: dict[str, Field]) -> dict[str, Any]:
         """The fields of a request's body."""
@@ -174,7 +183,7 @@ class Server:
         completion.heard = self._counting(began)
         if completion.stream:
             left = partial(self._left_stream, completion)
-            return EventStream(self._events(completion), left)
+            return EventStream(completion.events_of(), left)
         return await self._unless_left(request, self._whole(completion))
 
     async def study(self, request: Request) -> Response:
@@ -228,23 +237,10 @@ class Server:
                 with suppress(asyncio.CancelledError, Exception):
                     await each
 
-    async def _events(self, completion: Completion) -> AsyncGenerator[str]:
-        try:
-            async with aclosing(completion.events_of()) as events:
-                async for event in events:
-                    yield _data(event)
-        except Problem as problem:
-            yield _data(problem.body())
-        yield "data: [DONE]\n\n"
-
     def _left_stream(self, completion: Completion) -> None:
         """A client has left before the end, perhaps before the first event was made."""
         completion.cancel()
         self.metrics.cancelled += 1
-
-
-def _data(value: Any) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
 def _of_starlette(request: Request, error: HTTPException) -> Problem:

@@ -8,7 +8,7 @@ from typing import Any
 from tinygpt.errors import InputError, one_line, reason, show
 from tinygpt.server.choice import Piece, special_texts
 from tinygpt.server.completions import Completion, Limits
-from tinygpt.server.fields import COMPLETION, Field, whole
+from tinygpt.server.fields import COMPLETION, Field, check_text, whole
 from tinygpt.server.problems import Problem
 from tinygpt.storage import read_text
 from tinygpt.writer import Writer
@@ -21,20 +21,49 @@ def _messages(name: str, value: Any) -> None:
         raise InputError(f"{name} is {show(value)}: it must be a list of messages")
     for message in value:
         fields = {"role", "content"}
-        if not isinstance(message, dict) or set(message) != fields:
+        if not isinstance(message, dict) or set(message) - {"name"} != fields:
             raise InputError(f"{name} has {show(message)}: a message has a role and a content")
+        check_text("name", message.get("name", ""))
         if message["role"] not in _ROLES:
             raise InputError(
                 f"{name} has the role {show(message['role'])}: it must be one of "
                 f"{', '.join(_ROLES)}"
             )
-        if not isinstance(message["content"], str):
-            raise InputError(f"{name} has {show(message['content'])}: a content is a text")
+        if _text_of(message["content"]) is None:
+            raise InputError(
+                f"{name} has {show(message['content'])}: a content is a text, or parts that are"
+            )
 
 
+def _text_of(content: Any) -> str | None:
+    """The text of a content: itself, or its parts, as some clients send it; None of all else."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) and content else [None]
+    known = all(
+        isinstance(part, dict)
+        and part.keys() == {"type", "text"}
+        and part["type"] == "text"
+        and isinstance(part["text"], str)
+        for part in parts
+    )
+    return "".join(part["text"] for part in parts) if known else None
+
+
+_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+    "additionalProperties": False,
+}
+_PARTS = {"type": "array", "items": _PART, "minItems": 1}
 _MESSAGE = {
     "type": "object",
-    "properties": {"role": {"enum": list(_ROLES)}, "content": {"type": "string"}},
+    "properties": {
+        "role": {"enum": list(_ROLES)},
+        "content": {"anyOf": [{"type": "string"}, _PARTS]},
+        "name": {"type": "string"},
+    },
     "required": ["role", "content"],
     "additionalProperties": False,
 }
@@ -67,7 +96,8 @@ class Template:
         )
         environment.globals["raise_exception"] = self._refuse
         try:
-            self._template = environment.from_string(read_text(path))
+            self.source = read_text(path)
+            self._template = environment.from_string(self.source)
         except OSError as error:
             raise InputError(f"--chat-template {path}: {reason(error)}") from error
         except jinja2.TemplateError as error:
@@ -113,7 +143,8 @@ class Chat(Completion):
             raise Problem(400, "messages is missing: it must be a list of messages", "messages")
         if asked["max_tokens"] is None:
             asked["max_tokens"] = asked["max_completion_tokens"]
-        return self._template.text(asked["messages"], self.writer)
+        messages = [{**each, "content": _text_of(each["content"])} for each in asked["messages"]]
+        return self._template.text(messages, self.writer)
 
     def choice_of(self, index: int, piece: Piece, finish: str | None) -> dict[str, Any]:
         """One of the field `choices`: a message, or what is to be added to it."""

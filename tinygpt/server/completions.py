@@ -6,6 +6,7 @@ import asyncio
 import math
 import secrets
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -55,6 +56,7 @@ class Completion:
 
     fields = COMPLETION
     kind, prefix = "text_completion", "cmpl"
+    advice = "ask for fewer, or set truncate_prompt"  # where prompt and text are too long
 
     def __init__(self, body: Any, writer: Writer, name: str, limits: Limits) -> None:
         """
@@ -82,7 +84,8 @@ class Completion:
         count = 1 if isinstance(prompt, str) or isinstance(prompt[0], int) else len(prompt)
         if count * self.best_of > limits.most_texts:  # before any of them is read
             message = f"{count * self.best_of} texts at once: this server takes {limits.most_texts}"
-            raise Problem(400, message, "n", "too_many_texts")
+            name = "n" if asked["best_of"] is None else "best_of"
+            raise Problem(400, message, name, "too_many_texts")
         self.prompts = [self._fits(prompt) for prompt in self._prompts(prompt)]
         self.bias = {int(token): bias for token, bias in (asked["logit_bias"] or {}).items()}
         check_ids("logit_bias", self.bias, writer.model.config.vocab_size)
@@ -114,6 +117,11 @@ class Completion:
         return [self._of_text(p) if isinstance(p, str) else self._of_ids(p) for p in given]
 
     def _of_text(self, text: str) -> Prompt:
+        window, size = self.writer.model.config.block_size, len(text.encode())
+        if size > window * self.writer.tokenizer.longest and not self.asked["truncate_prompt"]:
+            # To count its tokens could take seconds.
+            message = f"the prompt has {size:,} bytes, more than {window} tokens can be"
+            raise Problem(400, f"{message}: {self.advice}", "prompt", "context_length_exceeded")
         with vocabulary_has_all():
             return Prompt(self.writer.encode(text), text, shown=bool(text))
 
@@ -134,7 +142,7 @@ class Completion:
             return self._of_ids(prompt.ids[-room:])
         message = (
             f"the prompt has {len(prompt.ids)} tokens and max_tokens is {self.max_tokens}, more "
-            f"than the model's window of {window}: ask for fewer, or set truncate_prompt"
+            f"than the model's window of {window}: {self.advice}"
         )
         raise Problem(400, message, "prompt", "context_length_exceeded")
 
@@ -166,11 +174,13 @@ class Completion:
                 jobs.append(
                     Job(
                         prompt.ids, self.max_tokens, telling(len(jobs)), self.settings,
-                        (self.seed + sample) % 2**64, top, self.bias, scores,
+                        (self.seed + sample) % 2**64, top, self.bias, scores and not sample,
                         frozenset(self.writer.tokenizer.ends),
                     )
                 )  # fmt: skip
         self.jobs = jobs
+        # What is said of each prompt's own tokens: the first of its texts is told, for all.
+        self.scored = {} if scores else dict.fromkeys(range(len(self.prompts)), ())
         if not self.max_tokens and not scores:  # there is nothing to compute
             for index in range(len(jobs)):
                 self.events.put_nowait((index, None))
@@ -197,6 +207,7 @@ class Completion:
         ]
         self.echoed = [not self.asked["echo"]] * len(choices)
         open_choices = set(range(len(choices)))
+        held, ready = list[tuple[int, Any]](), deque[tuple[int, Any]]()
         # The deadline is an event like the others: to wait for each of them with a limit takes
         # longer than to handle it.
         late = None, timed_out(self.limits.timeout_s)
@@ -204,11 +215,18 @@ class Completion:
         deadline = loop.call_later(self.limits.timeout_s, self.events.put_nowait, late)
         try:
             while open_choices:
-                index, event = await self.events.get()
+                index, event = ready.popleft() if ready else await self.events.get()
                 if index is not None and index not in open_choices:
                     continue
                 if isinstance(event, Exception):
                     raise _problem_of(event)
+                prompt, sample = divmod(index, self.best_of)
+                if prompt not in self.scored:
+                    if sample:  # its prompt was in the cache
+                        held.append((index, event))
+                        continue
+                    self.scored[prompt] = () if event is None else event.prompt
+                    ready.extend(each for each in held if each[0] // self.best_of == prompt)
                 choice = choices[index]
                 piece = self._piece(choice, event)
                 if choice.finish:
@@ -223,8 +241,8 @@ class Completion:
         piece = Piece()
         if not self.echoed[choice.index]:
             self.echoed[choice.index] = True
-            prompt = self.prompts[choice.index // self.best_of]
-            scores = token.prompt if token is not None else ()
+            number = choice.index // self.best_of
+            prompt, scores = self.prompts[number], self.scored[number]
             ids = prompt.ids if prompt.shown and self.asked["logprobs"] is not None else []
             piece = choice.echo(prompt.text, ids, scores)
         if token is None:

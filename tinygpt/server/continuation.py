@@ -21,6 +21,8 @@ from tinygpt.writer import Writer
 class Continuation(Completion):
     """A text token by token, with what else might have come before and after the settings."""
 
+    advice = "ask for fewer"
+
     def __init__(
         self, body: Any, writer: Writer, name: str, limits: Limits, reduced: Reduced
     ) -> None:

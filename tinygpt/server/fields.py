@@ -140,7 +140,7 @@ COMPLETION: dict[str, Field] = {
          "description": "added to the logits of these ids"},
     ),
     "truncate_prompt": yes_or_no("read the end of a prompt that is too long, and refuse none"),
-    "user": Field(check_text, {"type": "string", "description": "not looked at"}),
+    "user": Field(lambda name, value: None, {"description": "not looked at"}),
 }  # fmt: skip
 # What OpenAI has and this has not, and what is said of it.
 _REFUSED = {"suffix": "this model continues texts and fills no gaps: leave suffix out"}

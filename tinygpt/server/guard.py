@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import re
 import time
 import traceback
 from collections.abc import Collection
@@ -122,13 +123,14 @@ class Guard:
         say(f"{client} {request.method} {path[:100]} {status} {seconds * 1000:.0f} ms")
 
 
-def _name_of(host: str) -> str:
-    """The name of a Host, without its port."""
-    if host.startswith("["):
-        return host[1:].split("]")[0]
-    return host.rsplit(":", 1)[0].lower().removesuffix(".")
+def _name_of(host: str) -> str | None:
+    """The name of a Host, without its port; None of what is none."""
+    found = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([^][:@/?#]+))(?::[0-9]*)?", host.lower())
+    return found and (found[1] or found[2].removesuffix("."))
 
 
 def hosts_of(address: str) -> tuple[str, ...] | None:
     """What the Host of a request may be, where the server listens on an IP address."""
-    return (*_LOOPBACK, address) if ipaddress.ip_address(address).is_loopback else None
+    ip = ipaddress.ip_address(address)
+    mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
+    return (*_LOOPBACK, address) if (mapped or ip).is_loopback else None

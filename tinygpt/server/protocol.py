@@ -39,6 +39,13 @@ class Protocol(H11Protocol):
         else:
             self._head_timer = _stopped(self._head_timer)
 
+    def on_response_complete(self) -> None:
+        """An answer is whole; a part of the next head may be there already."""
+        super().on_response_complete()
+        cycle: Any = self.cycle
+        if cycle.response_complete and self.conn.trailing_data[0]:
+            self._expect_head()
+
     def pause_writing(self) -> None:
         """More than 64 KB wait for the reader."""
         super().pause_writing()

@@ -13,6 +13,8 @@ from tinygpt.errors import say
 from tinygpt.server.app import Server
 from tinygpt.server.protocol import Protocol
 
+_LOOKS_S = 0.05  # how often it is seen whether all texts have ended
+
 
 def prepare(uvicorn: ModuleType, server: Server) -> Any:
     """A `uvicorn.Server` for the application, which says nothing of its own."""
@@ -47,20 +49,27 @@ def _tell(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
 def serve(
     uvicorn: ModuleType, server: Server, listener: socket.socket, signals: Iterable[int]
 ) -> None:
-    """Answer until one of some signals comes; then let what runs finish, and refuse what waits.
+    """Answer until one of some signals comes; then let what runs finish, and refuse all else.
 
     A second signal ends at once.
     """
-    running = prepare(uvicorn, server)
+    running, finishing = prepare(uvicorn, server), list[asyncio.Task[None]]()
+
+    async def finish() -> None:
+        while server.busy:  # until then who asks is told why not
+            await asyncio.sleep(_LOOKS_S)
+        running.should_exit = True
 
     async def run() -> None:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(_tell)
 
         def end() -> None:
-            running.force_exit = running.should_exit
-            running.should_exit = True
+            if finishing:
+                running.force_exit = running.should_exit = True
+                return
             server.engine.drain()
+            finishing.append(loop.create_task(finish()))
 
         for number in signals:
             loop.add_signal_handler(number, end)

@@ -85,6 +85,11 @@ class Tokenizer:
         """The ordinary tokens and their ids."""
         return self.encoding._mergeable_ranks
 
+    @cached_property
+    def longest(self) -> int:
+        """How many bytes of text one token stands for at most."""
+        return max(map(len, [*self.ranks, *(text.encode() for text in self.others)]), default=1)
+
     @property
     def others(self) -> dict[str, int]:
         """All other tokens and their ids, those that no text gives among them."""
