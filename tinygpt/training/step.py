@@ -137,7 +137,7 @@ class Trainer:
         given, rows = buffers.tensor(inputs.array()), 0
         for i, (tokens, targets) in enumerate(batches):
             # Rows are counted through, so that each has a mask of its own.
-            key = np.array([config.seed, counters.step, rows], np.uint32)
+            key = np.array([config.seed, counters.step, rows, 1], np.uint32)
             rows += len(tokens)
             batch = [buffers.tensor(array) for array in (tokens, targets, key)]
             if config.accumulate == 1:
@@ -168,7 +168,7 @@ class Trainer:
 
         Args:
             tokens, targets: int32 (B, T).
-            key: what dropout draws from, uint32 (3,).
+            key: what dropout draws from, uint32 (4,).
             inputs: float32 (5,): see `StepInputs`.
         Returns:
             float32 (3,): loss, the gradients' length, and whether both were finite.
@@ -225,7 +225,7 @@ class Trainer:
 
         Args:
             tokens, targets: int32 (B, T).
-            key: where dropout is wanted, what it draws from, uint32 (3,).
+            key: where dropout is wanted, what it draws from, uint32 (4,).
             scale: what the loss is multiplied with on the way, None for 1.
         """
         masters = [buffers.alias(weight) for weight in self.weights.values()]
