@@ -13,7 +13,7 @@ import os
 import platform
 import signal
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -81,6 +81,10 @@ class Alone:
         """The number that rank 0 gives."""
         return number
 
+    def in_turn(self, name: str, compute: Callable[[], T]) -> T:
+        """Compute something which, the first time, is compiled: by one rank a machine at first."""
+        return compute()
+
     def take(self, tensors: Mapping[str, Tensor]) -> None:
         """Give tensors the values that they have in rank 0."""
 
@@ -101,6 +105,7 @@ class Ranks(Alone):
         self._world, self._limit_s, self._stops = among, limit_s, False
         self._sums: dict[str, Tensor] = {}
         self._parts: dict[str, np.ndarray] = {}
+        self._compiled: set[str] = set()
         self._flat = self._tail = np.zeros(0, np.float32)
 
     @property
@@ -165,6 +170,16 @@ class Ranks(Alone):
 
     def of_first(self, number: float) -> float:
         return self.total(0 if self.rank else number)[0]
+
+    def in_turn(self, name: str, compute: Callable[[], T]) -> T:
+        is_new, leads = name not in self._compiled, variable("LOCAL_RANK") == 0
+        self._compiled.add(name)
+        if is_new and not leads:
+            self._world.meet()  # what has been compiled is found in the cache
+        result = compute()
+        if is_new and leads:
+            self._world.meet()
+        return result
 
     def take(self, tensors: Mapping[str, Tensor]) -> None:
         for tensor in tensors.values():

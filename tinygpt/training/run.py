@@ -12,14 +12,12 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tinygrad import Tensor
 
 from tinygpt.checkpoints.load_tokenizer import load_tokenizer
 from tinygpt.checkpoints.quantization import check_dtype, convert
 from tinygpt.data.dataset import Batches, Dataset
 from tinygpt.errors import CheckpointError, InputError, reason, say
-from tinygpt.evaluation.losses import Scorer, spread, sum_of_losses
 from tinygpt.generator import Generator
 from tinygpt.model import GPT
 from tinygpt.storage import open_plain
@@ -31,6 +29,7 @@ from tinygpt.training.ranks import Alone
 from tinygpt.training.settings import MOST, TrainConfig
 from tinygpt.training.state import State
 from tinygpt.training.step import Batch, Counters, Trainer, sharing_weights
+from tinygpt.training.validation import Validation
 from tinygpt.training.world import Agreed
 
 # So many steps in a row without a finite loss end a run. float16 may need some to find its scale.
@@ -65,17 +64,13 @@ class Run:
         """
         self.folder, self.data, self.tokenizer = folder, data, tokenizer
         self.minutes, self.ranks = minutes, ranks or Alone()
-        if len(data.val) <= config.block_size:
-            raise InputError(
-                f"{data.folder}: the validation split has {len(data.val)} tokens, too few for a "
-                f"window of {config.block_size}: give more text or a smaller --block-size"
-            )
         self.ranks.check_batch(config.batch_size)
+        self.validation = Validation(model, data, config, self.ranks)
         check_dtype(config.dtype)
         self.trainer = Trainer(model, config, self.ranks)
         shape = config.batch_size, config.block_size
         self.batches = Batches(data.train, *shape, config.seed, config.order)
-        self.scorer, self.generator = Scorer(model), Generator(model)
+        self.generator = Generator(model)
         self.best: dict[str, Any] | None = None  # the step of the lowest validation loss, and it
         self.val_loss: float | None = None
         self.sample = ""  # what it wrote at the last evaluation
@@ -252,16 +247,12 @@ class Run:
         if self.ranks.stopping:
             raise _Stopped
 
-    def _losses(self, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        self._need_going_on()
-        return self.scorer.losses(inputs, targets)
-
     def _evaluate(self, log: FileIO, progress: Progress) -> None:
         """Measure and sample, save, and then log: what the log has, no resumed run does again."""
         begun = time.perf_counter()
         config, step = self.config, self.counters.step
         self.ranks.compare(self.trainer.weights, step)
-        self.val_loss = self._validation_loss()
+        self.val_loss = self.validation.loss(self._need_going_on)
         entry = {"step": step, "val_loss": self.val_loss}
         if config.sample_tokens and self.ranks.rank == 0:
             start = end_token(self.tokenizer) or 0
@@ -284,17 +275,6 @@ class Run:
         say(f"step {step}: validation loss {self.val_loss:.4f}")
         if config.sample_tokens:
             say(f"a sample of {config.sample_tokens} tokens:", below=self.sample)
-
-    def _validation_loss(self) -> float:
-        """The mean over the windows, of which each rank computes its part."""
-        config = self.config
-        most = config.eval_batches * config.batch_size
-        places = self.ranks.part(spread(len(self.data.val), config.block_size, most))
-        size = config.batch_size // self.ranks.size
-        found = sum_of_losses(self._losses, self.data.val, places, config.block_size, size)
-        total, count = self.ranks.total(*found)
-        self._need_going_on()
-        return total / count
 
     @property
     def state(self) -> State:

@@ -153,15 +153,19 @@ class Trainer:
             arrays = [buffers.tensor(array) for array in (tokens, targets, key)]
             if self._shares == 1:
                 result = self._whole(*arrays, given)
-            else:  # the value is read for the device to be done with it
-                buffers.read(self._part(*arrays, given, buffers.tensor(np.array([i > 0]))))
+            else:
+                self._add_up([*arrays, given, buffers.tensor(np.array([i > 0]))])
         seen = self.ranks.reduce(seen)
         if self._shares > 1:
-            result = self._end(given)
+            result = self.ranks.in_turn("finish", lambda: self._end(given))
         loss, norm, good = buffers.read(result).tolist()
         self._count(good > 0)
         digest = bytes(int(part) & 0xFF for part in seen).hex()
         return Outcome(loss, norm, good > 0, digest)
+
+    def _add_up(self, arguments: list[Tensor]) -> None:
+        """Add one of several batches to the sums; one is read for the device to be done with it."""
+        self.ranks.in_turn("add", lambda: buffers.read(self._part(*arguments)))
 
     def _count(self, good: bool) -> None:
         counters = self.counters

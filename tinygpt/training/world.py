@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
@@ -57,7 +58,7 @@ def joined() -> Iterator[None]:
         raise SystemExit(2) from error
     try:
         yield
-        current.exchange({})
+        current.meet()
     except BaseException as error:
         current.end(error)
     finally:
@@ -146,7 +147,7 @@ class World:
             os._exit(128 + getattr(error, "number", 2))
         if self.starting:
             try:
-                self.exchange({"error": message_of(error)})
+                self.exchange({"error": _why(error)})
             except _Left:
                 raise
             except Exception as other:  # nor do they come
@@ -154,7 +155,7 @@ class World:
         if isinstance(error, _Unheard):
             time.sleep(2 * _ANSWERS_S)  # for the line of another, with which all end
         else:
-            self._tell(message_of(error))
+            self._tell(_why(error))
         os._exit(2)
 
     def total(self, array: np.ndarray, part_bytes: int | None = None) -> None:
@@ -166,6 +167,10 @@ class World:
         step = max(1, (part_bytes or array.nbytes) // array.itemsize)
         parts = [array[i : i + step] for i in range(0, len(array), step)]
         self.wait(*[self._all.Iallreduce(self._mpi.IN_PLACE, part) for part in parts])
+
+    def meet(self) -> None:
+        """Wait until all ranks are here."""
+        self.wait(self._all.Ibarrier())
 
     def spread(self, array: np.ndarray) -> None:
         """Replace an array by that of rank 0, in place."""
@@ -210,6 +215,16 @@ class World:
             "than the others: --rank-timeout S waits longer); --resume goes on from the last "
             "checkpoint"
         )
+
+
+def _why(error: BaseException) -> str:
+    """What is told of an error, and for one that nobody has foreseen, where it was."""
+    if isinstance(error, SystemExit):
+        return f"the program was ended by sys.exit({error.code})"
+    if isinstance(error, InputError | OSError | MemoryError):
+        return message_of(error)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{message_of(error)} ({os.path.basename(place.filename)}, line {place.lineno})"
 
 
 class Agreed(InputError):
