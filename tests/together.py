@@ -28,9 +28,15 @@ _ALLOWED = {
 
 def command(ranks: int, *argv: object, code: str | None = None) -> list[str]:
     """The command line that starts the program, or code that is given its arguments."""
-    program = ["run.py"] if code is None else ["-c", code]
+    program = [str(ROOT / "run.py")] if code is None else ["-c", code]
     start = [str(MPIRUN), "--oversubscribe", "--bind-to", "none", "-n", str(ranks)]
     return [*start, sys.executable, *program, *map(str, argv)]
+
+
+def and_one(folder: Path, *argv: object) -> list[str]:
+    """What follows a command line for one more process with other arguments, in another folder."""
+    program = [sys.executable, str(ROOT / "run.py"), *map(str, argv)]
+    return [":", "-n", "1", "-wdir", str(folder), *program]
 
 
 def environment(**changes: str) -> dict[str, str]:

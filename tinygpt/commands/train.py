@@ -187,6 +187,7 @@ def run(args: argparse.Namespace) -> int:
         if others:
             told = {"model": asdict(job.trainer.model.config), "state": job.state.to_json()}
             told |= {"data": str(job.data.folder), "evaluated": job.evaluated}
+            told |= {"tokens": _tokens(job.data)}
             others.exchange(told)
             _meet(job, others)
         return _train(job)
@@ -212,6 +213,9 @@ def _following(others: World, ranks: Ranks, folder: Path) -> Run:
         data = Dataset.open(told["data"])
     except CheckpointError as error:
         raise CheckpointError(f"{error} (each rank reads the prepared tokens there)") from error
+    for name, ours in _tokens(data).items():
+        if ours != (theirs := told["tokens"][name]):
+            raise InputError(f"{data.folder}: the {name} is {ours}, in rank 0 {theirs}")
     state = State.of(told["state"])
     model = GPT(GPTConfig(**told["model"]), state.config.seed)
     job = Run(folder, data, data.tokenizer(), model, state.config, state.minutes, ranks)
@@ -221,12 +225,15 @@ def _following(others: World, ranks: Ranks, folder: Path) -> Run:
     return job
 
 
+def _tokens(data: Dataset) -> dict[str, str]:
+    """What tells prepared tokens from others."""
+    digests = {f"SHA-256 of {name}.bin": each.sha256 for name, each in data.header.splits.items()}
+    return digests | {"type of the tokens": data.header.dtype.name}
+
+
 def _meet(job: Run, others: World) -> None:
-    """See that all ranks have the same tokens, and give them the weights of the first."""
-    header = job.data.header
-    facts = {name: split.sha256 for name, split in header.splits.items()}
-    facts = {f"the SHA-256 of the tokens in {name}": digest for name, digest in facts.items()}
-    others.need_same(facts | {"the type of the tokens": header.dtype.name})
+    """Once every rank has the run, give it the tensors of the first."""
+    others.exchange({})
     job.ranks.take({**job.trainer.weights, **job.trainer.tensors})
     others.starting, others.doing = False, "the next step"
 
@@ -286,8 +293,10 @@ def _train(job: Run) -> int:
             raise KeyboardInterrupt
         job.signal = job.signal or number
 
-    # Ctrl-C always: to go on with a run that was stopped is easy.
-    with handled(stop, {signal.SIGINT, *asking()}):
+    # Ctrl-C always: to go on with a run that was stopped is easy. mpirun kills its processes half a
+    # second after that; SIGUSR1 it passes on to them.
+    own = {signal.SIGINT} if job.ranks.size == 1 else {signal.SIGINT, signal.SIGUSR1}
+    with handled(stop, {*own, *asking()}):
         stopped, name = job.go(), job.folder
     if stopped is not None:
         saved = f"saved in {name}: --resume goes on" if job.counters.step else "nothing to save"

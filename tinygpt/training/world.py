@@ -182,14 +182,14 @@ class World:
         Raises:
             InputError: naming who is missing, in the first of those that are not.
         """
-        begun = looked = time.monotonic()
+        looked, waited = time.monotonic(), 0.0
         while not self._mpi.Request.Testall(requests):
-            now = time.monotonic()
-            if now - looked > _LOOKS_S:
-                looked = now
-                if now - begun > self.limit_s or self._calls.Iprobe(tag=_ROLL_CALL):
-                    self._call_the_roll(now - begun)
-            if now - begun < _SPINS_S:
+            if (gap := time.monotonic() - looked) > _LOOKS_S:
+                looked += gap
+                waited += min(gap, 10 * _LOOKS_S)  # a longer one is a machine that was asleep
+                if waited > self.limit_s or self._calls.Iprobe(tag=_ROLL_CALL):
+                    self._call_the_roll(waited)
+            if waited < _SPINS_S:
                 os.sched_yield()
             else:
                 time.sleep(0.001)
