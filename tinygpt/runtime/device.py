@@ -223,6 +223,13 @@ def cpu_count() -> int:
     return min(CPU_COUNT.value, MOST_THREADS)
 
 
+def usable_cores() -> set[int]:
+    """The cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
 def use_threads(count: int) -> None:
     """Let computation take so many threads: to be said before anything is computed."""
     CPU_COUNT.value = count

@@ -102,7 +102,8 @@ class Ranks(Alone):
         """
         super().__init__()
         self.rank, self.size = among.rank, among.size
-        self._world, self._limit_s, self._stops = among, limit_s, False
+        self._world, self._limit_s = among, limit_s
+        self._stops = self._has_reduced = False
         self._sums: dict[str, Tensor] = {}
         self._parts: dict[str, np.ndarray] = {}
         self._compiled: set[str] = set()
@@ -155,7 +156,9 @@ class Ranks(Alone):
             for name, part in self._parts.items():
                 buffers.write(self._sums[name], part)
         self._decide(self._tail[-1])
-        self._world.limit_s = self._limit_s
+        if self._has_reduced:  # the first step is made, and all is compiled
+            self._world.limit_s = self._limit_s
+        self._has_reduced = True
         return self._tail[: len(numbers)].copy()
 
     def _decide(self, asked: float) -> None:
@@ -211,7 +214,7 @@ def settle(among: World) -> None:
 
     To be called before anything is computed. CPU_COUNT, where it is set, says how many threads.
     """
-    host, mine = platform.node(), os.sched_getaffinity(0)
+    host, mine = platform.node(), device.usable_cores()
     told = among.exchange({"host": host, "cores": sorted(mine)})
     here = [set(each["cores"]) for each in told if each["host"] == host]
     cores = set().union(*here)
