@@ -151,14 +151,14 @@ class Ranks(Alone):
                 part[...] = buffers.read(self._sums[name]).reshape(part.shape)
         self._tail[: len(numbers)] = numbers
         self._tail[-1] = self.asked is not None
+        if self._has_reduced:  # the first step is made, and all is compiled
+            self._world.limit_s = self._limit_s
         self._world.total(self._flat, _PART_BYTES)
+        self._has_reduced = True
         if self._copies:
             for name, part in self._parts.items():
                 buffers.write(self._sums[name], part)
         self._decide(self._tail[-1])
-        if self._has_reduced:  # the first step is made, and all is compiled
-            self._world.limit_s = self._limit_s
-        self._has_reduced = True
         return self._tail[: len(numbers)].copy()
 
     def _decide(self, asked: float) -> None:
