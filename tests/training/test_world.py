@@ -112,6 +112,8 @@ def test_what_ends_one_rank_ends_all(kind, rank, words, data, whole, tmp_path):
         (line,) = errors
         assert words in line
     assert "Traceback" not in run.stderr
+    if kind == "weights":  # of which none are kept
+        assert checkpoint_in(tmp_path / "run", "last").name == "step-00000010"
     resumed(tmp_path / "run", data, whole)
 
 

@@ -25,7 +25,7 @@ from tinygpt.tokenizer.encoding import end_token
 from tinygpt.tokenizer.tokenizer import Tokenizer
 from tinygpt.training import run_files
 from tinygpt.training.progress import Progress, duration
-from tinygpt.training.ranks import Alone
+from tinygpt.training.ranks import Alone, Differing
 from tinygpt.training.settings import MOST, TrainConfig
 from tinygpt.training.state import State
 from tinygpt.training.step import Batch, Counters, Trainer, sharing_weights
@@ -167,7 +167,7 @@ class Run:
                     self._go(log, progress)
                 except (_Stopped, InputError, OSError) as error:
                     progress.clear()
-                    if self.saved != self.counters.step:
+                    if self.saved != self.counters.step and not isinstance(error, Differing):
                         self._save()
                     saved = ""
                     if self.saved:
