@@ -122,6 +122,7 @@ def test_the_package_stands_on_its_three_dependencies():
         "uvicorn",
         "h11",
         "jinja2",
+        "mpi4py",
     }  # only where they are used
     for path in FILES:
         own = {"starlette", "uvicorn", "h11"} if path_of(path).startswith("server/") else set()

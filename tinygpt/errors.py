@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import operator
 import os
 import sys
@@ -119,12 +120,33 @@ class CheckpointError(InputError):
     """A file that came from elsewhere is damaged, incomplete or contradicts itself."""
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """Why a call into the operating system or network failed, on one line, without its number."""
     cause = getattr(error, "reason", error)  # urllib wraps what happened
     known = getattr(cause, "strerror", None)
     text = known[:1].lower() + known[1:] if isinstance(known, str) else str(cause)
     return one_line(" ".join(text.split()), _LONGEST // 4) or type(cause).__name__
+
+
+def message_of(error: BaseException) -> str:
+    """What a user is told of an error that ends the program."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        why = f" ({reason(error)})" if str(error) else ""
+        return f"out of memory{why}: choose a smaller model, a smaller batch, or fewer samples"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'cannot write'}: {reason(error)}"
+    return f"{type(error).__name__}: {reason(error)}"
+
+
+_talks = True
+
+
+def talk(aloud: bool) -> None:
+    """Whether this process tells anything: of several that would say the same, one does."""
+    global _talks
+    _talks = aloud
 
 
 def say(text: str, below: str = "") -> None:
@@ -142,6 +164,8 @@ def say(text: str, below: str = "") -> None:
 
 def tell(text: str) -> None:
     """Write to stderr, where one that nobody reads any more is no reason to stop."""
+    if not _talks:
+        return
     try:
         sys.stderr.write(text)
         sys.stderr.flush()

@@ -232,8 +232,9 @@ class GPT:
                 start_pos has one for each. None: its own, the cache having B.
             row: compute what comes out for this column of tokens alone; the last block skips the
                 others. None: for all.
-            key: uint32 (3,), for training: what dropout draws from, which is seed, step, and the
-                number of the batch's first row. None: nothing is dropped.
+            key: uint32 (4,), for training: what dropout draws from, which is seed, step, the
+                number of the batch's first row, and how far that of the next is. None: nothing is
+                dropped.
             record: an empty one, to be filled with what is computed on the way.
         Returns:
             float32 (B, T, C), or (B, 1, C) with `row`.

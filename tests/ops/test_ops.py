@@ -153,7 +153,7 @@ def test_embedding_of_narrow_weights(dtype):
 def test_attention(shape, rate):
     B, T, H, D = shape
     given = {name: draw(B, T, H * D, seed=i) for i, name in enumerate("qkv")}
-    dropout, heads = key_of(rate) if rate else None, Heads(H, 0.4)
+    dropout, heads = key_of(rate, stride=3) if rate else None, Heads(H, 0.4)
     results = []
     for form in forms():
         args = tensors(given)
@@ -238,15 +238,17 @@ def test_cross_entropy_of_narrow_weights(dtype):
     hold_equal("cross_entropy", given | {"scale": np.abs(draw(71))}, atol=1e-4)
 
 
-def key_of(rate: float, place: int = 3, first_row: int = 0, step: int = 5) -> Dropout:
-    key = Tensor(np.array([1337, step, first_row], np.uint32), device="CPU").realize()
+def key_of(
+    rate: float, place: int = 3, first_row: int = 0, step: int = 5, stride: int = 1
+) -> Dropout:
+    key = Tensor(np.array([1337, step, first_row, stride], np.uint32), device="CPU").realize()
     return Dropout(rate, place, key)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 5, 67)])
 def test_dropout(shape):
     given = {"x": draw(*shape), "residual": draw(*shape, seed=1)}
-    hold_equal("dropout", given, ("x", "residual"), dropout=key_of(0.3, first_row=4))
+    hold_equal("dropout", given, ("x", "residual"), dropout=key_of(0.3, first_row=4, stride=3))
 
 
 def test_optimiser_steps():
@@ -312,6 +314,8 @@ def test_a_row_is_dropped_alike_in_whichever_batch_it_stands():
     whole = fast.dropout(x, key_of(0.5), None).numpy()
     part = fast.dropout(x[4:].contiguous(), key_of(0.5, first_row=4), None).numpy()
     np.testing.assert_array_equal(part, whole[4:])
+    odd = fast.dropout(x[1::2].contiguous(), key_of(0.5, first_row=1, stride=2), None).numpy()
+    np.testing.assert_array_equal(odd, whole[1::2])
 
 
 def test_threads_are_as_many_as_the_work_is_worth(monkeypatch):

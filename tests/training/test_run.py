@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -214,7 +215,7 @@ def test_a_signal_saves_and_ends(number, data, tmp_path):
 def asked_at(run: train.Run, place: str, count: int) -> list[int]:
     """Let a signal come in the middle of the call of this number; the calls begun."""
     owner, _, name = place.rpartition(".")
-    holder = getattr(run, owner) if owner else run
+    holder = attrgetter(owner)(run) if owner else run
     usual, calls = getattr(holder, name), []
 
     def watched(*args, **options):
@@ -233,8 +234,8 @@ MOMENTS = [
     ("trainer._part", 10, 3),  # the first of the fourth step's batches
     ("trainer._part", 11, 3),
     ("trainer._part", 12, 4),  # its last: it is made, and the evaluation is not begun
-    ("scorer.losses", 8, 8),  # the second batch of the evaluation of step 8
-    ("scorer.losses", 1, 0),
+    ("validation.scorer.losses", 8, 8),  # the second batch of the evaluation of step 8
+    ("validation.scorer.losses", 1, 0),
     ("trainer._end", 12, 12),  # the last step, whose evaluation is still to come
 ]
 

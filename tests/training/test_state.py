@@ -14,8 +14,10 @@ from program import is_refused
 from tinygpt import InputError
 from tinygpt.checkpoints.run_folder import checkpoint_in
 from tinygpt.commands.plot import read_log
+from tinygpt.data.dataset import Dataset
 from tinygpt.errors import CheckpointError
-from tinygpt.training import run_files
+from tinygpt.training import run_files, validation
+from tinygpt.training.run import Run
 from tinygpt.training.settings import TrainConfig
 from tinygpt.training.state import State
 from tinygpt.training.step import Counters
@@ -217,10 +219,8 @@ def test_a_last_line_that_a_killed_run_left_is_no_damage(run, resume):
 
 
 def test_a_validation_loss_that_is_no_number_is_never_the_best(run, monkeypatch):
-    from tinygpt.training import run as module
-
-    monkeypatch.setattr(module, "mean_loss", lambda *_: math.nan)
-    job = module.Run.resume(run, module.Dataset.open(run / "data"), steps=6)
+    monkeypatch.setattr(validation, "sum_of_losses", lambda *_: (math.nan, 1))
+    job = Run.resume(run, Dataset.open(run / "data"), steps=6)
     before = job.best
     assert job.go() is None
     assert job.best == before

@@ -90,7 +90,7 @@ def test_a_step_is_the_gradients_and_then_the_optimizer_at_the_rates_of_the_sche
         written = twin.optimizer.updates(gradients, norm, given, Tensor(True))
         Tensor.realize(loss, norm, *written)
         expected = (loss.item(), norm.item(), True)
-        assert outcome == pytest.approx(expected, rel=1e-5)
+        assert outcome[:3] == pytest.approx(expected, rel=1e-5)
     assert (trainer.counters.step, trainer.counters.updates, trainer.counters.skipped) == (3, 2, 0)
     ours, theirs = weights_of(trainer.model), weights_of(twin.model)
     for name in ours:

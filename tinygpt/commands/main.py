@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import re
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from difflib import get_close_matches
 from importlib import import_module
 from itertools import takewhile
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from tinygpt import __version__, environment
 from tinygpt.commands.interrupts import ends_in_order, status
-from tinygpt.errors import InputError, give_up, reason, say, unknown
+from tinygpt.errors import InputError, give_up, message_of, say, unknown
 
 if TYPE_CHECKING:  # tinygrad is imported once the environment is known to suit it
     from tinygpt.commands.flags import Parser
@@ -61,26 +62,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _run(argv)
         finally:
             sys.stdout.flush()
-    except InputError as error:
-        message = str(error)
     except KeyboardInterrupt as error:
         return status(error)
-    except MemoryError as error:
-        message = _out_of_memory(error)
+    except (InputError, MemoryError) as error:
+        message = message_of(error)
     except OSError as error:
         give_up(sys.stdout)
         if isinstance(error, BrokenPipeError):  # the reader has seen enough
             return 0
-        message = f"{error.filename or 'cannot write'}: {reason(error)}"
-        if error.errno == errno.ENOMEM:
-            message = _out_of_memory(error)
+        message = message_of(error)
     say(f"error: {message}")
     return 2
-
-
-def _out_of_memory(error: Exception) -> str:
-    why = f" ({reason(error)})" if str(error) else ""
-    return f"out of memory{why}: choose a smaller model, a smaller batch, or fewer samples"
 
 
 def _run(argv: Sequence[str]) -> int:
@@ -99,6 +91,13 @@ def _run(argv: Sequence[str]) -> int:
         _refuse_unknown_verb(argv)
         parser = _program()
     command = import_module(f"tinygpt.commands.{verb}")
+    with getattr(command, "together", nullcontext)():  # with other processes, where it takes them
+        return _run_command(command, parser, argv, rest)
+
+
+def _run_command(
+    command: ModuleType, parser: Parser, argv: Sequence[str], rest: Sequence[str]
+) -> int:
     command.add_flags(parser)
     args, surplus = parser.parse_known_intermixed_args(rest)  # flags may stand between texts
     if rest is argv and _near_verb(args.prompt):  # it stands behind a flag, and is no prompt

@@ -5,27 +5,33 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import platform
 import shutil
 import signal
+import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from tinygpt import __version__
 from tinygpt.checkpoints.load_tokenizer import GENERATION, load_tokenizer, with_files
 from tinygpt.checkpoints.open_checkpoint import Checkpoint, open_checkpoint
 from tinygpt.checkpoints.run_folder import checkpoint_in
-from tinygpt.commands.flags import add_flag, add_options, add_shared, given, spelled
+from tinygpt.commands.flags import add_flag, add_options, add_shared, flag_of, given, spelled
 from tinygpt.commands.interrupts import asking, handled
 from tinygpt.commands.texts import KINDS, TEXTS, add_text_flags, prepared
+from tinygpt.config import GPTConfig
 from tinygpt.data.dataset import Dataset
-from tinygpt.errors import InputError, say, visible
+from tinygpt.errors import CheckpointError, InputError, say, show, visible
 from tinygpt.model import GPT
 from tinygpt.options import defaults
 from tinygpt.runtime import device
 from tinygpt.tokenizer.tokenizer import Tokenizer
-from tinygpt.training import run_files
+from tinygpt.training import run_files, world
 from tinygpt.training.lock import locked
+from tinygpt.training.ranks import Alone, Ranks, count, settle
 from tinygpt.training.run import Run
 from tinygpt.training.settings import (
     MINUTES,
@@ -37,7 +43,12 @@ from tinygpt.training.settings import (
     settings_of,
     usual_text,
 )
+from tinygpt.training.state import State
 from tinygpt.training.step import sharing_weights
+from tinygpt.training.world import World
+
+# What --rank-timeout can be: a day is longer than a step takes.
+_TIMEOUTS = {"above": 0, "most": 24 * 60 * 60}
 
 
 def plan(
@@ -75,6 +86,7 @@ def begin(
     config: TrainConfig,
     base: Checkpoint | None = None,
     minutes: float | None = None,
+    ranks: Alone | None = None,
 ) -> Run:
     """A new run, of a new model or from one that was opened.
 
@@ -84,14 +96,14 @@ def begin(
     if base is None:
         gpt = GPT(config.gpt_config(data.header.vocab_size), config.seed, config.init)
         tokenizer = _sampled(data.tokenizer(), config.sample_temperature)
-        return Run(folder, data, tokenizer, gpt, config, minutes)
+        return Run(folder, data, tokenizer, gpt, config, minutes, ranks)
     tokenizer = base.tokenizer()
     data.check(base.config.vocab_size, tokenizer)
     gpt = base.load("float32")  # gradients need it, whatever the file holds
     dropouts = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), float(config.dropout))
     gpt = sharing_weights(gpt, replace(gpt.config, **dropouts))
     tokenizer = _sampled(tokenizer, config.sample_temperature)
-    return Run(folder, data, tokenizer, gpt, config, minutes)
+    return Run(folder, data, tokenizer, gpt, config, minutes, ranks)
 
 
 def _sampled(tokenizer: Tokenizer, temperature: float) -> Tokenizer:
@@ -138,6 +150,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_flag(parser, "--resume", kind=bool, help=words)
     words = "make as many steps as fit into this time, with --resume from now on"
     add_flag(parser, "--minutes", kind=float, metavar="M", help=words, **MINUTES)
+    words = "under mpirun, how many seconds one process waits for another before all end"
+    add_flag(
+        parser, "--rank-timeout", kind=float, metavar="S", default=60.0, help=words, **_TIMEOUTS
+    )
     add_text_flags(parser.add_argument_group("how a text is read"))
     words = (
         "by their fields' names, n_layer for --n-layer, these and those below are also the keys "
@@ -149,18 +165,80 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_options(group, TrainConfig, [name for name in defaults(TrainConfig) if name not in SHAPE])
 
 
+together = world.joined  # `mpirun` starts several processes, which train one model
+
+
 def run(args: argparse.Namespace) -> int:
     """`tinygpt train`: 0 at the end, 128 and the signal's number after a signal."""
-    folder = Path(args.out)
+    folder, others = Path(args.out), world.current
+    if others:
+        settle(others)
     if args.steps is not None and args.minutes is not None:
         raise InputError("--steps and --minutes both say how long to train: give one of them")
     device.check()
+    ranks = Alone()
+    if others:
+        others.need_same(_facts(args))
+        ranks = Ranks(others, args.rank_timeout)
+    if others and others.rank:
+        return _train(_following(others, ranks, folder))
     with locked(folder):
-        job = _resumed(args, folder) if args.resume else _new(args, folder)
+        job = (_resumed if args.resume else _new)(args, folder, ranks)
+        if others:
+            told = {"model": asdict(job.trainer.model.config), "state": job.state.to_json()}
+            told |= {"data": str(job.data.folder), "evaluated": job.evaluated}
+            told |= {"tokens": _tokens(job.data)}
+            others.exchange(told)
+            _meet(job, others)
         return _train(job)
 
 
-def _new(args: argparse.Namespace, folder: Path) -> Run:
+def _facts(args: argparse.Namespace) -> dict[str, str]:
+    """What has to be the same in all ranks: programs, what computes, and what was typed."""
+    facts = {
+        "tinygpt": __version__,
+        "tinygrad": version("tinygrad"),
+        "byte order": sys.byteorder,
+        "processor": platform.machine(),
+        "backend": f"{device.describe()}, {device.describe_operations()}",
+    }
+    flags = {name: value for name, value in vars(args).items() if name != "typed"}
+    return facts | {flag_of(name): show(value) for name, value in flags.items()}
+
+
+def _following(others: World, ranks: Ranks, folder: Path) -> Run:
+    """The run that rank 0 has in its folder, in another rank, which needs only the tokens."""
+    told = others.exchange({})[0]
+    try:
+        data = Dataset.open(told["data"])
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} (each rank reads the prepared tokens there)") from error
+    for name, ours in _tokens(data).items():
+        if ours != (theirs := told["tokens"][name]):
+            raise InputError(f"{data.folder}: the {name} is {ours}, in rank 0 {theirs}")
+    state = State.of(told["state"])
+    model = GPT(GPTConfig(**told["model"]), state.config.seed)
+    job = Run(folder, data, data.tokenizer(), model, state.config, state.minutes, ranks)
+    job.follow(state)
+    job.evaluated = told["evaluated"]
+    _meet(job, others)
+    return job
+
+
+def _tokens(data: Dataset) -> dict[str, str]:
+    """What tells prepared tokens from others."""
+    digests = {f"SHA-256 of {name}.bin": each.sha256 for name, each in data.header.splits.items()}
+    return digests | {"type of the tokens": data.header.dtype.name}
+
+
+def _meet(job: Run, others: World) -> None:
+    """Once every rank has the run, give it the tensors of the first."""
+    others.exchange({})
+    job.ranks.take({**job.trainer.weights, **job.trainer.tensors})
+    others.starting, others.doing = False, "the next step"
+
+
+def _new(args: argparse.Namespace, folder: Path, ranks: Alone) -> Run:
     """A new run. Where it is refused, the folder is left such that another try can be made."""
     _need_new(folder)
     filed = read_settings(args.config) if args.config else {}
@@ -180,13 +258,13 @@ def _new(args: argparse.Namespace, folder: Path) -> Run:
         source = prepared(args, tokens, usual | ({"tokenizer": base.tokenizer()} if base else {}))
         if source == tokens and not had_tokens:
             mark.touch()
-        return begin(folder, Dataset.open(source), config, base, args.minutes)
+        return begin(folder, Dataset.open(source), config, base, args.minutes, ranks)
     except InputError:
         forget()
         raise
 
 
-def _resumed(args: argparse.Namespace, folder: Path) -> Run:
+def _resumed(args: argparse.Namespace, folder: Path, ranks: Alone) -> Run:
     """The run that is in the folder, perhaps with more steps or time than it was to have."""
     fixed = {"recipe": args.recipe, "config": args.config, "model": args.model}
     for name, value in (fixed | given(args, defaults(TrainConfig))).items():
@@ -198,12 +276,14 @@ def _resumed(args: argparse.Namespace, folder: Path) -> Run:
             )
     last = run_files.newest(folder)
     data = Dataset.open(prepared(args, folder / "data", {"tokenizer": load_tokenizer(last)}))
-    return Run.resume(folder, data, args.steps, args.minutes, last)
+    return Run.resume(folder, data, args.steps, args.minutes, last, ranks)
 
 
 def _train(job: Run) -> int:
     config, model = job.config, job.trainer.model.config
     where = f"{device.describe()}, {device.describe_operations()}"
+    if job.ranks.size > 1:
+        where += f", {job.ranks.size} ranks, each of {count(device.cpu_count(), 'thread')}"
     say(f"{model.parameter_count:,} parameters on {where}")
     if job.finished:
         say(f"its {config.steps} steps are made: --steps N or --minutes M gives it more")
@@ -213,8 +293,10 @@ def _train(job: Run) -> int:
             raise KeyboardInterrupt
         job.signal = job.signal or number
 
-    # Ctrl-C always: to go on with a run that was stopped is easy.
-    with handled(stop, {signal.SIGINT, *asking()}):
+    # Ctrl-C always: to go on with a run that was stopped is easy. mpirun kills its processes half a
+    # second after that; SIGUSR1 it passes on to them.
+    own = {signal.SIGINT} if job.ranks.size == 1 else {signal.SIGINT, signal.SIGUSR1}
+    with handled(stop, {*own, *asking()}):
         stopped, name = job.go(), job.folder
     if stopped is not None:
         saved = f"saved in {name}: --resume goes on" if job.counters.step else "nothing to save"

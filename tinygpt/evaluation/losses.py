@@ -133,7 +133,19 @@ def mean_loss(
     block_size: int,
     batch_size: int,
 ) -> float:
-    """The mean of the losses that count, in nats a token.
+    """The mean of the losses that count, in nats a token: see `sum_of_losses`."""
+    total, count = sum_of_losses(losses, tokens, places, block_size, batch_size)
+    return total / count
+
+
+def sum_of_losses(
+    losses: Losses,
+    tokens: TokenFile | np.ndarray | Begun,
+    places: Sequence[Window],
+    block_size: int,
+    batch_size: int,
+) -> tuple[float, int]:
+    """The sum of the losses that count, in nats, and how many these are.
 
     Args:
         losses: of inputs and targets (batch_size, block_size).
@@ -152,7 +164,7 @@ def mean_loss(
         for row, window in zip(found, group, strict=False):
             last = window.before + window.counted
             total += row[window.before : last].sum(dtype=np.float64)
-    return total / sum(window.counted for window in places)
+    return total, sum(window.counted for window in places)
 
 
 def evaluate_data(

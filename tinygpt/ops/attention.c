@@ -27,7 +27,8 @@ typedef struct {
 
 INLINE head_dropout dropout_of(const unsigned *key, int head, int T, int place, unsigned threshold,
                                float scale, int n_head) {
-  unsigned first = (key[2] * (unsigned)n_head + head) * (unsigned)T * (unsigned)T;
+  unsigned row = key[2] + head / n_head * (key[3] - 1);
+  unsigned first = (row * (unsigned)n_head + head) * (unsigned)T * (unsigned)T;
   return (head_dropout){dropout_keys(key, place), first, threshold, scale};
 }
 
@@ -50,7 +51,7 @@ static void attention(float *y,             // (B, T, C)
                       const float *q,       // (B, T, C), as are the next two
                       const float *k,
                       const float *v,
-                      const unsigned *key,  // (3,): seed, step, first row; absent: no dropout
+                      const unsigned *key,  // (4,): seed, step, first row, stride; absent: no dropout
                       int core_id, int threads, int B, int T, int n_head, int D, int place,
                       unsigned threshold, float scale, float dropout_scale) {
   long C = (long)n_head * D;
@@ -86,7 +87,7 @@ static void attention_backward(float *dq,            // (B, T, C), as are the ne
                                const float *q,       // (B, T, C), as are the next two
                                const float *k,
                                const float *v,
-                               const unsigned *key,  // (3,), or absent: as in `attention`
+                               const unsigned *key,  // (4,), or absent: as in `attention`
                                int core_id, int threads, int B, int T, int n_head, int D, int place,
                                unsigned threshold, float scale, float dropout_scale) {
   long C = (long)n_head * D, TT = (long)T * T;

@@ -10,7 +10,8 @@ typedef struct {
   unsigned first, second;
 } dropout_key;
 
-// What is common to all numbers of one place in one step; key is (seed, step, first row).
+// What is common to all numbers of one place in one step; key is (seed, step, first row, stride): row
+// i of a batch is row `first row + i * stride` of the whole one, which others may have parts of.
 INLINE dropout_key dropout_keys(const unsigned *key, int place) {
   unsigned x = key[0];
   MIX32(x);

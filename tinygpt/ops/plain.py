@@ -27,7 +27,7 @@ class Dropout:
 
     rate: float
     place: int  # a number of its own for each place in the model
-    key: Tensor  # uint32 (3,): seed, step, and the number of the batch's first row
+    key: Tensor  # uint32 (4,): seed, step, the number of the batch's first row, and to the next
 
     @property
     def threshold(self) -> int:
@@ -204,14 +204,15 @@ def drop(x: Tensor, dropout: Dropout) -> Tensor:
 
 def dropout_bits(dropout: Dropout, shape: Sequence[int]) -> Tensor:
     """uint32 of a shape whose first axis is the batch: a function of the key, the place, and the
-    number of each element, counted from the first row that the key tells.
+    number of each element, counted by the numbers of rows that the key tells.
 
     So a mask is the same on every backend, in C (dropout.h), and however a batch is divided.
     """
-    size = math.prod(shape)
+    rows, size = shape[0], math.prod(shape[1:])
     first = _mix(_mix(_mix(dropout.key[0]) + dropout.key[1]) + dropout.place)
     second = _mix(first + 0x9E3779B9)
-    index = _counted(size, dropout.key, dtypes.uint32) + dropout.key[2] * (size // shape[0])
+    row = dropout.key[2] + _counted(rows, dropout.key, dtypes.uint32) * dropout.key[3]
+    index = _counted(size, dropout.key, dtypes.uint32) + row.reshape(rows, 1) * size
     return _mix(_mix(index ^ first) + second).reshape(shape)
 
 

@@ -79,6 +79,20 @@ def write(target: Tensor, values: np.ndarray) -> None:
         buffer.copyin(np.require(values, requirements=["C", "W"]).reshape(-1).view(np.uint8).data)
 
 
+def aligned(count: int) -> np.ndarray:
+    """float32 (count,) of zeros, which begins where a cache line does."""
+    memory = np.zeros(4 * count + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + 4 * count].view(np.float32)
+
+
+def sharing(values: np.ndarray) -> Tensor:
+    """A tensor of the CPU in the memory of an array, which has to be kept as long."""
+    made = Tensor.empty(*values.shape, dtype=_from_np_dtype(values.dtype), device="CPU")
+    _buffer(made.uop).allocate(external_ptr=values.ctypes.data)
+    return made
+
+
 def written(target: Tensor, part: Tensor, values: Tensor) -> Tensor:
     """The target as it is once values have been written into a part of it, a view, in place.
 

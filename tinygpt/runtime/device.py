@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from textwrap import shorten
@@ -222,6 +223,13 @@ def cpu_count() -> int:
     return min(CPU_COUNT.value, MOST_THREADS)
 
 
+def usable_cores() -> set[int]:
+    """The cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
 def use_threads(count: int) -> None:
     """Let computation take so many threads: to be said before anything is computed."""
     CPU_COUNT.value = count
@@ -241,6 +249,21 @@ def several(count: int) -> list[str]:
             fact = f"{count} devices, of which {name} does not open ({reason(error)})"
             raise InputError(f"{fact}: give {max(1, i)} (--devices)") from error
     return names
+
+
+def take_gpu(number: int) -> None:
+    """Let this process compute on the GPU of a number, of those that it may use; a CPU has none.
+
+    To be called before a device is opened. It is by the driver's own variable for CUDA, and for the
+    others by tinygrad's way to name the devices that are to be seen.
+    """
+    name = Device.DEFAULT.partition(":")[0]
+    if name == "CUDA":
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        known = number < len(seen) and seen[0]
+        os.environ["CUDA_VISIBLE_DEVICES"] = seen[number] if known else str(number)
+    elif name in ("NV", "AMD"):
+        DEV.value = replace(DEV.target(name), indices=str(number))
 
 
 def default() -> str:

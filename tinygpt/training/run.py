@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import statistics
 import time
 from contextlib import suppress
@@ -12,14 +12,12 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tinygrad import Tensor
 
 from tinygpt.checkpoints.load_tokenizer import load_tokenizer
 from tinygpt.checkpoints.quantization import check_dtype, convert
 from tinygpt.data.dataset import Batches, Dataset
 from tinygpt.errors import CheckpointError, InputError, reason, say
-from tinygpt.evaluation.losses import Scorer, mean_loss, spread
 from tinygpt.generator import Generator
 from tinygpt.model import GPT
 from tinygpt.storage import open_plain
@@ -27,9 +25,12 @@ from tinygpt.tokenizer.encoding import end_token
 from tinygpt.tokenizer.tokenizer import Tokenizer
 from tinygpt.training import run_files
 from tinygpt.training.progress import Progress, duration
+from tinygpt.training.ranks import Alone, Differing
 from tinygpt.training.settings import MOST, TrainConfig
 from tinygpt.training.state import State
 from tinygpt.training.step import Batch, Counters, Trainer, sharing_weights
+from tinygpt.training.validation import Validation
+from tinygpt.training.world import Agreed
 
 # So many steps in a row without a finite loss end a run. float16 may need some to find its scale.
 _MOST_SKIPPED = 10
@@ -52,37 +53,44 @@ class Run:
         model: GPT,
         config: TrainConfig,
         minutes: float | None = None,
+        ranks: Alone | None = None,
     ) -> None:
         """
         Args:
-            folder: where checkpoints and the log go.
+            folder: where checkpoints and the log go, in rank 0.
             model: updated in place.
             minutes: fit the number of steps to this time; None keeps the configuration's.
+            ranks: the processes that share the run; None for this one alone.
         """
         self.folder, self.data, self.tokenizer = folder, data, tokenizer
-        self.minutes = minutes
-        if len(data.val) <= config.block_size:
-            raise InputError(
-                f"{data.folder}: the validation split has {len(data.val)} tokens, too few for a "
-                f"window of {config.block_size}: give more text or a smaller --block-size"
-            )
+        self.minutes, self.ranks = minutes, ranks or Alone()
+        self.ranks.check_batch(config.batch_size)
+        self.validation = Validation(model, data, config, self.ranks)
         check_dtype(config.dtype)
-        self.trainer = Trainer(model, config)
+        self.trainer = Trainer(model, config, self.ranks)
         shape = config.batch_size, config.block_size
         self.batches = Batches(data.train, *shape, config.seed, config.order)
-        self.scorer, self.generator = Scorer(model), Generator(model)
+        self.generator = Generator(model)
         self.best: dict[str, Any] | None = None  # the step of the lowest validation loss, and it
         self.val_loss: float | None = None
         self.sample = ""  # what it wrote at the last evaluation
         self.times: list[float] = []  # seconds of this process's steps
         self.started = time.perf_counter()
-        self.signal: int | None = None  # set by whoever wants it to end before the next batch
         self.saved, self.evaluated = 0, False  # the last checkpoint's step; whether this one was
 
     @property
     def config(self) -> TrainConfig:
         """The run's settings, of which --minutes changes `steps` once."""
         return self.trainer.config
+
+    @property
+    def signal(self) -> int | None:
+        """Set by whoever wants the run to end before its next batch."""
+        return self.ranks.asked
+
+    @signal.setter
+    def signal(self, number: int | None) -> None:
+        self.ranks.asked = number
 
     @property
     def counters(self) -> Counters:
@@ -97,6 +105,7 @@ class Run:
         steps: int | None = None,
         minutes: float | None = None,
         last: Path | None = None,
+        ranks: Alone | None = None,
     ) -> Run:
         """The run as its last checkpoint left it.
 
@@ -123,14 +132,19 @@ class Run:
                     "give how many it is to have in all"
                 )
             config, left = replace(config, steps=steps), None
-        run = cls(folder, data, tokenizer, model, config, left if minutes is None else minutes)
+        left = left if minutes is None else minutes
+        run = cls(folder, data, tokenizer, model, config, left, ranks)
         run_files.restore(run.tensors, arrays, last)
-        run.trainer.counters, run.best = counters, state.best
-        run.batches.restore(state.data)
-        run.saved = counters.step
+        run.follow(state)
         run._name_best()  # in case the program was ended between the two names
         run.evaluated = run_files.cut_log(folder, counters.step)
         return run
+
+    def follow(self, state: State) -> None:
+        """Go on from a state, of which the tensors are given otherwise."""
+        self.trainer.counters, self.best = state.counters, state.best
+        self.batches.restore(state.data)
+        self.saved = state.counters.step
 
     def go(self) -> int | None:
         """Train to the end, or until `signal` is set; what it was set to.
@@ -142,15 +156,18 @@ class Run:
         path, mode = self.folder / run_files.LOG, "a" if self.counters.step else "w"
         progress = Progress()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with suppress(FileNotFoundError):
-                open_plain(path).close()
+            if self.ranks.rank:  # the first writes
+                path = Path(os.devnull)
+            else:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with suppress(FileNotFoundError):
+                    open_plain(path).close()
             with FileIO(path, mode) as log:  # nothing is kept that fails once more
                 try:
                     self._go(log, progress)
                 except (_Stopped, InputError, OSError) as error:
                     progress.clear()
-                    if self.saved != self.counters.step:
+                    if self.saved != self.counters.step and not isinstance(error, Differing):
                         self._save()
                     saved = ""
                     if self.saved:
@@ -206,16 +223,17 @@ class Run:
         self.times.append(time.perf_counter() - start)
         step, recent = self.counters.step, statistics.median(self.times[-20:])
         entry = {"step": step, "loss": outcome.loss, "norm": outcome.norm, "learning_rate": rate}
+        entry["tokens"] = outcome.tokens
         if not outcome.good:
             entry["skipped"] = True
         tokens = config.accumulate * config.batch_size * config.block_size
-        self._log(log, {**entry, "tokens_per_s": round(tokens / recent)})
+        run_files.add_entry(log, {**entry, "tokens_per_s": round(tokens / recent)})
         left = recent * max(0, config.steps - step)
         if self.minutes is None and len(self.times) == _TIMED:
             say(f"about {duration(left)} left, for {config.steps - step} steps")
         progress.show(step, config.steps, outcome.loss, self.val_loss, tokens / recent, left)
         if self.counters.skipped_in_a_row == _MOST_SKIPPED:
-            raise InputError(
+            raise Agreed(
                 f"the loss or its gradient was not finite in {_MOST_SKIPPED} steps in a row, to "
                 f"step {step}: the weights as they were before those are in "
                 f"{self.folder / 'last'}; try a lower --learning-rate"
@@ -226,24 +244,17 @@ class Run:
         return next(self.batches)
 
     def _need_going_on(self) -> None:
-        if self.signal is not None:
+        if self.ranks.stopping:
             raise _Stopped
-
-    def _losses(self, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        self._need_going_on()
-        return self.scorer.losses(inputs, targets)
 
     def _evaluate(self, log: FileIO, progress: Progress) -> None:
         """Measure and sample, save, and then log: what the log has, no resumed run does again."""
         begun = time.perf_counter()
         config, step = self.config, self.counters.step
-        most = config.eval_batches * config.batch_size
-        places = spread(len(self.data.val), config.block_size, most)
-        self.val_loss = mean_loss(
-            self._losses, self.data.val, places, config.block_size, config.batch_size
-        )
+        self.ranks.compare(self.trainer.weights, step)
+        self.val_loss = self.validation.loss(self._need_going_on)
         entry = {"step": step, "val_loss": self.val_loss}
-        if config.sample_tokens:
+        if config.sample_tokens and self.ranks.rank == 0:
             start = end_token(self.tokenizer) or 0
             how = config.sample_tokens, config.seed
             ids = []
@@ -258,31 +269,32 @@ class Run:
             self._fit(time.perf_counter() - begun)
         if step:
             self._save()
-        self._log(log, entry)
+        run_files.add_entry(log, entry)
         self.evaluated = True
         progress.clear()
         say(f"step {step}: validation loss {self.val_loss:.4f}")
         if config.sample_tokens:
             say(f"a sample of {config.sample_tokens} tokens:", below=self.sample)
 
-    def _save(self) -> None:
-        # That of the last whole step: a part of the next may be taken.
+    @property
+    def state(self) -> State:
+        """What to go on with from the last whole step, besides tensors."""
+        # A part of the next may be taken.
         position = {"step": self.counters.step * self.config.accumulate}
-        state = State(
-            self.counters,
-            self.best,
-            self.batches.state() | position,
-            self.data.header.source,
-            self.minutes,
-            self.config,
-        )
-        model = self.trainer.model
-        if self.config.dtype != "float32":
-            model = convert(sharing_weights(model, model.config), self.config.dtype)
-        run_files.save(self.folder, model, self.tokenizer, self.tensors, state)
+        place = self.batches.state() | position
+        source = self.data.header.source
+        return State(self.counters, self.best, place, source, self.minutes, self.config)
+
+    def _save(self) -> None:
+        if self.ranks.rank == 0:
+            model = self.trainer.model
+            if self.config.dtype != "float32":
+                model = convert(sharing_weights(model, model.config), self.config.dtype)
+            run_files.save(self.folder, model, self.tokenizer, self.tensors, self.state)
         self.saved = self.counters.step
-        self._name_best()
-        run_files.prune(self.folder, self.config.keep, self.config.keep_every)
+        if self.ranks.rank == 0:
+            self._name_best()
+            run_files.prune(self.folder, self.config.keep, self.config.keep_every)
 
     def _name_best(self) -> None:
         if self.best is not None:
@@ -294,18 +306,9 @@ class Run:
         """Choose the number of steps such that they end when the minutes do."""
         took = statistics.median(self.times[_UNTIMED:]) + evaluation_s / self.config.eval_every
         left = self.minutes * 60 - (time.perf_counter() - self.started)
-        step = self.counters.step
+        took, left, step = *map(self.ranks.of_first, (took, left)), self.counters.step
         steps = min(step + max(1, int(left / took)), MOST)
         warmup_steps = min(self.config.warmup_steps, max(step, steps // 10))
         self.trainer.config = replace(self.config, steps=steps, warmup_steps=warmup_steps)
         say(f"{steps} steps fit into {self.minutes:g} minutes, at {took * 1e3:.0f} ms each")
         self.minutes = None
-
-    @staticmethod
-    def _log(log: FileIO, entry: dict[str, Any]) -> None:
-        for name, value in entry.items():  # JSON has no word for what is not finite
-            if isinstance(value, float) and not math.isfinite(value):
-                entry = entry | {name: None}
-        line = f"{json.dumps(entry, ensure_ascii=False)}\n".encode()
-        while line:  # a disk that is full takes a part, before it says so
-            line = line[log.write(line) :]

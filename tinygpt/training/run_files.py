@@ -13,10 +13,12 @@ turn is found out before anything is loaded: see `newest`.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +166,20 @@ def point(run: Path, name: str, folder: Path) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {reason(error)}") from error
+
+
+def add_entry(log: FileIO, entry: dict[str, Any]) -> None:
+    """Write a line of a run's log, whole.
+
+    Raises:
+        OSError: when it cannot be written.
+    """
+    for name, value in entry.items():  # JSON has no word for what is not finite
+        if isinstance(value, float) and not math.isfinite(value):
+            entry = entry | {name: None}
+    line = f"{json.dumps(entry, ensure_ascii=False)}\n".encode()
+    while line:  # a disk that is full takes a part, before it says so
+        line = line[log.write(line) :]
 
 
 def log_entry(line: str) -> dict[str, Any] | None:

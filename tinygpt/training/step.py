@@ -18,6 +18,7 @@ from tinygpt.runtime import buffers, device, memory
 from tinygpt.runtime.capture import capture
 from tinygpt.training.lora import Lora
 from tinygpt.training.optimizers import Optimizer, StepInputs, global_norm
+from tinygpt.training.ranks import Alone, fingerprint
 from tinygpt.training.schedule import scheduled
 from tinygpt.training.settings import TrainConfig
 
@@ -36,6 +37,7 @@ class Outcome(NamedTuple):
     loss: float
     norm: float
     good: bool
+    tokens: str  # a checksum of those that it has seen, whichever rank had which
 
 
 @dataclass
@@ -65,13 +67,19 @@ class Trainer:
     random numbers of dropout are a function of the seed and the step.
     """
 
-    def __init__(self, model: GPT, config: TrainConfig) -> None:
+    def __init__(self, model: GPT, config: TrainConfig, ranks: Alone | None = None) -> None:
+        """
+        Args:
+            model: updated in place.
+            ranks: the processes that share each batch; None for this one alone.
+        """
+        self.ranks = ranks or Alone()
         if config.compute != "float32":
             need_type(config.compute)
         memory.require_memory(12 * model.config.parameter_count, "training this model")
         # In each block gradients need at least its input, query, key, value, both sublayers'
         # results and the hidden layer, if only in 16 bits.
-        tokens, shape = config.batch_size * config.block_size, model.config
+        tokens, shape = config.batch_size * config.block_size // self.ranks.size, model.config
         kept = 2 * tokens * shape.n_layer * (6 * shape.n_embd + shape.inner_dim)
         memory.require_memory(kept, f"a batch of {config.batch_size}")
         self.model, self.config = model, config
@@ -88,13 +96,13 @@ class Trainer:
             config.grad_clip,
         )
         self.counters = Counters(loss_scale=_FIRST_SCALE if config.compute == "float16" else 1.0)
-        # Of a step of several batches: what those so far have given.
+        # Of a step of several batches, or ranks: what those so far have given.
+        self._shares = config.accumulate * self.ranks.size
         self._sums: dict[str, Tensor] = {}
-        if config.accumulate > 1:
+        if self._shares > 1:
             shapes = {name: weight.shape for name, weight in self.weights.items()}
-            for name, shape in {**shapes, _LOSS: ()}.items():
-                self._sums[name] = buffers.tensor(np.zeros(shape, np.float32))
-        what = (model, config, type(self))
+            self._sums = self.ranks.sums({**shapes, _LOSS: ()})
+        what = (model, config, type(self), self._shares)
         self._whole = capture(self._step, self._named, ("step", *what))
         self._part = capture(self._add, self._named, ("add", *what))
         self._end = capture(self._finish, self._named, ("finish", *what))
@@ -126,29 +134,38 @@ class Trainer:
         """Update the weights once. A loss or gradient that is not finite changes nothing.
 
         Args:
-            batches: `accumulate` of them, of one shape in all calls. Each is used before the next
-                is asked for; where that raises an exception, nothing is changed.
+            batches: `accumulate` of them, of one shape in all calls and the same in all ranks, of
+                which each takes its rows. Each is used before the next is asked for; where that
+                raises an exception, nothing is changed.
         """
         counters, config = self.counters, self.config
         rate = self.learning_rate
         muon_rate = config.muon_learning_rate * rate / (config.learning_rate or 1)  # in proportion
         updates = counters.updates + 1
         inputs = self.optimizer.inputs(rate, muon_rate, updates, counters.loss_scale)
-        given, rows = buffers.tensor(inputs.array()), 0
-        for i, (tokens, targets) in enumerate(batches):
+        given, row, seen = buffers.tensor(inputs.array()), self.ranks.rank, np.zeros(3, np.float32)
+        for i, batch in enumerate(batches):
+            tokens, targets = map(self.ranks.rows, batch)
             # Rows are counted through, so that each has a mask of its own.
-            key = np.array([config.seed, counters.step, rows], np.uint32)
-            rows += len(tokens)
-            batch = [buffers.tensor(array) for array in (tokens, targets, key)]
-            if config.accumulate == 1:
-                result = self._whole(*batch, given)
-            else:  # the value is read for the device to be done with it
-                buffers.read(self._part(*batch, given, buffers.tensor(np.array([i > 0]))))
-        if config.accumulate > 1:
-            result = self._end(given)
+            key = np.array([config.seed, counters.step, row, self.ranks.size], np.uint32)
+            seen += fingerprint(tokens, row, self.ranks.size)
+            row += len(batch[0])
+            arrays = [buffers.tensor(array) for array in (tokens, targets, key)]
+            if self._shares == 1:
+                result = self._whole(*arrays, given)
+            else:
+                self._add_up([*arrays, given, buffers.tensor(np.array([i > 0]))])
+        seen = self.ranks.reduce(seen)
+        if self._shares > 1:
+            result = self.ranks.in_turn("finish", lambda: self._end(given))
         loss, norm, good = buffers.read(result).tolist()
         self._count(good > 0)
-        return Outcome(loss, norm, good > 0)
+        digest = bytes(int(part) & 0xFF for part in seen).hex()
+        return Outcome(loss, norm, good > 0, digest)
+
+    def _add_up(self, arguments: list[Tensor]) -> None:
+        """Add one of several batches to the sums; one is read for the device to be done with it."""
+        self.ranks.in_turn("add", lambda: buffers.read(self._part(*arguments)))
 
     def _count(self, good: bool) -> None:
         counters = self.counters
@@ -168,7 +185,7 @@ class Trainer:
 
         Args:
             tokens, targets: int32 (B, T).
-            key: what dropout draws from, uint32 (3,).
+            key: what dropout draws from, uint32 (4,).
             inputs: float32 (5,): see `StepInputs`.
         Returns:
             float32 (3,): loss, the gradients' length, and whether both were finite.
@@ -190,7 +207,8 @@ class Trainer:
         loss, gradients = self.gradients(tokens, targets, key, scale)
         for name, value in {**gradients, _LOSS: loss}.items():
             total = self._sums[name]
-            total.assign(later.reshape(()).where(total, 0.0) + value / self.config.accumulate)
+            before = later.reshape(()).where(total, 0.0) if self.config.accumulate > 1 else 0.0
+            total.assign(before + value / self._shares)
         Tensor.realize(*self._sums.values())
         return self._sums[_LOSS]
 
@@ -225,7 +243,7 @@ class Trainer:
 
         Args:
             tokens, targets: int32 (B, T).
-            key: where dropout is wanted, what it draws from, uint32 (3,).
+            key: where dropout is wanted, what it draws from, uint32 (4,).
             scale: what the loss is multiplied with on the way, None for 1.
         """
         masters = [buffers.alias(weight) for weight in self.weights.values()]
