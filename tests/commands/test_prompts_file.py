@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import needs_clang, randomize, save_with_bytes
+from together import and_one, command, environment, mpirun, needs_mpi, told
 
 from tinygpt import GPT, GPTConfig
 from tinygpt.commands import prompts_file
@@ -175,6 +176,42 @@ def test_a_full_disk_is_told(model, prompts, tmp_path, capsys, monkeypatch):
     assert call(model, prompts, tmp_path / "out.jsonl") == 2
     assert "cannot write" in (err := capsys.readouterr().err)
     assert err.count("error:") == 1
+
+
+@needs_mpi
+@needs_clang
+def test_several_processes_write_the_same_texts(model, prompts, alone, tmp_path):
+    """And go on with what one process, or others, have left."""
+    out = tmp_path / "out.jsonl"
+    argv = ["generate", "--model", model, "--prompts", prompts, *FLAGS]
+    for ranks in (3, 2):
+        status, _, told = mpirun(ranks, *argv, "--out", out)
+        assert (status, told[-1].split(",")[0]) == (0, f"tinygpt: {len(alone)} texts"), told
+        assert texts_in(out.read_text(encoding="utf-8")) == alone
+        lines = out.read_bytes().splitlines(keepends=True)
+        out.write_bytes(b"".join(lines[:7]) + lines[7][:9])
+        assert call(model, prompts, out) == 0
+        assert texts_in(out.read_text(encoding="utf-8")) == alone
+        out.unlink()
+    status, stdout, _ = mpirun(2, *argv)
+    assert status == 0
+    assert texts_in(stdout) == alone
+
+
+@needs_mpi
+@needs_clang
+def test_processes_with_other_prompts_are_refused(model, prompts, tmp_path):
+    (folder := tmp_path / "other").mkdir()
+    (folder / "p.jsonl").write_text('{"prompt": "a"}', encoding="utf-8")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "b"}', encoding="utf-8")
+    argv = ["generate", "--model", str(model), "--prompts", "p.jsonl", *FLAGS]
+    line = [*command(1, *argv), *and_one(folder, *argv)]
+    found = subprocess.run(
+        line, cwd=tmp_path, env=environment(), capture_output=True, encoding="utf-8"
+    )
+    assert found.returncode == 2
+    (fault,) = told(found.stderr)
+    assert "SHA-256 of the prompts: rank 1 has" in fault
 
 
 @needs_clang

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,12 +18,15 @@ from tinygpt.commands.interrupts import Ended, Interrupts
 from tinygpt.commands.output import Output
 from tinygpt.commands.prompt import read_ids, read_prompt, stop_text, typed_prompts
 from tinygpt.commands.prompts_file import Asked, opened, read_asked, write_all
+from tinygpt.commands.together import facts
 from tinygpt.config import PRESETS, SHAPE, GPTConfig
 from tinygpt.devices import share_blocks
 from tinygpt.errors import InputError, say
 from tinygpt.options import defaults
 from tinygpt.runtime import device
 from tinygpt.sampling import Sampling
+from tinygpt.training import world
+from tinygpt.training.ranks import settle
 from tinygpt.writer import Writer
 
 _DEFAULT_PRESET = "nano"
@@ -184,7 +188,17 @@ def open_writer(request: Request) -> Writer:
 
 def run(args: argparse.Namespace) -> int:
     """Write the text, and say on stderr what wrote it and how fast; the exit status."""
+    with world.joined() if args.prompts is not None else nullcontext():
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    if world.current:
+        settle(world.current)
     request, writer = parse(args), None
+    if world.current:
+        digest = hashlib.sha256(repr(request.asked).encode()).hexdigest()
+        world.current.need_same({**facts(args), "SHA-256 of the prompts": digest})
     with Interrupts() as interrupts, _backend_is_asked_first():
         writer = open_writer(request)
         if request.devices is not None:
@@ -238,16 +252,17 @@ def _write(request: Request, writer: Writer, first: bool = False) -> int | None:
 
 def _write_file(request: Request, writer: Writer) -> int:
     """Continue the prompts of a file; the exit status."""
-    request = _as_the_model_says(request, writer)
+    request, others = _as_the_model_says(request, writer), world.current
     introduce(request, writer)
-    with opened(request.out, request.asked) as texts:
-        already, start, count = len(texts.done), time.perf_counter(), 0
+    out = None if others and others.rank else request.out  # only the first needs the folder
+    with opened(out, request.asked) as texts:
+        already, start = len(texts.done), time.perf_counter()
         if already:
             say(f"{already} of {len(request.asked)} texts are in {request.out}")
         with Interrupts() as interrupts, _backend_is_asked_first():
-            count = write_all(request, writer, request.asked, texts, interrupts)
+            write_all(request, writer, texts, interrupts)
         made, took_s = len(texts.done) - already, time.perf_counter() - start
-        say(f"{made} texts, {count} tokens, {count / took_s:.1f} tokens/s")
+        say(f"{made} texts, {texts.tokens} tokens, {texts.tokens / took_s:.1f} tokens/s")
     return 128 + interrupts.came if interrupts.came else 0
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from tinygpt.commands.interrupts import Interrupts
@@ -17,12 +19,14 @@ from tinygpt.errors import InputError, reason, show
 from tinygpt.model import NOT_NUMBERS
 from tinygpt.sampling import Sampling
 from tinygpt.storage import parse_json, read_bytes
+from tinygpt.training import world
 from tinygpt.writer import Writer
 
 if TYPE_CHECKING:
     from tinygpt.commands.generate import Request
 
 AT_ONCE = 16  # texts side by side
+_TELLS_S = 1.0  # between two times at which ranks tell each other of their texts
 _MOST_BYTES = 1 << 30  # of a file of prompts or texts
 
 
@@ -31,6 +35,15 @@ class Asked(NamedTuple):
 
     id: str | int
     prompt: str
+
+
+class Done(NamedTuple):
+    """A text that is whole."""
+
+    id: str | int
+    text: str
+    finish: str  # "stop" or "length"
+    tokens: int
 
 
 def read_asked(path: str) -> list[Asked]:
@@ -83,18 +96,21 @@ class Texts:
 
     def __init__(self, file: BinaryIO | None, done: set[str | int]) -> None:
         self._file, self.done = file, done
+        self.tokens = 0  # that were written
 
-    def add(self, asked: Asked, text: str, finish: str) -> None:
-        """Write one."""
-        found = {"id": asked.id, "text": text, "finish_reason": finish}
-        line = json.dumps(found, ensure_ascii=False) + "\n"
-        if self._file is None:
-            sys.stdout.write(line)
-            sys.stdout.flush()
-        else:
-            self._file.write(line.encode())
-            self._file.flush()
-        self.done.add(asked.id)
+    def add(self, *texts: Done) -> None:
+        """Write some."""
+        for each in texts:
+            found = {"id": each.id, "text": each.text, "finish_reason": each.finish}
+            line = json.dumps(found, ensure_ascii=False) + "\n"
+            if self._file is None:
+                sys.stdout.write(line)
+                sys.stdout.flush()
+            else:
+                self._file.write(line.encode())
+                self._file.flush()
+            self.done.add(each.id)
+            self.tokens += each.tokens
 
 
 @contextmanager
@@ -165,43 +181,78 @@ class _Text:
             return "stop"
         return "length" if len(self.sample.tokens) == most else None
 
+    def end(self, finish: str) -> Done:
+        """All of it."""
+        self.sample.end()
+        return Done(self.asked.id, self.sample.text, finish, len(self.sample.tokens))
 
-def write_all(
-    request: Request, writer: Writer, asked: Sequence[Asked], texts: Texts, interrupts: Interrupts
-) -> int:
-    """Continue each prompt that has no text yet, several side by side; how many tokens it took.
 
-    The prompt of line n, counted from 0, is continued with the n-th seed: its text is the same
-    whatever stands beside it, and whenever the program was started again.
+def continued(
+    request: Request, writer: Writer, waiting: deque[tuple[int, Asked]], interrupts: Interrupts
+) -> Iterator[list[Done]]:
+    """Continue prompts, several side by side; at each step what has been finished with it.
+
+    Args:
+        waiting: the prompts with their numbers. One is continued with the seed of its number: its
+            text is the same whatever stands beside it, and whenever the program was started.
     """
     settings, most = Sampling.of(**request.sampling), request.max_new_tokens
-    waiting = deque((i, each) for i, each in enumerate(asked) if each.id not in texts.done)
     if not most:
-        for _, each in waiting:
-            texts.add(each, "", "length")
-        return 0
-    if not waiting:
-        return 0
-    count, running, at_once = 0, dict[int, _Text](), min(AT_ONCE, len(waiting))
+        yield [Done(each.id, "", "length", 0) for _, each in waiting]
+        return
+    running, at_once = dict[int, _Text](), min(AT_ONCE, len(waiting))
+    if not at_once:
+        return
     writer.generator.require_memory(at_once)
     with writer.generator.slots(at_once) as slots:
         while (waiting or running) and not interrupts.came:
             while waiting and slots.free:
-                index, each = waiting.popleft()
+                number, each = waiting.popleft()
                 ids = writer.encode(each.prompt, request.special_tokens)
                 sample = Sample(writer.text_stream(request.stop, request.sentence_after))
-                slot = slots.start(ids, settings, request.seeds[0] + index)
+                slot = slots.start(ids, settings, request.seeds[0] + number)
                 running[slot] = _Text(each, sample)
-            found = slots.step()
+            done, found = list[Done](), slots.step()
             for slot, text in [each for each in running.items() if each[0] in found]:
                 token = found[slot].token
                 if not 0 <= token < writer.model.config.vocab_size:
                     raise InputError(NOT_NUMBERS)
                 interrupts.has_text = True
-                count += 1
                 if finish := text.add(token, writer.tokenizer.ends, most):
                     slots.stop(slot)
                     del running[slot]
-                    text.sample.end()
-                    texts.add(text.asked, text.sample.text, finish)
-    return count
+                    done.append(text.end(finish))
+            yield done
+
+
+def write_all(request: Request, writer: Writer, texts: Texts, interrupts: Interrupts) -> None:
+    """Write the text of each prompt that has none yet; under `mpirun` those of all ranks.
+
+    Rank r has every size-th of the prompts, from the r-th on. All tell each other now and then what
+    they have finished, and the first writes.
+    """
+    others, seed, done = world.current, request.seeds[0], list(texts.done)
+    rank, size = (others.rank, others.size) if others else (0, 1)
+    if others:
+        first = others.exchange({"seed": seed, "done": done})[0]
+        seed, done = first["seed"], first["done"]
+        others.starting, others.doing = False, "tell of its texts"
+    request, known = replace(request, seeds=range(seed, seed + 1)), set(done)
+    left = [each for each in enumerate(request.asked) if each[1].id not in known]
+    steps = continued(request, writer, deque(left[rank::size]), interrupts)
+    if not others:
+        for found in steps:
+            texts.add(*found)
+        return
+    ended = False
+    while not ended:
+        mine, until = list[Done](), time.monotonic() + _TELLS_S
+        while (found := next(steps, None)) is not None and time.monotonic() < until:
+            mine += found
+        told = others.exchange(
+            {"texts": [*mine, *(found or [])], "ended": found is None, "came": interrupts.came}
+        )
+        if not rank:
+            texts.add(*(Done(*each) for theirs in told for each in theirs["texts"]))
+        interrupts.came = next((each["came"] for each in told if each["came"]), None)
+        ended = all(each["ended"] for each in told) or interrupts.came is not None

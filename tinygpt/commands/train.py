@@ -5,26 +5,23 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import platform
 import shutil
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tinygpt import __version__
 from tinygpt.checkpoints.load_tokenizer import GENERATION, load_tokenizer, with_files
 from tinygpt.checkpoints.open_checkpoint import Checkpoint, open_checkpoint
 from tinygpt.checkpoints.run_folder import checkpoint_in
-from tinygpt.commands.flags import add_flag, add_options, add_shared, flag_of, given, spelled
+from tinygpt.commands.flags import add_flag, add_options, add_shared, given, spelled
 from tinygpt.commands.interrupts import asking, handled
 from tinygpt.commands.texts import KINDS, TEXTS, add_text_flags, prepared
+from tinygpt.commands.together import facts
 from tinygpt.config import GPTConfig
 from tinygpt.data.dataset import Dataset
-from tinygpt.errors import CheckpointError, InputError, say, show, visible
+from tinygpt.errors import CheckpointError, InputError, say, visible
 from tinygpt.model import GPT
 from tinygpt.options import defaults
 from tinygpt.runtime import device
@@ -178,7 +175,7 @@ def run(args: argparse.Namespace) -> int:
     device.check()
     ranks = Alone()
     if others:
-        others.need_same(_facts(args))
+        others.need_same(facts(args))
         ranks = Ranks(others, args.rank_timeout)
     if others and others.rank:
         return _train(_following(others, ranks, folder))
@@ -191,19 +188,6 @@ def run(args: argparse.Namespace) -> int:
             others.exchange(told)
             _meet(job, others)
         return _train(job)
-
-
-def _facts(args: argparse.Namespace) -> dict[str, str]:
-    """What has to be the same in all ranks: programs, what computes, and what was typed."""
-    facts = {
-        "tinygpt": __version__,
-        "tinygrad": version("tinygrad"),
-        "byte order": sys.byteorder,
-        "processor": platform.machine(),
-        "backend": f"{device.describe()}, {device.describe_operations()}",
-    }
-    flags = {name: value for name, value in vars(args).items() if name != "typed"}
-    return facts | {flag_of(name): show(value) for name, value in flags.items()}
 
 
 def _following(others: World, ranks: Ranks, folder: Path) -> Run:

@@ -79,7 +79,7 @@ class World:
             from mpi4py import MPI
         except (ImportError, RuntimeError) as error:  # it is missing, or finds no MPI
             raise InputError(
-                f"mpirun has started {count} processes, which need mpi4py to train together "
+                f"mpirun has started {count} processes, which need mpi4py to work together "
                 f"({message_of(error)}): pip install mpi4py, or start one process"
             ) from error
         self._mpi, self._all = MPI, MPI.COMM_WORLD
