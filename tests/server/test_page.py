@@ -22,6 +22,7 @@ expect = sync_api.expect
 
 pytestmark = needs_clang
 PROMPT = "Once upon"
+OLDER = "tinygpt tree"  # where earlier pages kept whatever model's tree
 FILE = Path(__file__).parents[2] / "tinygpt/server/page.html"
 expect.set_options(timeout=30_000)
 
@@ -71,9 +72,17 @@ def completed(running, prompt=PROMPT, **more):
     return answer["choices"][0]["logprobs"]
 
 
+def kept_in(page):
+    """The tree that the browser keeps of the one model that it knows."""
+    take = "Object.entries(localStorage).filter(([name]) => name.startsWith('tinygpt tree'))"
+    ((name, kept),) = page.evaluate(take)
+    assert name != OLDER
+    return json.loads(kept)
+
+
 def ids_in(page):
     """The ids of the open text, from what the browser keeps."""
-    kept = json.loads(page.evaluate("localStorage.getItem('tinygpt tree')"))
+    kept = kept_in(page)
     texts = {text["id"]: text for text in kept["texts"]}
 
     def ids(text):
@@ -238,6 +247,158 @@ def test_a_branch_begins_with_another_token_and_the_tree_is_kept(running, browse
         expect(page.locator("#said")).to_have_text("3 texts.")
         assert page.locator("#tree [role=treeitem] > span").all_inner_texts() == labels
         assert pieces(page) == before
+
+
+def texts_in(page, count):
+    """Wait until the tree has so many texts."""
+    expect(page.locator("#tree [role=treeitem]")).to_have_count(count)
+
+
+def more_tabs(page):
+    """The same page once more, in the same browser."""
+    tab = page.context.new_page()
+    tab.goto(page.url)
+    expect(tab.locator("#name")).to_have_text("small")
+    tab.fill("#count", "3")
+    return tab
+
+
+def test_each_model_has_a_tree_of_its_own(served_model, browser):
+    other = GPT(replace(SHAPE, block_size=32))
+    with serving(served_model) as first:
+        port = first.port
+        with opened(browser, f"http://127.0.0.1:{port}/") as (page, _):
+            first.engine.ready.wait()
+            for _ in range(2):
+                write(page)
+            address = page.url
+            page.goto("about:blank")
+            context = page.context
+            storage = context.storage_state()
+    for model, had, wrote in ((other, 0, 1), (served_model, 2, 0), (other, 1, 0)):
+        with serving(model, port=port) as running:
+            assert running.port == port
+            context = browser.new_context(storage_state=storage)
+            page = context.new_page()
+            page.goto(address)
+            expect(page.locator("#name")).to_have_text("small")
+            texts_in(page, had)
+            page.fill("#prompt", "ab")
+            page.fill("#count", "2")
+            for _ in range(wrote):
+                write(page)
+            storage = context.storage_state()
+            context.close()
+
+
+def test_two_tabs_of_a_model_lose_no_text_of_each_other(running, browser):
+    with shown(browser, running) as page:
+        page.fill("#count", "3")
+        write(page)
+        write(page)
+        tab = more_tabs(page)
+        texts_in(tab, 2)
+        write(tab)
+        texts_in(page, 3)  # as soon as it is there
+        write(page)
+        texts_in(tab, 4)
+        assert len({text["id"] for text in kept_in(page)["texts"]}) == 4
+        page.reload()
+        texts_in(page, 4)
+
+        # What one tab forgets stays forgotten, but not what another has gone on from it.
+        tab.focus("#tree [tabindex='0']")
+        tab.keyboard.press("Delete")
+        texts_in(page, 3)
+        write(page)
+        texts_in(tab, 4)
+        tab.reload()
+        texts_in(tab, 4)
+        tab.click("#forget")
+        texts_in(page, 0)
+        assert pieces(page) == []
+        write(page)
+        texts_in(tab, 1)
+
+
+def test_tabs_that_write_at_once_lose_no_text(running, browser):
+    """Without word from each other, as when both write before either has heard of it."""
+    deaf = "window.addEventListener('storage', (event) => event.stopImmediatePropagation(), true)"
+    with shown(browser, running) as page:
+        page.context.add_init_script(deaf)
+        page.reload()
+        page.fill("#prompt", PROMPT)
+        page.fill("#count", "3")
+        write(page)
+        tab = more_tabs(page)
+        choose(page, 2)
+        page.keyboard.press("g")
+        texts_in(page, 2)
+        expect(page.locator("#stop")).to_be_disabled()
+        texts_in(tab, 1)
+        tab.focus("#tree [tabindex='0']")
+        tab.keyboard.press("Delete")  # it knows nothing of the branch, which needs it
+        texts_in(tab, 2)
+        assert len(pieces(page)) > 3
+        page.reload()
+        texts_in(page, 2)
+
+
+def test_what_another_tab_wrote_over_is_written_again(running, browser):
+    with shown(browser, running) as page:
+        write(page)
+        tab = more_tabs(page)
+        write(page)
+        texts_in(tab, 2)
+        tab.evaluate(
+            "for (const [name, kept] of Object.entries(localStorage))"
+            " if (name.startsWith('tinygpt tree')) localStorage.setItem(name, JSON.stringify("
+            "{...JSON.parse(kept), texts: JSON.parse(kept).texts.slice(0, 1)}))"
+        )
+        page.wait_for_function(
+            "Object.entries(localStorage).some(([name, kept]) => name.startsWith('tinygpt tree')"
+            " && JSON.parse(kept).texts.length === 2)"
+        )
+        texts_in(page, 2)
+
+
+def older(page, **more):
+    """A tree as pages before this one kept and exported it."""
+    kept = kept_in(page)
+    numbers = {text["id"]: number for number, text in enumerate(kept["texts"], 1)}
+    for text in kept["texts"]:
+        text["id"], text["parent"] = numbers[text["id"]], numbers.get(text["parent"])
+    del kept["gone"]
+    return json.dumps({**kept, "open": 1, **more})
+
+
+def test_the_tree_of_an_earlier_page_is_taken_over_once(running, browser, tmp_path):
+    with shown(browser, running) as page:
+        write(page)
+        choose(page, 11)
+        page.click("#go-on")
+        texts_in(page, 2)
+        expect(page.locator("#stop")).to_be_disabled()
+        labels = page.locator("#tree [role=treeitem] > span").all_inner_texts()
+        (file := tmp_path / "tree.json").write_text(tree := older(page), encoding="utf-8")
+        for mine, more in ((True, {}), (False, {"model": "gpt2"})):
+            page.evaluate("localStorage.clear()")
+            page.evaluate(
+                "([name, tree]) => localStorage.setItem(name, tree)",
+                [OLDER, older_tree := json.dumps({**json.loads(tree), **more})],
+            )
+            page.reload()
+            texts_in(page, 2 if mine else 0)
+            left = page.evaluate(f"localStorage.getItem('{OLDER}')")
+            assert left == (None if mine else older_tree)
+            if mine:
+                assert page.locator("#tree [role=treeitem] > span").all_inner_texts() == labels
+                page.reload()
+                texts_in(page, 2)
+                page.set_input_files("#file", file)  # they are there already
+                expect(page.locator("#said")).to_have_text("2 texts.")
+                texts_in(page, 2)
+        page.evaluate(f"localStorage.removeItem('{OLDER}')")
 
 
 @pytest.mark.parametrize(
