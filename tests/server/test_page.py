@@ -268,7 +268,6 @@ def test_each_model_has_a_tree_of_its_own(served_model, browser):
     with serving(served_model) as first:
         port = first.port
         with opened(browser, f"http://127.0.0.1:{port}/") as (page, _):
-            first.engine.ready.wait()
             for _ in range(2):
                 write(page)
             address = page.url
