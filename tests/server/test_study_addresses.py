@@ -253,7 +253,7 @@ def test_weights_that_are_no_numbers_are_the_servers_fault():
 
 def test_the_models_card(running, served_model):
     status, _, about = running.ask("/study/model")
-    assert (status, about["id"]) == (200, "small")
+    assert (status, about["id"], about["file"]) == (200, "small", "models/small")
     assert about["parameters"] == served_model.config.parameter_count
     assert (about["config"]["n_head"], about["dtype"]) == (2, "float32")
     assert about["bytes"] == 4 * about["parameters"]
