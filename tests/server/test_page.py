@@ -22,6 +22,7 @@ expect = sync_api.expect
 
 pytestmark = needs_clang
 PROMPT = "Once upon"
+SLIDERS = 10  # and the numbers beside them, of each of A and B
 OLDER = "tinygpt tree"  # where earlier pages kept whatever model's tree
 FILE = Path(__file__).parents[2] / "tinygpt/server/page.html"
 expect.set_options(timeout=30_000)
@@ -32,7 +33,7 @@ def shown(browser, running, width=1280, expected=()):
     """The page, ready to be used; what else the browser complained of by the end is a failure."""
     address = f"http://127.0.0.1:{running.port}/"
     with opened(browser, address, width) as (page, faults):
-        expect(page.locator("#settings-B input")).to_have_count(10)
+        expect(page.locator("#settings-B input")).to_have_count(SLIDERS)
         page.fill("#prompt", PROMPT)
         page.fill("#count", "8")
         yield page
@@ -83,13 +84,20 @@ def kept_in(page):
 def ids_in(page):
     """The ids of the open text, from what the browser keeps."""
     kept = kept_in(page)
+    places = [text["id"] for text in kept["texts"]]
+    return ids_of(page, places.index(kept["open"]))
+
+
+def ids_of(page, place):
+    """The ids of one of the texts that the browser keeps."""
+    kept = kept_in(page)
     texts = {text["id"]: text for text in kept["texts"]}
 
     def ids(text):
         before = [] if text["parent"] is None else ids(texts[text["parent"]])[: text["at"]]
         return before + [token["id"] for token in text["tokens"]]
 
-    return ids(texts[kept["open"]])
+    return ids(kept["texts"][place])
 
 
 def choose(page, index, column="A"):
@@ -400,6 +408,69 @@ def test_the_tree_of_an_earlier_page_is_taken_over_once(running, browser, tmp_pa
         page.evaluate(f"localStorage.removeItem('{OLDER}')")
 
 
+def told(page):
+    """The bodies of the requests that the curl lines show."""
+    lines = page.locator("#curl").text_content().splitlines()
+    return [json.loads(re.search("-d '(.*)'", line)[1]) for line in lines]
+
+
+def test_the_curl_line_is_of_what_was_last_written(running, browser):
+    with shown(browser, running) as page:
+        settings(page, temperature=0.7)
+        assert [(e["prompt"], e["temperature"]) for e in told(page)] == [(PROMPT, 0.7)]
+        page.check("#compare")
+        settings(page, temperature_B=0.3)
+        assert [each["temperature"] for each in told(page)] == [0.7, 0.3]  # what Write would do
+        write(page)
+        before = told(page)
+        assert [each["temperature"] for each in before] == [0.7, 0.3]
+        choose(page, 11, "B")
+        ids = page.locator("#text-B .token").count()
+        page.fill("#count", "4")
+        page.click("#go-on")
+        texts_in(page, 3)
+        expect(page.locator("#stop")).to_be_disabled()
+        assert ids == len(PROMPT) + 8
+        (branch,) = told(page)
+        assert (branch["prompt"], branch["max_tokens"]) == (ids_of(page, -1)[:12], 4)
+        assert branch["temperature"] == 0.3
+        answer = running.complete(**branch, logprobs=0)["choices"][0]["logprobs"]["tokens"]
+        assert [as_shown(each) for each in answer] == pieces(page, "B")[12:]
+        settings(page, temperature_B=0.9)
+        page.fill("#prompt", "else")
+        assert told(page) == [branch]
+
+
+def test_the_settings_are_kept(running, browser):
+    with shown(browser, running) as page:
+        page.check("#compare")
+        settings(page, temperature=0.55, top_k=7, min_p_B=0.25)
+        write(page)
+        page.reload()
+        expect(page.locator("#settings-B input")).to_have_count(SLIDERS)
+        values = {"temperature-A": "0.55", "top_k-A": "7", "min_p-B": "0.25", "top_k-B": "0"}
+        for name, value in values.items():
+            expect(page.locator(f"#{name}")).to_have_value(value)
+            expect(page.locator(f"#{name}-number")).to_have_value(value)
+        page.fill("#count", "4")
+        write(page)
+        assert (told(page)[0]["temperature"], told(page)[0]["top_k"]) == (0.55, 7)
+        page.evaluate(
+            "for (const name of Object.keys(localStorage)) if (name.startsWith('tinygpt settings'))"
+            ' localStorage.setItem(name, \'{"A": {"top_k": "<b>", "top_p": 7}, "B": 3}\')'
+        )
+        page.reload()  # what cannot be is not taken
+        expect(page.locator("#top_k-A-number")).to_have_value("0")
+        expect(page.locator("#top_p-A-number")).to_have_value("1")
+
+
+def test_the_card_names_the_file(running, browser):
+    with shown(browser, running) as page:
+        page.click("#card summary")
+        expect(page.locator("#card dt", has_text="file")).to_be_visible()
+        expect(page.locator("#card dd", has_text="models/small")).to_be_visible()
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [
@@ -455,8 +526,8 @@ def test_without_a_head_or_a_block_the_text_is_another(running, browser):
         page.check("#leave-head")
         expect(page.locator("#settings-A .out")).to_have_text("Left out: block 1 head 0.")
         expect(page.locator("#whole-note")).to_be_visible()
-        assert '"heads":[[1,0]]' in page.locator("#curl").text_content()
         write(page)
+        assert '"heads":[[1,0]]' in page.locator("#curl").text_content()
         without_head = ids_in(page)
         choose(page, len(PROMPT))
         page.check("#leave-block")
@@ -638,7 +709,7 @@ def test_a_key_is_asked_for_where_the_server_wants_one(served_model, browser):
         with opened(browser, address) as (page, _):
             page.fill("#key", "secret")
             page.keyboard.press("Enter")
-            expect(page.locator("#settings-A input")).to_have_count(10)
+            expect(page.locator("#settings-A input")).to_have_count(SLIDERS)
             page.fill("#count", "4")
             write(page)
             assert page.evaluate("sessionStorage.getItem('tinygpt key')") == "secret"
