@@ -22,7 +22,7 @@ expect = sync_api.expect
 
 pytestmark = needs_clang
 PROMPT = "Once upon"
-SLIDERS = 10  # and the numbers beside them, of each of A and B
+SLIDERS = 14  # and the numbers beside them, of each of A and B
 OLDER = "tinygpt tree"  # where earlier pages kept whatever model's tree
 FILE = Path(__file__).parents[2] / "tinygpt/server/page.html"
 expect.set_options(timeout=30_000)
@@ -215,6 +215,45 @@ def test_alternatives_are_those_of_the_api_before_and_after_the_settings(running
 
         settings(page, temperature=0)
         expect(page.locator(".others caption")).to_contain_text("keep 1 of them")
+
+
+def test_the_penalties_move_the_shares_of_what_was_written(running, browser):
+    with shown(browser, running) as page:
+        settings(page, temperature=1)
+        page.fill("#count", "30")
+        write(page)
+        place = len(PROMPT) + 25
+        written = ids_in(page)[len(PROMPT) : place]
+        choose(page, place)
+        expect(page.locator(".others tbody tr")).to_have_count(10)
+        before = rows(page)
+        frequency, presence = -0.7, -0.4
+        page.fill("#frequency_penalty-A-number", str(frequency))
+        asks = f'"presence_penalty":{presence}'
+        with page.expect_response(lambda each: asks in (each.request.post_data or "")) as answer:
+            page.fill("#presence_penalty-A-number", str(presence))
+        answer.value.finished()
+        expect(page.locator("#panel")).not_to_have_attribute("aria-busy", "true")
+        expect(page.locator("#presence_penalty-A")).to_have_value(str(presence))
+        after = rows(page)
+        assert [each[:2] for each in after] == [each[:2] for each in before]
+        counts = [written.count(int(each[0])) for each in before]
+        assert any(counts), "choose a place where something likely was written before"
+        # All shares have the same sum below them, but for what the penalties add.
+        moved = [np.log(a[2] / b[2]) for a, b in zip(after, before, strict=True)]
+        expected = [-frequency * count - presence * bool(count) for count in counts]
+        np.testing.assert_allclose(np.subtract(moved, moved[0]), np.subtract(expected, expected[0]),
+                                   atol=1e-3)  # fmt: skip
+        page.fill("#count", "3")
+        page.click("#go-on")
+        texts_in(page, 2)
+        expect(page.locator("#stop")).to_be_disabled()
+        (line,) = told(page)
+        assert line["written"] == 26
+        assert "/study/continue" in page.locator("#curl").text_content()
+        asked = {name: line[name] for name in ("prompt", "written", "frequency_penalty")}
+        assert asked == {"prompt": ids_of(page, 0)[: place + 1], "written": 26,
+                         "frequency_penalty": frequency}  # fmt: skip
 
 
 def test_a_branch_begins_with_another_token_and_the_tree_is_kept(running, browser, tmp_path):

@@ -144,6 +144,17 @@ def without_head(model: GPT, block: int, head: int) -> GPT:
     return twin
 
 
+@pytest.mark.parametrize("more", [{}, {"heads": [[1, 0]]}])
+def test_the_penalties_count_what_was_written_before(running, more):
+    asked = {"temperature": 0, "frequency_penalty": 1.5, "presence_penalty": 0.5, **more}
+    whole = ids_of(continued(running, prompt=IDS, max_tokens=20, **asked))
+    begun = {"prompt": IDS + whole[:8], "max_tokens": 12, **asked}
+    assert ids_of(continued(running, **begun, written=8)) == whole[8:]
+    assert ids_of(continued(running, **begun)) != whole[8:]
+    every = ids_of(continued(running, **begun, written=len(IDS) + 8))
+    assert ids_of(continued(running, **begun, written=9999)) == every
+
+
 def test_without_a_head_it_is_a_model_of_which_the_weights_are_zero(running, served_model):
     asked = {"prompt": TEXT, "max_tokens": 20, "temperature": 0}
     whole = ids_of(continued(running, **asked))
