@@ -724,6 +724,54 @@ def test_it_can_be_read_by_all_at_any_width(running, browser, width, media):
             assert page.evaluate(moves) == "0s"
 
 
+def test_lines_say_it_where_the_system_chooses_the_colours(running, browser, monkeypatch):
+    answer = running.server.studies._attention
+
+    def one_strong(ids, asked):
+        found = answer(ids, asked)
+        for i, each in enumerate(found.get("heads", [])):
+            each["previous"] = [0.9, 0.1, 0.0, 0.0][i]
+        return found
+
+    monkeypatch.setattr(running.server.studies, "_attention", one_strong)
+    style = "(each, name) => getComputedStyle(each)[name]"
+    every = "(all, name) => all.map((each) => getComputedStyle(each)[name])"
+    with shown(browser, running) as page:
+        page.emulate_media(forced_colors="active")
+        settings(page, temperature=1)
+        write(page)
+        samples = page.locator(".samples .token")
+        assert samples.evaluate_all(every, "textDecorationLine") == ["none", *["underline"] * 3]
+        widths = [
+            float(each.removesuffix("px"))
+            for each in samples.evaluate_all(every, "textDecorationThickness")
+        ]
+        assert widths == sorted(widths)
+        assert widths[1] < widths[2] < widths[3]
+        shares = page.locator("#text-A .token").evaluate_all(
+            "all => all.map((each) => [Number(each.style.getPropertyValue('--rarity')),"
+            " parseFloat(getComputedStyle(each).textDecorationThickness)])"
+        )
+        np.testing.assert_allclose([e[1] for e in shares], [4 * e[0] for e in shares], atol=0.01)
+
+        choose(page, 11)
+        expect(page.locator(".others tbody tr")).to_have_count(10)
+        bars = page.locator(".others tr:first-child .bar").evaluate_all(every, "backgroundColor")
+        ground = page.locator(".others").evaluate(style, "backgroundColor")
+        assert len({*bars, ground, page.evaluate("getComputedStyle(document.body)"
+                                                 ".backgroundColor")}) >= 3  # fmt: skip
+        tabs = page.locator("[role=tab]").evaluate_all(every, "borderBottomColor")
+        assert len(set(tabs)) == 2
+        assert tabs.count(tabs[0]) == 1
+
+        page.click("#tab-reads")
+        expect(page.locator("#head-about")).to_contain_text("previous 0.")
+        borders = page.locator(".heads button").evaluate_all(every, "borderTopWidth")
+        assert float(borders[0][:-2]) >= float(borders[1][:-2]) + 2 > float(borders[2][:-2]) + 2
+        assert page.locator("#text-A .token.read").count()
+        assert seen(page) == []
+
+
 def test_a_token_in_writing_is_not_announced(running, browser):
     """A reader hears that a text is written, and when it is done; not each of its tokens."""
     with shown(browser, running) as page:
