@@ -39,7 +39,8 @@ def opened(browser: Any, address: str, width: int = 1280) -> Iterator[tuple[Any,
         width: of the window, in pixels.
     """
     faults: list[str] = []
-    page = browser.new_page(viewport={"width": width, "height": 800})
+    context = browser.new_context(viewport={"width": width, "height": 800})
+    page = context.new_page()  # more tabs are had by `page.context.new_page()`
     own = address.rpartition("/")[0]
 
     def requested(request: Any) -> None:
@@ -51,7 +52,7 @@ def opened(browser: Any, address: str, width: int = 1280) -> Iterator[tuple[Any,
     page.on("request", requested)
     page.goto(address)
     yield page, faults
-    page.close()
+    context.close()
 
 
 def seen(page: Any) -> list[str]:

@@ -98,8 +98,9 @@ def serving(model: GPT, slots: int = 4, queue: int = 64, **more: Any) -> Iterato
     engine = Engine(model, slots, queue)
     limits = Limits(more.get("max_tokens"), more.get("timeout_s", 600.0), slots + queue)
     access = Access(more.get("api_key"), more.get("cors"), hosts_of("127.0.0.1"))
-    server = Server(writer, engine, "small", limits, access, more.get("template"))
-    listener = socket.create_server(("127.0.0.1", 0))
+    template = more.get("template")
+    server = Server(writer, engine, "small", limits, access, template, "models/small")
+    listener = socket.create_server(("127.0.0.1", more.get("port", 0)))
     running = prepare(uvicorn, server)
     loops = list[asyncio.AbstractEventLoop]()
 

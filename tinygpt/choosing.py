@@ -22,6 +22,16 @@ class Row:
     counts: np.ndarray | None = None  # float32 (2, V), where the settings count
 
 
+def counts_of(ids: Sequence[int], written: int, vocab_size: int) -> np.ndarray:
+    """float32 (2, V): how often each token is in a text, and in what was written of it.
+
+    Args:
+        written: how many of its last tokens were; the others are the prompt.
+    """
+    parts = ids, ids[max(0, len(ids) - written) :]
+    return np.stack([np.bincount(part, minlength=vocab_size) for part in parts]).astype(np.float32)
+
+
 class Choice(NamedTuple):
     """How the rows of one step choose: what `sampling.apply` and `pick` take, as arrays."""
 

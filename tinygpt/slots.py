@@ -8,7 +8,7 @@ from itertools import islice
 
 import numpy as np
 
-from tinygpt.choosing import Chooser, Row
+from tinygpt.choosing import Chooser, Row, counts_of
 from tinygpt.errors import InputError
 from tinygpt.logprobs import Token, scored
 from tinygpt.model import GPT
@@ -117,6 +117,7 @@ class Slots:
         top: int | None = None,
         bias: Mapping[int, float] | None = None,
         scores: bool = False,
+        written: int = 0,
     ) -> int:
         """Begin a text, whose prompt is read by the next steps.
 
@@ -127,8 +128,8 @@ class Slots:
             top: give with each token its log-probability, and so many of the likeliest; only where
                 it is `serving`.
             bias: what is added to the logits of tokens before anything else.
-            scores: give with the first token those of the prompt, from the second on, as `top` has
-                it; only where it is `serving`.
+            scores: give with the first token those of the prompt but for its first, as `top` does.
+            written: how many of its last ids count as written, not as prompt, for the penalties.
         Returns:
             the slot, which is taken until `stop`.
         Raises:
@@ -142,8 +143,7 @@ class Slots:
             text.bias = np.zeros(self.model.config.vocab_size, np.float32)
             text.bias[list(bias)] = list(bias.values())
         if any(step.counted for step in steps_of([settings])):
-            text.counts = np.zeros((2, self.model.config.vocab_size), np.float32)
-            text.counts[0] = np.bincount(ids, minlength=self.model.config.vocab_size)
+            text.counts = counts_of(ids, written, self.model.config.vocab_size)
         # Where most of it stands already, and of several the slot whose text has ended first.
         slot = max(
             (slot for slot, old in enumerate(self._texts) if old.ended is not None),

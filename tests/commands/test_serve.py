@@ -110,6 +110,11 @@ def test_what_is_printed_has_no_prompts(program):
     assert process.stdout.read() == b""
 
 
+def test_the_models_card_names_its_file_as_it_was_typed(program, folder):
+    status, about = ask(program[1], "/study/model")
+    assert (status, json.loads(about)["file"]) == (200, str(folder))
+
+
 def test_a_port_that_is_taken_is_told(cli):
     pytest.importorskip("uvicorn", reason="needs the extra serve")
     with socket.create_server(("127.0.0.1", 0)) as other:

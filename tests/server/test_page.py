@@ -22,6 +22,8 @@ expect = sync_api.expect
 
 pytestmark = needs_clang
 PROMPT = "Once upon"
+SLIDERS = 14  # and the numbers beside them, of each of A and B
+OLDER = "tinygpt tree"  # where earlier pages kept whatever model's tree
 FILE = Path(__file__).parents[2] / "tinygpt/server/page.html"
 expect.set_options(timeout=30_000)
 
@@ -31,7 +33,7 @@ def shown(browser, running, width=1280, expected=()):
     """The page, ready to be used; what else the browser complained of by the end is a failure."""
     address = f"http://127.0.0.1:{running.port}/"
     with opened(browser, address, width) as (page, faults):
-        expect(page.locator("#settings-B input")).to_have_count(10)
+        expect(page.locator("#settings-B input")).to_have_count(SLIDERS)
         page.fill("#prompt", PROMPT)
         page.fill("#count", "8")
         yield page
@@ -71,16 +73,31 @@ def completed(running, prompt=PROMPT, **more):
     return answer["choices"][0]["logprobs"]
 
 
+def kept_in(page):
+    """The tree that the browser keeps of the one model that it knows."""
+    take = "Object.entries(localStorage).filter(([name]) => name.startsWith('tinygpt tree'))"
+    ((name, kept),) = page.evaluate(take)
+    assert name != OLDER
+    return json.loads(kept)
+
+
 def ids_in(page):
     """The ids of the open text, from what the browser keeps."""
-    kept = json.loads(page.evaluate("localStorage.getItem('tinygpt tree')"))
+    kept = kept_in(page)
+    places = [text["id"] for text in kept["texts"]]
+    return ids_of(page, places.index(kept["open"]))
+
+
+def ids_of(page, place):
+    """The ids of one of the texts that the browser keeps."""
+    kept = kept_in(page)
     texts = {text["id"]: text for text in kept["texts"]}
 
     def ids(text):
         before = [] if text["parent"] is None else ids(texts[text["parent"]])[: text["at"]]
         return before + [token["id"] for token in text["tokens"]]
 
-    return ids(texts[kept["open"]])
+    return ids(kept["texts"][place])
 
 
 def choose(page, index, column="A"):
@@ -200,6 +217,44 @@ def test_alternatives_are_those_of_the_api_before_and_after_the_settings(running
         expect(page.locator(".others caption")).to_contain_text("keep 1 of them")
 
 
+def test_the_penalties_move_the_shares_of_what_was_written(running, browser):
+    with shown(browser, running) as page:
+        settings(page, temperature=1)
+        page.fill("#count", "30")
+        write(page)
+        place = len(PROMPT) + 25
+        written = ids_in(page)[len(PROMPT) : place]
+        choose(page, place)
+        expect(page.locator(".others tbody tr")).to_have_count(10)
+        before = rows(page)
+        frequency, presence = -0.7, -0.4
+        page.fill("#frequency_penalty-A-number", str(frequency))
+        asks = f'"presence_penalty":{presence}'
+        with page.expect_response(lambda each: asks in (each.request.post_data or "")):
+            page.fill("#presence_penalty-A-number", str(presence))
+        expect(page.locator("#panel")).not_to_have_attribute("aria-busy", "true")
+        expect(page.locator("#presence_penalty-A")).to_have_value(str(presence))
+        after = rows(page)
+        assert [each[:2] for each in after] == [each[:2] for each in before]
+        counts = [written.count(int(each[0])) for each in before]
+        assert any(counts), "choose a place where something likely was written before"
+        # All shares have the same sum below them, but for what the penalties add.
+        moved = [np.log(a[2] / b[2]) for a, b in zip(after, before, strict=True)]
+        expected = [-frequency * count - presence * bool(count) for count in counts]
+        np.testing.assert_allclose(np.subtract(moved, moved[0]), np.subtract(expected, expected[0]),
+                                   atol=1e-3)  # fmt: skip
+        page.fill("#count", "3")
+        page.click("#go-on")
+        texts_in(page, 2)
+        expect(page.locator("#stop")).to_be_disabled()
+        (line,) = told(page)
+        assert line["written"] == 26
+        assert "/study/continue" in page.locator("#curl").text_content()
+        asked = {name: line[name] for name in ("prompt", "written", "frequency_penalty")}
+        assert asked == {"prompt": ids_of(page, 0)[: place + 1], "written": 26,
+                         "frequency_penalty": frequency}  # fmt: skip
+
+
 def test_a_branch_begins_with_another_token_and_the_tree_is_kept(running, browser, tmp_path):
     with shown(browser, running) as page:
         write(page)
@@ -238,6 +293,218 @@ def test_a_branch_begins_with_another_token_and_the_tree_is_kept(running, browse
         expect(page.locator("#said")).to_have_text("3 texts.")
         assert page.locator("#tree [role=treeitem] > span").all_inner_texts() == labels
         assert pieces(page) == before
+
+
+def texts_in(page, count):
+    """Wait until the tree has so many texts."""
+    expect(page.locator("#tree [role=treeitem]")).to_have_count(count)
+
+
+def more_tabs(page):
+    """The same page once more, in the same browser."""
+    tab = page.context.new_page()
+    tab.goto(page.url)
+    expect(tab.locator("#name")).to_have_text("small")
+    tab.fill("#count", "3")
+    return tab
+
+
+def test_each_model_has_a_tree_of_its_own(served_model, browser):
+    other = GPT(replace(SHAPE, block_size=32))
+    with serving(served_model) as first:
+        port = first.port
+        with opened(browser, f"http://127.0.0.1:{port}/") as (page, _):
+            for _ in range(2):
+                write(page)
+            address = page.url
+            page.goto("about:blank")
+            context = page.context
+            storage = context.storage_state()
+    for model, had, wrote in ((other, 0, 1), (served_model, 2, 0), (other, 1, 0)):
+        with serving(model, port=port) as running:
+            assert running.port == port
+            context = browser.new_context(storage_state=storage)
+            page = context.new_page()
+            page.goto(address)
+            expect(page.locator("#name")).to_have_text("small")
+            texts_in(page, had)
+            page.fill("#prompt", "ab")
+            page.fill("#count", "2")
+            for _ in range(wrote):
+                write(page)
+            storage = context.storage_state()
+            context.close()
+
+
+def test_two_tabs_of_a_model_lose_no_text_of_each_other(running, browser):
+    with shown(browser, running) as page:
+        page.fill("#count", "3")
+        write(page)
+        write(page)
+        tab = more_tabs(page)
+        texts_in(tab, 2)
+        write(tab)
+        texts_in(page, 3)  # as soon as it is there
+        write(page)
+        texts_in(tab, 4)
+        assert len({text["id"] for text in kept_in(page)["texts"]}) == 4
+        page.reload()
+        texts_in(page, 4)
+
+        # What one tab forgets stays forgotten, but not what another has gone on from it.
+        tab.focus("#tree [tabindex='0']")
+        tab.keyboard.press("Delete")
+        texts_in(page, 3)
+        write(page)
+        texts_in(tab, 4)
+        tab.reload()
+        texts_in(tab, 4)
+        tab.click("#forget")
+        texts_in(page, 0)
+        assert pieces(page) == []
+        write(page)
+        texts_in(tab, 1)
+
+
+def test_tabs_that_write_at_once_lose_no_text(running, browser):
+    """Without word from each other, as when both write before either has heard of it."""
+    deaf = "window.addEventListener('storage', (event) => event.stopImmediatePropagation(), true)"
+    with shown(browser, running) as page:
+        page.context.add_init_script(deaf)
+        page.reload()
+        page.fill("#prompt", PROMPT)
+        page.fill("#count", "3")
+        write(page)
+        tab = more_tabs(page)
+        choose(page, 2)
+        page.keyboard.press("g")
+        texts_in(page, 2)
+        expect(page.locator("#stop")).to_be_disabled()
+        texts_in(tab, 1)
+        tab.focus("#tree [tabindex='0']")
+        tab.keyboard.press("Delete")  # it knows nothing of the branch, which needs it
+        texts_in(tab, 2)
+        assert len(pieces(page)) > 3
+        page.reload()
+        texts_in(page, 2)
+
+
+def test_what_another_tab_wrote_over_is_written_again(running, browser):
+    with shown(browser, running) as page:
+        write(page)
+        tab = more_tabs(page)
+        write(page)
+        texts_in(tab, 2)
+        tab.evaluate(
+            "for (const [name, kept] of Object.entries(localStorage))"
+            " if (name.startsWith('tinygpt tree')) localStorage.setItem(name, JSON.stringify("
+            "{...JSON.parse(kept), texts: JSON.parse(kept).texts.slice(0, 1)}))"
+        )
+        texts_in(page, 2)
+        tab.reload()
+        texts_in(tab, 2)
+
+
+def older(page, **more):
+    """A tree as pages before this one kept and exported it."""
+    kept = kept_in(page)
+    numbers = {text["id"]: number for number, text in enumerate(kept["texts"], 1)}
+    for text in kept["texts"]:
+        text["id"], text["parent"] = numbers[text["id"]], numbers.get(text["parent"])
+    del kept["gone"]
+    return json.dumps({**kept, "open": 1, **more})
+
+
+def test_the_tree_of_an_earlier_page_is_taken_over_once(running, browser, tmp_path):
+    with shown(browser, running) as page:
+        write(page)
+        choose(page, 11)
+        page.click("#go-on")
+        texts_in(page, 2)
+        expect(page.locator("#stop")).to_be_disabled()
+        labels = page.locator("#tree [role=treeitem] > span").all_inner_texts()
+        (file := tmp_path / "tree.json").write_text(tree := older(page), encoding="utf-8")
+        for mine, more in ((True, {}), (False, {"model": "gpt2"})):
+            page.evaluate("localStorage.clear()")
+            page.evaluate(
+                "([name, tree]) => localStorage.setItem(name, tree)",
+                [OLDER, older_tree := json.dumps({**json.loads(tree), **more})],
+            )
+            page.reload()
+            texts_in(page, 2 if mine else 0)
+            left = page.evaluate(f"localStorage.getItem('{OLDER}')")
+            assert left == (None if mine else older_tree)
+            if mine:
+                assert page.locator("#tree [role=treeitem] > span").all_inner_texts() == labels
+                page.reload()
+                texts_in(page, 2)
+                page.set_input_files("#file", file)  # they are there already
+                expect(page.locator("#said")).to_have_text("2 texts.")
+                texts_in(page, 2)
+        page.evaluate(f"localStorage.removeItem('{OLDER}')")
+
+
+def told(page):
+    """The bodies of the requests that the curl lines show."""
+    lines = page.locator("#curl").text_content().splitlines()
+    return [json.loads(re.search("-d '(.*)'", line)[1]) for line in lines]
+
+
+def test_the_curl_line_is_of_what_was_last_written(running, browser):
+    with shown(browser, running) as page:
+        settings(page, temperature=0.7)
+        assert [(e["prompt"], e["temperature"]) for e in told(page)] == [(PROMPT, 0.7)]
+        page.check("#compare")
+        settings(page, temperature_B=0.3)
+        assert [each["temperature"] for each in told(page)] == [0.7, 0.3]  # what Write would do
+        write(page)
+        before = told(page)
+        assert [each["temperature"] for each in before] == [0.7, 0.3]
+        choose(page, 11, "B")
+        ids = page.locator("#text-B .token").count()
+        page.fill("#count", "4")
+        page.click("#go-on")
+        texts_in(page, 3)
+        expect(page.locator("#stop")).to_be_disabled()
+        assert ids == len(PROMPT) + 8
+        (branch,) = told(page)
+        assert (branch["prompt"], branch["max_tokens"]) == (ids_of(page, -1)[:12], 4)
+        assert branch["temperature"] == 0.3
+        answer = running.complete(**branch, logprobs=0)["choices"][0]["logprobs"]["tokens"]
+        assert [as_shown(each) for each in answer] == pieces(page, "B")[12:]
+        settings(page, temperature_B=0.9)
+        page.fill("#prompt", "else")
+        assert told(page) == [branch]
+
+
+def test_the_settings_are_kept(running, browser):
+    with shown(browser, running) as page:
+        page.check("#compare")
+        settings(page, temperature=0.55, top_k=7, min_p_B=0.25)
+        write(page)
+        page.reload()
+        expect(page.locator("#settings-B input")).to_have_count(SLIDERS)
+        values = {"temperature-A": "0.55", "top_k-A": "7", "min_p-B": "0.25", "top_k-B": "0"}
+        for name, value in values.items():
+            expect(page.locator(f"#{name}")).to_have_value(value)
+            expect(page.locator(f"#{name}-number")).to_have_value(value)
+        page.fill("#count", "4")
+        write(page)
+        assert (told(page)[0]["temperature"], told(page)[0]["top_k"]) == (0.55, 7)
+        page.evaluate(
+            "for (const name of Object.keys(localStorage)) if (name.startsWith('tinygpt settings'))"
+            ' localStorage.setItem(name, \'{"A": {"top_k": "<b>", "top_p": 7}, "B": 3}\')'
+        )
+        page.reload()  # what cannot be is not taken
+        expect(page.locator("#top_k-A-number")).to_have_value("0")
+        expect(page.locator("#top_p-A-number")).to_have_value("1")
+
+
+def test_the_card_names_the_file(running, browser):
+    with shown(browser, running) as page:
+        page.click("#card summary")
+        expect(page.locator("#card dt", has_text="file")).to_be_visible()
+        expect(page.locator("#card dd", has_text="models/small")).to_be_visible()
 
 
 @pytest.mark.parametrize(
@@ -295,8 +562,8 @@ def test_without_a_head_or_a_block_the_text_is_another(running, browser):
         page.check("#leave-head")
         expect(page.locator("#settings-A .out")).to_have_text("Left out: block 1 head 0.")
         expect(page.locator("#whole-note")).to_be_visible()
-        assert '"heads":[[1,0]]' in page.locator("#curl").text_content()
         write(page)
+        assert '"heads":[[1,0]]' in page.locator("#curl").text_content()
         without_head = ids_in(page)
         choose(page, len(PROMPT))
         page.check("#leave-block")
@@ -457,6 +724,54 @@ def test_it_can_be_read_by_all_at_any_width(running, browser, width, media):
             assert page.evaluate(moves) == "0s"
 
 
+def test_lines_say_it_where_the_system_chooses_the_colours(running, browser, monkeypatch):
+    answer = running.server.studies._attention
+
+    def one_strong(ids, asked):
+        found = answer(ids, asked)
+        for i, each in enumerate(found.get("heads", [])):
+            each["previous"] = [0.9, 0.1, 0.0, 0.0][i]
+        return found
+
+    monkeypatch.setattr(running.server.studies, "_attention", one_strong)
+    style = "(each, name) => getComputedStyle(each)[name]"
+    every = "(all, name) => all.map((each) => getComputedStyle(each)[name])"
+    with shown(browser, running) as page:
+        page.emulate_media(forced_colors="active")
+        settings(page, temperature=1)
+        write(page)
+        samples = page.locator(".samples .token")
+        assert samples.evaluate_all(every, "textDecorationLine") == ["none", *["underline"] * 3]
+        widths = [
+            float(each.removesuffix("px"))
+            for each in samples.evaluate_all(every, "textDecorationThickness")
+        ]
+        assert widths == sorted(widths)
+        assert widths[1] < widths[2] < widths[3]
+        shares = page.locator("#text-A .token").evaluate_all(
+            "all => all.map((each) => [Number(each.style.getPropertyValue('--rarity')),"
+            " parseFloat(getComputedStyle(each).textDecorationThickness)])"
+        )
+        np.testing.assert_allclose([e[1] for e in shares], [4 * e[0] for e in shares], atol=0.01)
+
+        choose(page, 11)
+        expect(page.locator(".others tbody tr")).to_have_count(10)
+        bars = page.locator(".others tr:first-child .bar").evaluate_all(every, "backgroundColor")
+        ground = page.locator(".others").evaluate(style, "backgroundColor")
+        assert len({*bars, ground, page.evaluate("getComputedStyle(document.body)"
+                                                 ".backgroundColor")}) >= 3  # fmt: skip
+        tabs = page.locator("[role=tab]").evaluate_all(every, "borderBottomColor")
+        assert len(set(tabs)) == 2
+        assert tabs.count(tabs[0]) == 1
+
+        page.click("#tab-reads")
+        expect(page.locator("#head-about")).to_contain_text("previous 0.")
+        borders = page.locator(".heads button").evaluate_all(every, "borderTopWidth")
+        assert float(borders[0][:-2]) >= float(borders[1][:-2]) + 2 > float(borders[2][:-2]) + 2
+        assert page.locator("#text-A .token.read").count()
+        assert seen(page) == []
+
+
 def test_a_token_in_writing_is_not_announced(running, browser):
     """A reader hears that a text is written, and when it is done; not each of its tokens."""
     with shown(browser, running) as page:
@@ -478,7 +793,7 @@ def test_a_key_is_asked_for_where_the_server_wants_one(served_model, browser):
         with opened(browser, address) as (page, _):
             page.fill("#key", "secret")
             page.keyboard.press("Enter")
-            expect(page.locator("#settings-A input")).to_have_count(10)
+            expect(page.locator("#settings-A input")).to_have_count(SLIDERS)
             page.fill("#count", "4")
             write(page)
             assert page.evaluate("sessionStorage.getItem('tinygpt key')") == "secret"

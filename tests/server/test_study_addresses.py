@@ -144,6 +144,17 @@ def without_head(model: GPT, block: int, head: int) -> GPT:
     return twin
 
 
+@pytest.mark.parametrize("more", [{}, {"heads": [[1, 0]]}])
+def test_the_penalties_count_what_was_written_before(running, more):
+    asked = {"temperature": 0, "frequency_penalty": 1.5, "presence_penalty": 0.5, **more}
+    whole = ids_of(continued(running, prompt=IDS, max_tokens=20, **asked))
+    begun = {"prompt": IDS + whole[:8], "max_tokens": 12, **asked}
+    assert ids_of(continued(running, **begun, written=8)) == whole[8:]
+    assert ids_of(continued(running, **begun)) != whole[8:]
+    every = ids_of(continued(running, **begun, written=len(IDS) + 8))
+    assert ids_of(continued(running, **begun, written=9999)) == every
+
+
 def test_without_a_head_it_is_a_model_of_which_the_weights_are_zero(running, served_model):
     asked = {"prompt": TEXT, "max_tokens": 20, "temperature": 0}
     whole = ids_of(continued(running, **asked))
@@ -253,7 +264,7 @@ def test_weights_that_are_no_numbers_are_the_servers_fault():
 
 def test_the_models_card(running, served_model):
     status, _, about = running.ask("/study/model")
-    assert (status, about["id"]) == (200, "small")
+    assert (status, about["id"], about["file"]) == (200, "small", "models/small")
     assert about["parameters"] == served_model.config.parameter_count
     assert (about["config"]["n_head"], about["dtype"]) == (2, "float32")
     assert about["bytes"] == 4 * about["parameters"]

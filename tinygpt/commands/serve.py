@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
             raise engine.failed
         access = Access(key, args.cors, hosts_of(listener.getsockname()[0]))
         limits = Limits(args.max_tokens, args.timeout, args.slots + args.queue)
-        server = Server(writer, engine, name, limits, access, template)
+        server = Server(writer, engine, name, limits, access, template, args.model)
         listener.listen(128)  # not before: until then nobody could be answered
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host

@@ -51,11 +51,12 @@ class Server:
         limits: Limits,
         access: Access,
         template: Template | None = None,
+        file: str | None = None,
     ) -> None:
         self.writer, self.engine, self.name = writer, engine, name
         self.limits, self.access, self.template = limits, access, template
         self.metrics, self.created = Metrics(), int(time.time())
-        self.studies = Studies(writer, engine, name, limits.timeout_s)
+        self.studies = Studies(writer, engine, name, limits.timeout_s, file)
         # A long text takes seconds: these threads are for completions too.
         self._tokenizing = asyncio.Semaphore(2)
 

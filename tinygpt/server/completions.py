@@ -56,6 +56,7 @@ class Completion:
 
     fields = COMPLETION
     kind, prefix = "text_completion", "cmpl"
+    written = 0  # how many of the prompt's last tokens the penalties take for written
     advice = "ask for fewer, or set truncate_prompt"  # where prompt and text are too long
 
     def __init__(self, body: Any, writer: Writer, name: str, limits: Limits) -> None:
@@ -175,7 +176,7 @@ class Completion:
                     Job(
                         prompt.ids, self.max_tokens, telling(len(jobs)), self.settings,
                         (self.seed + sample) % 2**64, top, self.bias, scores and not sample,
-                        frozenset(self.writer.tokenizer.ends),
+                        self.written, frozenset(self.writer.tokenizer.ends),
                     )
                 )  # fmt: skip
         self.jobs = jobs

@@ -32,7 +32,7 @@ class Continuation(Completion):
         """
         asked = read_fields(body, STUDIES[CONTINUE])
         own = {name: value for name, value in asked.items() if name in COMPLETION}
-        top = asked["top"]
+        top, self.written = asked["top"], asked["written"]
         super().__init__({**own, "logprobs": top, "stream": True}, writer, name, limits)
         heads, blocks = asked["heads"] or [], asked["blocks"] or []
         config = writer.model.config

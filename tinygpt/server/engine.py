@@ -26,13 +26,15 @@ class Job:
     top: int | None = None
     bias: Mapping[int, float] | None = None
     scores: bool = False
+    written: int = 0  # how many of the last ids count as written
     ends: frozenset[int] = frozenset()  # ids that end it; such a one is told too
     cancelled: bool = False
     told: int = 0  # tokens so far
 
     def begin(self, slots: Slots) -> int:
         """Start the text; its slot."""
-        return slots.start(self.ids, self.settings, self.seed, self.top, self.bias, self.scores)
+        how = self.settings, self.seed, self.top, self.bias, self.scores, self.written
+        return slots.start(self.ids, *how)
 
     def take(self, token: Token, vocab_size: int, end: Callable[[], None]) -> None:
         """Tell a token; where it is the last, free the slot by `end` before anybody hears of it."""

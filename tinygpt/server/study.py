@@ -45,8 +45,21 @@ _ONCE = 64  # the least tokens that are looked at: kernels are made for this, an
 class Studies:
     """What the handlers of /study share."""
 
-    def __init__(self, writer: Writer, engine: Engine, name: str, timeout_s: float = 600.0) -> None:
-        self.writer, self.engine, self.name = writer, engine, name
+    def __init__(
+        self,
+        writer: Writer,
+        engine: Engine,
+        name: str,
+        timeout_s: float = 600.0,
+        file: str | None = None,
+    ) -> None:
+        """
+        Args:
+            name: what clients call the model.
+            timeout_s: how many seconds a request may take.
+            file: the model as whoever serves it has named it; None: by the same name.
+        """
+        self.writer, self.engine, self.name, self.file = writer, engine, name, file or name
         self.reduced = Reduced(engine)
         self._inside: Inside | None = None  # of the last text; padded, see `_look`
         self._length = 0  # of that text
@@ -74,6 +87,7 @@ class Studies:
         model, tokenizer = self.writer.model, self.writer.tokenizer
         return {
             "id": self.name,
+            "file": self.file,
             "config": asdict(model.config),
             "parameters": model.config.parameter_count,
             "dtype": dtype_of(model.wte),

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from tinygpt.errors import InputError, check_int, show
-from tinygpt.server.fields import COMPLETION, Field, Schema
+from tinygpt.server.fields import COMPLETION, Field, Schema, whole
 
 
 def _prompt(name: str, value: Any) -> None:
@@ -76,6 +76,9 @@ STUDIES: dict[str, dict[str, Field]] = {
         "max_tokens": COMPLETION["max_tokens"],
         "echo": COMPLETION["echo"],
         "top": replace(COMPLETION["logprobs"], default=10),
+        "written": whole(
+            0, 0, 2**31 - 1, "how many of the prompt's last tokens the penalties take for written"
+        ),
         "heads": Field(_pairs, {"type": "array", "items": {**_IDS, "minItems": 2, "maxItems": 2},
                                 "description": "pairs of block and head to leave out"}),
         "blocks": Field(_numbers, {**_IDS, "description": "blocks to leave out"}),
