@@ -638,6 +638,19 @@ def test_a_post_norm_model_says_why_it_has_no_parts(browser):
             expect(page.locator("#panel")).to_contain_text("post-norm scales the sum")
 
 
+def test_nothing_is_written_before_the_model_is_known(running, browser):
+    with shown(browser, running) as first:
+        page, held = first.context.new_page(), []
+        page.route("**/study/model", lambda route: held.append(route))
+        page.goto(first.url)
+        page.fill("#prompt", PROMPT)
+        page.press("#prompt", "Control+Enter")
+        expect(page.locator("#write")).to_be_disabled()
+        held[0].continue_()
+        expect(page.locator("#write")).to_be_enabled()
+        write(page)
+
+
 def test_everything_is_had_by_the_keyboard(running, browser):
     with shown(browser, running) as page:
         page.focus("#prompt")
