@@ -22,6 +22,7 @@ from statistics import median
 import numpy as np
 
 from tinygpt.runtime import device
+from tinygpt.training.world import variable
 
 PART_BYTES = 25_000_000
 
@@ -110,6 +111,8 @@ def main() -> int:
     parser.add_argument("--block", type=int, default=128, help="tokens of a sample")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
+    if args.what != "predict" and variable("SIZE", 1) < 2:
+        parser.error(f"{args.what} is of several processes: start it by mpirun -n 2")
     {"step": step, "reduce": reduce, "predict": predict}[args.what](args)
     return 0
 
