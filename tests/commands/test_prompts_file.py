@@ -147,9 +147,10 @@ def test_what_does_not_go_together_is_refused(model, prompts, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("there", "told"),
     [
-        ('{"id": "sky", "text": ""}\n', "line 1, is of no prompt that was given"),
-        ('{"id": [1], "text": ""}\n', "line 1, is of no prompt that was given"),
-        ('{"id": 7}\n{"id": 7}\n', "line 2: 7 stands there twice"),
+        ('{"id": "sky", "text": ""}\n', "line 1, is no text of a prompt that was given"),
+        ('{"id": [1], "text": ""}\n', "line 1, is no text of a prompt that was given"),
+        ('{"id": 7, "text": ""}\n' * 2, "line 2: 7 stands there twice"),
+        ('{"id": 7, "prompt": "a"}\n', "line 1, is no text of a prompt that was given"),
         ("Once upon a time\n", "line 1: "),
     ],
 )
@@ -158,6 +159,13 @@ def test_a_file_of_something_else_is_left_as_it_is(there, told, model, prompts, 
     assert call(model, prompts, out) == 2
     assert told in capsys.readouterr().err
     assert out.read_text(encoding="utf-8") == there
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+def test_a_pipe_to_write_into_is_refused(model, prompts, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    assert call(model, prompts, tmp_path / "pipe") == 2
+    assert "cannot write" in capsys.readouterr().err
 
 
 def test_two_programs_do_not_write_one_file(model, prompts, tmp_path, capsys):

@@ -97,13 +97,13 @@ def test_a_text_is_the_same_alone_among_others_and_streamed(running):
 
 
 @pytest.mark.slow
-def test_two_hundred_texts_are_the_same_under_32_clients_on_16_slots(served_model):
+def test_texts_are_the_same_under_32_clients_on_16_slots(served_model):
     with (
         serving(served_model, slots=1) as one,
         serving(served_model, slots=16, queue=200) as many,
     ):
         built = len(runtime_cache), many.engine.slots.step_count
-        hold_equal(many, 200, 32, one)
+        hold_equal(many, 250, 32, one)
         assert (len(runtime_cache), many.engine.slots.step_count) == built
 
 

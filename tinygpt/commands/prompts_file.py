@@ -18,7 +18,7 @@ from tinygpt.commands.prompt import MAX_PROMPT_BYTES
 from tinygpt.errors import InputError, reason, show
 from tinygpt.model import NOT_NUMBERS
 from tinygpt.sampling import Sampling
-from tinygpt.storage import parse_json, read_bytes
+from tinygpt.storage import open_plain, parse_json, read_bytes
 from tinygpt.training import world
 from tinygpt.writer import Writer
 
@@ -127,6 +127,8 @@ def opened(path: str | None, asked: Sequence[Asked]) -> Iterator[Texts]:
         yield Texts(None, set())
         return
     try:
+        if os.path.exists(path):
+            open_plain(path).close()  # a pipe would keep it waiting
         file = open(path, "ab")  # noqa: SIM115
     except OSError as error:
         raise InputError(f"cannot write {path}: {reason(error)}; name another --out") from error
@@ -135,9 +137,9 @@ def opened(path: str | None, asked: Sequence[Asked]) -> Iterator[Texts]:
         done, known = set[str | int](), {each.id for each in asked}
         whole, _, cut = _read(path).rpartition(b"\n")
         for number, record in _records(whole, path):
-            name = record.get("id")
-            if not isinstance(name, str | int) or name not in known:
-                fact = f"{path}, line {number}, is of no prompt that was given"
+            name, is_text = record.get("id"), isinstance(record.get("text"), str)
+            if not isinstance(name, str | int) or name not in known or not is_text:
+                fact = f"{path}, line {number}, is no text of a prompt that was given"
                 raise InputError(f"{fact}: name another --out, or remove it")
             if name in done:
                 raise InputError(f"{path}, line {number}: {show(name)} stands there twice")
@@ -237,6 +239,7 @@ def write_all(request: Request, writer: Writer, texts: Texts, interrupts: Interr
         first = others.exchange({"seed": seed, "done": done})[0]
         seed, done = first["seed"], first["done"]
         others.starting, others.doing = False, "tell of its texts"
+        others.advice = "the same command goes on with what is missing"
     request, known = replace(request, seeds=range(seed, seed + 1)), set(done)
     left = [each for each in enumerate(request.asked) if each[1].id not in known]
     steps = continued(request, writer, deque(left[rank::size]), interrupts)

@@ -220,6 +220,7 @@ def _meet(job: Run, others: World) -> None:
     others.exchange({})
     job.ranks.take({**job.trainer.weights, **job.trainer.tensors})
     others.starting, others.doing = False, "the next step"
+    others.advice = "--rank-timeout S waits longer, and --resume goes on from the last checkpoint"
 
 
 def _new(args: argparse.Namespace, folder: Path, ranks: Alone) -> Run:

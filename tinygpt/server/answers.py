@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from tinygpt.errors import InputError
 from tinygpt.server.problems import Problem
@@ -73,7 +73,7 @@ class EventStream(StreamingResponse):
         try:
             first = await anext(events)
         except Problem as problem:
-            await answer(problem)({"type": "http"}, _nothing_comes, send)
+            await answer(problem)(*self._asked, send)
         else:
             self.body_iterator = _from(first, events)
             await super().stream_response(send)
@@ -81,15 +81,12 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer."""
+        self._asked = scope, receive
         try:
             await super().__call__(scope, receive, send)
         finally:
             if not self._whole:
                 self._left()
-
-
-async def _nothing_comes() -> Message:
-    raise AssertionError("an answer in one piece reads no request")
 
 
 async def _from(first: Any, others: AsyncIterable[Any]) -> AsyncGenerator[Any]:

@@ -94,6 +94,7 @@ class World:
         self.limit_s = _COMES_S
         self.starting = True  # until all have all that the first step needs
         self.doing = "the start"  # what all do now, for the line that says who is missing
+        self.advice = "start them again"  # what that line says is to be done
 
     def exchange(self, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Tell all ranks something, fit for JSON, and get what each tells, in their order.
@@ -212,8 +213,7 @@ class World:
         who = f"rank {' and '.join(missing)} did" if missing else "a message did"
         raise InputError(
             f"{who} not come to {self.doing} within {waited_s:.0f} s (stopped, cut off, or slower "
-            "than the others: --rank-timeout S waits longer); --resume goes on from the last "
-            "checkpoint"
+            f"than the others); {self.advice}"
         )
 
 
