@@ -151,6 +151,9 @@ def test_a_wrong_flag_is_told_once(data, tmp_path):
     assert refused(2, data, tmp_path, "--n-layer=0").startswith("--n-layer is 0")
 
 
+NEEDED = "mpirun has started 2 processes, which need mpi4py"
+
+
 @needs_mpi
 @pytest.mark.parametrize(
     ("changes", "words"),
@@ -165,7 +168,9 @@ def test_a_wrong_flag_is_told_once(data, tmp_path):
             "if rank: os.environ['TINYGPT_KERNELS'] = '0'",
             "backend: rank 1 has CPU (clang), plain operations, rank 0 CPU (clang), C operations",
         ),
-        ("sys.modules['mpi4py'] = None", "mpirun has started 2 processes, which need mpi4py"),
+        ("sys.modules['mpi4py'] = None", NEEDED),
+        ("sys.modules['mpi4py'] = None; import time; time.sleep(1 - rank)", NEEDED),
+        ("if rank: sys.modules['mpi4py'] = None", NEEDED),
         ("if rank: sys.argv[-1] = '--batch=0'", "rank 1: unknown argument '--batch'"),
     ],
 )

@@ -53,7 +53,9 @@ def joined() -> Iterator[None]:
     try:
         current = World()
     except InputError as error:
-        talk(variable("LOCAL_RANK") == 0)  # a line a machine
+        if variable("LOCAL_RANK"):  # a line a machine, whose end is that of all
+            time.sleep(2 * _ANSWERS_S)
+        talk(True)
         say(f"error: {error}")
         raise SystemExit(2) from error
     try:
