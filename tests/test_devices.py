@@ -1,6 +1,8 @@
-"""A model whose blocks lie on several devices computes what it does on one."""
+"""A model that lies on several devices computes what it does on one."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from tinygrad.nn.state import get_state_dict
 from tinygpt import GPT, GPTConfig
 from tinygpt.checkpoints.quantization import convert
 from tinygpt.commands.main import main
-from tinygpt.devices import share_blocks
+from tinygpt.devices import copy_to_all, share_blocks, split_heads
 from tinygpt.errors import InputError
 from tinygpt.generator import Generator
 from tinygpt.runtime import device
@@ -19,12 +21,16 @@ from tinygpt.runtime.buffers import moved
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [2, 7], [1, 8, 2, 8]]
 DEEP = GPTConfig(n_layer=4, n_head=5, n_embd=25, block_size=16, vocab_size=67)
+# Of the width of 24 none divides by the 32 rows that a product likes; 67 tokens divide by nothing.
+WIDE = GPTConfig(n_layer=2, n_head=4, n_embd=24, block_size=16, vocab_size=67)
 
 
-def two(config: GPTConfig, count: int, dtype: str = "float32") -> tuple[GPT, GPT]:
+def two(
+    config: GPTConfig, count: int, dtype: str = "float32", split: Callable = share_blocks
+) -> tuple[GPT, GPT]:
     """One model twice, the second over so many devices."""
     one, other = (convert(randomize(GPT(config)), dtype) for _ in range(2))
-    share_blocks(other, count)
+    split(other, count)
     return one, other
 
 
@@ -55,6 +61,63 @@ def test_texts_are_equal_past_the_window_too(dtype, settings):
     assert texts[0] == texts[1]
     texts = [list(g.generate_batch(PROMPTS, 20, seed=3, **settings)) for g in (one, other)]
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("count", "dtype", "changes"),
+    [
+        (2, "float32", {}),
+        (4, "int8", {}),
+        (2, "bfloat16", {"norm": "post", "position": "sinusoidal", "tie_word_embeddings": False}),
+        (4, "float32", {"bias": False, "n_inner": 20, "tie_word_embeddings": False}),
+    ],
+)
+def test_heads_on_several_devices_give_the_same_numbers(count, dtype, changes):
+    one, other = two(GPTConfig(**{**vars(WIDE), **changes}), count, dtype, split_heads)
+    names = tuple(device.several(count))
+    assert {weight.device for weight in get_state_dict(other).values()} == {names}
+    logits = [model([PROMPTS[0]]).numpy() for model in (one, other)]
+    np.testing.assert_allclose(*logits, rtol=0, atol=1e-5)
+    losses = [model.losses(*[[PROMPTS[0]]] * 2).numpy() for model in (one, other)]
+    np.testing.assert_allclose(*losses, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"top_k": 9, "frequency_penalty": 0.5}])
+def test_texts_of_heads_are_equal_past_the_window_too(count, settings):
+    one, other = (Generator(model) for model in two(WIDE, count, split=split_heads))
+    texts = [list(g.generate(PROMPTS[0], 40, seed=3, **settings)) for g in (one, other)]
+    assert len(texts[0]) == 40
+    assert texts[0] == texts[1]
+    texts = [list(g.generate_batch(PROMPTS, 20, seed=3, **settings)) for g in (one, other)]
+    assert texts[0] == texts[1]
+
+
+def test_each_device_has_a_part_of_what_heads_are_made_of():
+    _, model = two(WIDE, 4, split=split_heads)
+    attention, mlp = model.blocks[0].attn, model.blocks[0].mlp
+    cut = [attention.q_proj, attention.out_proj, mlp.c_fc, mlp.c_proj, model.wte]
+    shapes = [layer.weight.uop.shard_shape for layer in cut]
+    assert shapes == [(6, 24), (24, 6), (24, 24), (24, 24), (32, 24)]
+    assert model.empty_cache(3, 16)[1][0].uop.shard_shape == (3, 1, 16, 6)
+
+
+def test_25_heads_lie_on_4_devices_by_layers_alone():
+    config = GPTConfig(n_layer=4, n_head=25, n_embd=50, block_size=16, vocab_size=67)
+    with pytest.raises(InputError, match=r"25 heads and 200 hidden .* give 1, 5 or 25 \(--dev"):
+        split_heads(GPT(config), 4)
+    one, other = two(config, 4)
+    np.testing.assert_array_equal(other([PROMPTS[0]]).numpy(), one([PROMPTS[0]]).numpy())
+    texts = [list(Generator(m).generate(PROMPTS[0], 30, temperature=0.0)) for m in (one, other)]
+    assert texts[0] == texts[1]
+
+
+def test_one_device_is_where_a_model_is_already():
+    model = GPT(WIDE)
+    for split in (share_blocks, split_heads, copy_to_all):
+        split(model, 1)
+        assert {weight.device for weight in get_state_dict(model).values()} == {Device.DEFAULT}
+        assert model.placement.count == 1
 
 
 def test_what_is_moved_is_there_and_what_is_no_tensor_stays():
@@ -95,5 +158,22 @@ def test_the_command_says_how_many_and_writes_the_same(tmp_path, capsys):
     four = capsys.readouterr()
     assert four.out == one.out
     assert "its blocks on 4 devices" in four.err
-    assert main([*argv, "--devices", "5"]) == 2
-    assert "give 1 to 4" in capsys.readouterr().err
+    assert main([*argv, "--devices", "5", "--split", "heads"]) == 0
+    five = capsys.readouterr()
+    assert five.out == one.out
+    assert "plain operations, its heads on 5 devices" in five.err
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--devices", "5"], "the model has 4 blocks to share out: give 1 to 4 (--devices)"),
+        (["--devices", "2", "--split", "heads"], "share evenly: give 1 or 5 (--devices)"),
+        (["--split", "heads"], "--split is for several devices: give --devices N too"),
+    ],
+)
+def test_the_command_says_what_devices_cannot_share(more, words, tmp_path, capsys):
+    save_with_bytes(randomize(GPT(GPTConfig(**{**vars(DEEP), "vocab_size": 257}))), tmp_path)
+    assert main(["generate", "ab", "--model", str(tmp_path), *more]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line

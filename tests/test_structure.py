@@ -32,7 +32,7 @@ ROWS = [
     ("checkpoints",),
     ("devices",),
     ("model",),
-    ("layers", "sampling"),
+    ("layers", "placement", "sampling"),
     ("ops",),
     ("tokenizer",),
     ("ids",),

@@ -22,6 +22,7 @@ from tinygpt.errors import InputError, show
 from tinygpt.ids import check_range, read_ids
 from tinygpt.layers import Dropout, Embedding, LayerNorm, Linear, Record, TransformerBlock
 from tinygpt.ops.sizes import Position, Whole, plus, shape
+from tinygpt.placement import Placement
 from tinygpt.runtime import device
 from tinygpt.runtime.buffers import moved, tensor, write
 from tinygpt.runtime.capture import is_capturing
@@ -77,7 +78,7 @@ class GPT:
             require_memory(4 * (config.parameter_count + largest), "a model of this shape")
         self.name = self._tokenizer = None
         self.config = config
-        self.devices: list[str] | None = None  # of each block, where not all lie on one
+        self.placement = Placement()
         self.wte = Embedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
             self.wpe = Embedding(config.block_size, config.n_embd)
@@ -183,8 +184,8 @@ class GPT:
         """
         self.require_cache_memory(batch_size, length)
         zeros = np.broadcast_to(np.float32(0), self._cache_shape(batch_size, length))
-        devices: Sequence[str | None] = self.devices or [None] * self.config.n_layer
-        return [(tensor(zeros, name), tensor(zeros, name)) for name in devices]
+        place, layers = self.placement, range(self.config.n_layer)
+        return [(place.cache(i, zeros), place.cache(i, zeros)) for i in layers]
 
     def require_cache_memory(self, batch_size: int, length: int) -> None:
         """Refuse a cache that would not fit into memory: see `empty_cache`."""
@@ -233,8 +234,8 @@ class GPT:
             row: compute what comes out for this column of tokens alone; the last block skips the
                 others. None: for all.
             key: uint32 (4,), for training: what dropout draws from, which is seed, step, the
-                number of the batch's first row, and how far that of the next is. None: nothing is
-                dropped.
+                number of the batch's first row, and how far that of the next is; (N, 4) where N
+                devices have a part of the batch each. None: nothing is dropped.
             record: an empty one, to be filled with what is computed on the way.
         Returns:
             float32 (B, T, C), or (B, 1, C) with `row`.
@@ -248,21 +249,24 @@ class GPT:
                 f"tokens at positions {start_pos} to {start_pos + T - 1} reach past the window "
                 f"of {self.config.block_size}: give fewer, or slide the window"
             )
-        x = self.wte(tokens) + self.encode_positions(_positions(T, start_pos))
+        here = self.placement.rest
+        tokens, start_pos = moved(tokens, here), moved(start_pos, here)
+        starts = start_pos.reshape(-1, 1) if isinstance(start_pos, Tensor) else start_pos
+        places = Tensor.arange(T, dtype=dtypes.int32, device=tokens.device).reshape(1, T)
+        x = self.wte(tokens) + self.encode_positions(plus(places, starts))
         x = self.dropout(x.contiguous(), key)  # (B, T, C)
         for i, block in enumerate(self.blocks):
-            last_row = row if i == len(self.blocks) - 1 else None
-            if self.devices is not None:
-                here = self.devices[i]
-                x, key = moved(x, here), moved(key, here)
-                start_pos, slots = moved(start_pos, here), moved(slots, here)
+            last_row, here = row if i == len(self.blocks) - 1 else None, self.placement.block(i)
+            x, key = moved(x, here), moved(key, here)
+            start_pos, slots = moved(start_pos, here), moved(slots, here)
             if record is not None:
                 record.hidden_states.append(x)
             part = None if cache is None else cache[i]
             x = block(x, part, start_pos, slots, last_row, key, record)
         if record is not None:
             record.hidden_states.append(x)
-        return self.ln_f(moved(x, str(self.wte.weight.device))) if self.config.norm == "pre" else x
+        x = moved(x, self.placement.rest)
+        return self.ln_f(x) if self.config.norm == "pre" else x
 
     def ids(self, given: Any) -> Tensor:
         """What is given as tokens, as int32 (B, T).
@@ -288,14 +292,15 @@ class GPT:
         if self.config.position == "learned":
             return self.wpe(positions)
         half = self.config.n_embd // 2
-        rates = (Tensor.arange(half) * (-math.log(10000.0) / half)).exp()
+        rates = (Tensor.arange(half, device=positions.device) * (-math.log(10000.0) / half)).exp()
         angles = positions.unsqueeze(-1) * rates  # (..., T, C/2)
         return Tensor.stack(angles.sin(), angles.cos(), dim=-1).flatten(-2)
 
     def logits(self, x: Tensor) -> Tensor:
         """The output projection, or unembedding: (..., C) -> (..., V)."""
         weight, scale = self._unembedding
-        return ops.linear(moved(x, str(weight.device)), weight, scale=scale)
+        logits = ops.linear(moved(x, self.placement.rest), weight, scale=scale)
+        return self.placement.on_one(logits, axis=-1)
 
     def losses(self, tokens: Any, targets: Any, key: Tensor | None = None) -> Tensor:
         """The cross entropy of each target, in nats, through which gradients go.
@@ -314,16 +319,11 @@ class GPT:
                 f"tokens are {tokens.shape} and targets {targets.shape}: each token has one target"
             )
         x = self.hidden_states(tokens, key=key)
-        weight, scale = self._unembedding
-        return ops.cross_entropy(moved(x, str(weight.device)), weight, targets, scale)
+        weight, scale = self.placement.joined(*self._unembedding)
+        x, targets = moved(x, weight.device), moved(targets, weight.device)
+        return ops.cross_entropy(x, weight, targets, scale)
 
     @property
     def _unembedding(self) -> tuple[Tensor, Tensor | None]:
         head = self.wte if self.config.tie_word_embeddings else self.lm_head
         return head.weight, head.scale
-
-
-def _positions(T: int, start_pos: Position) -> Tensor:
-    """The positions of T tokens: (B or 1, T)."""
-    start = start_pos.reshape(-1, 1) if isinstance(start_pos, Tensor) else start_pos
-    return plus(Tensor.arange(T, dtype=dtypes.int32).reshape(1, T), start)

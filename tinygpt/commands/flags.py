@@ -176,6 +176,7 @@ def _underscored(spelling: str) -> str:
 
 # The flags that several commands have in common.
 _SHARED: dict[str, dict[str, Any]] = {
+    "--devices": {"kind": int, "default": 1, "low": 1, "below": 1025},
     "--dtype": {
         "kind": Kind(str, choices=tuple(DTYPES)),
         "metavar": "TYPE",

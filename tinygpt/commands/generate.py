@@ -20,9 +20,9 @@ from tinygpt.commands.prompt import read_ids, read_prompt, stop_text, typed_prom
 from tinygpt.commands.prompts_file import Asked, opened, read_asked, write_all
 from tinygpt.commands.together import facts
 from tinygpt.config import PRESETS, SHAPE, GPTConfig
-from tinygpt.devices import share_blocks
+from tinygpt.devices import share_blocks, split_heads
 from tinygpt.errors import InputError, say
-from tinygpt.options import defaults
+from tinygpt.options import Kind, defaults
 from tinygpt.runtime import device
 from tinygpt.sampling import Sampling
 from tinygpt.training import world
@@ -30,6 +30,7 @@ from tinygpt.training.ranks import settle
 from tinygpt.writer import Writer
 
 _DEFAULT_PRESET = "nano"
+_SPLITS = {"layers": share_blocks, "heads": split_heads}  # what --devices shares out
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -50,10 +51,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     words = "a new model of random weights; so does --tokenizer, or any flag of its shape"
     add_flag(parser, "--untrained", kind=bool, help=words)
     add_shared(parser, "--dtype")
-    words = (
-        "share the blocks out over so many devices of the backend, where one has no room for all"
+    words = "share the model out over so many devices of the backend (default: 1)"
+    add_shared(parser, "--devices", help=words)
+    words = "how: by its blocks, where one device has no room for all, or by the heads in each "
+    add_flag(
+        parser, "--split", kind=Kind(str, choices=tuple(_SPLITS)), help=words + "(default: layers)"
     )
-    add_flag(parser, "--devices", kind=int, help=words, low=1, below=1025)
     add_shared(parser, "--plain")
     add_shared(parser, "--json", help="print one JSON object instead of text")
     group = parser.add_argument_group("the shape of a new model")
@@ -95,7 +98,8 @@ class Request:
     fit_vocabulary: bool  # whether the shape has no number of ids of its own
     tokenizer: str | None
     dtype: str | None
-    devices: int | None
+    devices: int
+    split: str
     special_tokens: bool
     max_new_tokens: int | None  # None is as many as the model has it
     stop: list[str]
@@ -130,6 +134,8 @@ def parse(args: argparse.Namespace) -> Request:
     shape = given(args, SHAPE)
     if preset in PRESETS:
         GPTConfig.check({**defaults(GPTConfig), **PRESETS[preset], **shape}, spelled(args))
+    if args.split and args.devices == 1:
+        raise InputError("--split is for several devices: give --devices N too")
     seed = int.from_bytes(os.urandom(4), "big") if args.seed is None else args.seed
     return Request(
         prompt="" if nothing else read_prompt(args.prompt, args.prompt_file),
@@ -141,6 +147,7 @@ def parse(args: argparse.Namespace) -> Request:
         tokenizer=args.tokenizer,
         dtype=args.dtype,
         devices=args.devices,
+        split=args.split or "layers",
         special_tokens=args.special_tokens,
         max_new_tokens=args.max_new_tokens,
         stop=[stop_text(text) for text in args.stop],
@@ -201,8 +208,7 @@ def _run(args: argparse.Namespace) -> int:
         world.current.need_same({**facts(args), "SHA-256 of the prompts": digest})
     with Interrupts() as interrupts, _backend_is_asked_first():
         writer = open_writer(request)
-        if request.devices is not None:
-            share_blocks(writer.model, request.devices)
+        _SPLITS[request.split](writer.model, request.devices)
     if writer is None:  # a signal came before there was a model
         return 128 + interrupts.came
     if request.asked:
@@ -297,11 +303,14 @@ def introduce(request: Request, writer: Writer) -> None:
         say(device.note)
     name = request.model or request.preset
     about = f", trained on {hub.BUILT_IN[name]}," if name in hub.BUILT_IN else ""
-    where = f"{device.describe()}, {device.describe_operations()}"
-    if (request.devices or 1) > 1:
-        where += f", its blocks on {request.devices} devices"
+    operations = device.describe_operations(writer.model.placement.count)
+    where = f"{device.describe()}, {operations}"
+    if request.devices > 1:
+        what = "blocks" if request.split == "layers" else request.split
+        where += f", its {what} on {request.devices} devices"
         if device.default() == "CPU":
-            where += " (which share the cores of one: it is no faster)"
+            slow = "no faster" if request.split == "layers" else "slower than one"
+            where += f" (which share the cores of one: it is {slow})"
     say(f"{name}, {config.parameter_count:,} parameters{about} on {where}")
     if not request.model:
         say(f"untrained: its weights are random (seed {request.seeds[0]}), so the text is noise")

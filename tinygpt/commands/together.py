@@ -9,12 +9,18 @@ from importlib.metadata import version
 
 from tinygpt import __version__
 from tinygpt.commands.flags import flag_of
-from tinygpt.errors import show
+from tinygpt.errors import InputError, show
 from tinygpt.runtime import device
 
 
 def facts(args: argparse.Namespace) -> dict[str, str]:
-    """What has to be the same in all ranks: programs, what computes, and what was typed."""
+    """What has to be the same in all ranks: programs, what computes, and what was typed.
+
+    Raises:
+        InputError: for flags that are for one process.
+    """
+    if args.devices > 1:
+        raise InputError("--devices is for one process: under mpirun each takes one device")
     found = {
         "tinygpt": __version__,
         "tinygrad": version("tinygrad"),

@@ -84,6 +84,7 @@ def begin(
     base: Checkpoint | None = None,
     minutes: float | None = None,
     ranks: Alone | None = None,
+    devices: int = 1,
 ) -> Run:
     """A new run, of a new model or from one that was opened.
 
@@ -93,14 +94,14 @@ def begin(
     if base is None:
         gpt = GPT(config.gpt_config(data.header.vocab_size), config.seed, config.init)
         tokenizer = _sampled(data.tokenizer(), config.sample_temperature)
-        return Run(folder, data, tokenizer, gpt, config, minutes, ranks)
+        return Run(folder, data, tokenizer, gpt, config, minutes, ranks, devices)
     tokenizer = base.tokenizer()
     data.check(base.config.vocab_size, tokenizer)
     gpt = base.load("float32")  # gradients need it, whatever the file holds
     dropouts = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), float(config.dropout))
     gpt = sharing_weights(gpt, replace(gpt.config, **dropouts))
     tokenizer = _sampled(tokenizer, config.sample_temperature)
-    return Run(folder, data, tokenizer, gpt, config, minutes, ranks)
+    return Run(folder, data, tokenizer, gpt, config, minutes, ranks, devices)
 
 
 def _sampled(tokenizer: Tokenizer, temperature: float) -> Tokenizer:
@@ -151,6 +152,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_flag(
         parser, "--rank-timeout", kind=float, metavar="S", default=60.0, help=words, **_TIMEOUTS
     )
+    words = "share each batch out over so many devices of the backend (default: 1)"
+    add_shared(parser, "--devices", help=words)
     add_text_flags(parser.add_argument_group("how a text is read"))
     words = (
         "by their fields' names, n_layer for --n-layer, these and those below are also the keys "
@@ -243,7 +246,7 @@ def _new(args: argparse.Namespace, folder: Path, ranks: Alone) -> Run:
         source = prepared(args, tokens, usual | ({"tokenizer": base.tokenizer()} if base else {}))
         if source == tokens and not had_tokens:
             mark.touch()
-        return begin(folder, Dataset.open(source), config, base, args.minutes, ranks)
+        return begin(folder, Dataset.open(source), config, base, args.minutes, ranks, args.devices)
     except InputError:
         forget()
         raise
@@ -261,12 +264,17 @@ def _resumed(args: argparse.Namespace, folder: Path, ranks: Alone) -> Run:
             )
     last = run_files.newest(folder)
     data = Dataset.open(prepared(args, folder / "data", {"tokenizer": load_tokenizer(last)}))
-    return Run.resume(folder, data, args.steps, args.minutes, last, ranks)
+    return Run.resume(folder, data, args.steps, args.minutes, last, ranks, args.devices)
 
 
 def _train(job: Run) -> int:
     config, model = job.config, job.trainer.model.config
-    where = f"{device.describe()}, {device.describe_operations()}"
+    devices = job.trainer.model.placement.count
+    where = f"{device.describe()}, {device.describe_operations(devices)}"
+    if devices > 1:
+        where += f", {devices} devices"
+        if device.default() == "CPU":
+            where += " (which share the cores of one: it is slower than one)"
     if job.ranks.size > 1:
         where += f", {job.ranks.size} ranks, each of {count(device.cpu_count(), 'thread')}"
     say(f"{model.parameter_count:,} parameters on {where}")

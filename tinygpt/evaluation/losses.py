@@ -46,7 +46,7 @@ class Scorer:
         if key not in self._graphs:
             what = function.__name__, self.model, type(self)
             self._graphs[key] = capture(function, get_state_dict(self.model), what)
-        found = self._graphs[key](buffers.tensor(inputs), buffers.tensor(targets))
+        found = self._graphs[key](*map(self.model.placement.batch, (inputs, targets)))
         return buffers.read(found).reshape(found.shape)
 
     def _score(self, inputs: Tensor, targets: Tensor) -> Tensor:

@@ -27,7 +27,9 @@ class Dropout:
 
     rate: float
     place: int  # a number of its own for each place in the model
-    key: Tensor  # uint32 (4,): seed, step, the number of the batch's first row, and to the next
+    # uint32 (4,): seed, step, the number of the batch's first row, and how far that of the next is.
+    # Of a batch that N devices share in equal parts, (N, 4): one for each part.
+    key: Tensor
 
     @property
     def threshold(self) -> int:
@@ -73,7 +75,7 @@ def linear(
 ) -> Tensor:
     rows = shape(weight)[0]
     even = rows - rows % _EVEN
-    if even in (0, rows):
+    if even in (0, rows) or isinstance(weight.device, tuple):  # which has it in parts already
         y = x @ widen(weight).transpose()
     else:  # an awkward number of rows is cut in two
         parts = (widen(weight[:even]), widen(weight[even:]))
@@ -208,12 +210,13 @@ def dropout_bits(dropout: Dropout, shape: Sequence[int]) -> Tensor:
 
     So a mask is the same on every backend, in C (dropout.h), and however a batch is divided.
     """
-    rows, size = shape[0], math.prod(shape[1:])
-    first = _mix(_mix(_mix(dropout.key[0]) + dropout.key[1]) + dropout.place)
+    key = dropout.key.reshape(-1, 4, 1)  # one for each equal part of the batch, (N, 4, 1)
+    rows, size = shape[0] // len(key), math.prod(shape[1:])
+    first = _mix(_mix(_mix(key[:, 0]) + key[:, 1]) + dropout.place)
     second = _mix(first + 0x9E3779B9)
-    row = dropout.key[2] + _counted(rows, dropout.key, dtypes.uint32) * dropout.key[3]
-    index = _counted(size, dropout.key, dtypes.uint32) + row.reshape(rows, 1) * size
-    return _mix(_mix(index ^ first) + second).reshape(shape)
+    row = key[:, 2] + _counted(rows, key, dtypes.uint32) * key[:, 3]  # (N, rows)
+    index = row.unsqueeze(-1) * size + _counted(size, key, dtypes.uint32)  # (N, rows, size)
+    return _mix(_mix(index ^ first.unsqueeze(-1)) + second.unsqueeze(-1)).reshape(shape)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -8,13 +8,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 from tinygrad import Tensor, UOp, dtypes
-from tinygrad.device import Buffer, BufferSpec
+from tinygrad.device import Buffer, BufferSpec, MultiBuffer
 from tinygrad.dtype import _from_np_dtype, _to_np_dtype
 from tinygrad.uop.ops import KernelInfo
 
 from tinygpt.runtime import cpu_memory
 
 Given = TypeVar("Given")
+Place = str | tuple[str, ...]  # a device, or several
 
 _MAKING = Lock()  # tinygrad makes tensors for one thread at a time
 
@@ -28,11 +29,10 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def _buffer(uop: UOp) -> Buffer:
-    """The memory of what lies on one device."""
-    buffer = uop.buffer
-    assert isinstance(buffer, Buffer), f"it lies on several devices: {uop.device}"
-    return buffer
+def _buffers(uop: UOp) -> list[Buffer]:
+    """The memory of a tensor on each of its devices."""
+    buffer = uop.base.buffer
+    return list(buffer.bufs) if isinstance(buffer, MultiBuffer) else [buffer]
 
 
 def _memory(buffer: Buffer) -> memoryview:
@@ -52,31 +52,44 @@ def allocate(buffer: Buffer) -> Buffer:
     return buffer.ensure_allocated()
 
 
-def tensor(values: np.ndarray, device: str | None = None) -> Tensor:
+def tensor(values: np.ndarray, device: Place | None = None, axis: int | None = None) -> Tensor:
     """The values in the memory of a device (by default the one in use), written there directly.
 
     `Tensor(values).realize()` would have tinygrad's scheduler look at every tensor there is, which
     for the 148 of a GPT-2 takes half of the time to load them. Threads may call it side by side.
+
+    Args:
+        device: where there are several, each has all of the values.
+        axis: where there are several, each has an equal part along this axis instead.
     """
+    sizes, several = list(values.shape), isinstance(device, tuple)
+    if isinstance(device, tuple) and axis is not None:
+        sizes[axis] //= len(device)
     with _MAKING:
-        made = Tensor.empty(*values.shape, dtype=_from_np_dtype(values.dtype), device=device)
-        buffer = allocate(_buffer(made.uop))
-    if made.device == "CPU":
-        cpu_memory.populate(buffer)
+        dtype = _from_np_dtype(values.dtype)
+        made = Tensor(UOp.empty(tuple(sizes), dtype, device, axis if several else None))
+        buffers = [allocate(buffer) for buffer in _buffers(made.uop)]
+    for buffer in buffers:
+        if buffer.device == "CPU":
+            cpu_memory.populate(buffer)
     write(made, values)
     return made
 
 
 def write(target: Tensor, values: np.ndarray) -> None:
     """Replace the values of a tensor that has memory of its own by others of its shape and type."""
-    buffer = _buffer(target.uop).ensure_allocated()
-    if target.device == "CPU":
-        # Straight into its memory, in whatever order the values lie in theirs.
-        memory = np.frombuffer(_memory(buffer), values.dtype)
-        np.copyto(memory.reshape(values.shape), values)
-    else:
-        # A driver asks for memory that may be written, which that of a mapped file may not.
-        buffer.copyin(np.require(values, requirements=["C", "W"]).reshape(-1).view(np.uint8).data)
+    buffers, axis = _buffers(target.uop), target.uop.axis
+    parts = [values] * len(buffers) if axis is None else np.split(values, len(buffers), axis)
+    for buffer, part in zip(buffers, parts, strict=True):
+        buffer.ensure_allocated()
+        if buffer.device == "CPU":
+            # Straight into its memory, in whatever order the values lie in theirs.
+            memory = np.frombuffer(_memory(buffer), part.dtype)
+            np.copyto(memory.reshape(part.shape), part)
+        else:
+            # A driver asks for memory that may be written, which that of a mapped file may not.
+            part = np.require(part, requirements=["C", "W"])
+            buffer.copyin(part.reshape(-1).view(np.uint8).data)
 
 
 def aligned(count: int) -> np.ndarray:
@@ -89,7 +102,7 @@ def aligned(count: int) -> np.ndarray:
 def sharing(values: np.ndarray) -> Tensor:
     """A tensor of the CPU in the memory of an array, which has to be kept as long."""
     made = Tensor.empty(*values.shape, dtype=_from_np_dtype(values.dtype), device="CPU")
-    _buffer(made.uop).allocate(external_ptr=values.ctypes.data)
+    _buffers(made.uop)[0].allocate(external_ptr=values.ctypes.data)
     return made
 
 
@@ -127,10 +140,13 @@ def scattered(target: Tensor, values: Tensor, starts: Tensor, rows: Tensor) -> T
     return Tensor(target.uop.custom_kernel(*given, fxn=kernel)[0])
 
 
-def moved(given: Given, device: str) -> Given:
-    """A tensor on a device, copied there from another; anything else as it is."""
+def moved(given: Given, device: Place | None) -> Given:
+    """A tensor on a device, copied there from another, or on several, each of which has all of it.
+
+    Anything else is given as it is, and without a device a tensor too.
+    """
     held: Any = given
-    if not isinstance(given, Tensor) or given.device == device:
+    if device is None or not isinstance(given, Tensor) or given.device == device:
         return held
     # Or it may fuse with what is computed before and behind, in one kernel for both devices.
     return held.contiguous().to(device).contiguous()
@@ -151,7 +167,15 @@ def read(source: Tensor) -> np.ndarray:
 
     `Tensor.tolist` would build a graph first, though there is nothing to compute.
     """
-    buffer = _buffer(source.uop.base)
-    if source.device != "CPU":
+    buffers, axis = _buffers(source.uop), source.uop.axis
+    if axis is None:  # what several devices have, the first has
+        return _values(buffers[0], source)
+    shape = source.uop.shard_shape
+    parts = [_values(buffer, source).reshape(shape) for buffer in buffers]
+    return np.concatenate(parts, axis).reshape(-1)
+
+
+def _values(buffer: Buffer, source: Tensor) -> np.ndarray:
+    if buffer.device != "CPU":
         return buffer.numpy()
     return np.frombuffer(_memory(buffer), _to_np_dtype(source.dtype)).copy()

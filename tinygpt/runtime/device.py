@@ -315,6 +315,10 @@ def takes_c(name: str) -> bool:
     return name.startswith("CPU") and renderer("CPU") == "ClangJIT"
 
 
-def describe_operations() -> str:
-    """Which form of the operations runs on the default device, in two words."""
-    return f"{'C' if takes_c(Device.DEFAULT) else 'plain'} operations"
+def describe_operations(devices: int = 1) -> str:
+    """Which form of the operations runs on the default device, in two words.
+
+    Args:
+        devices: how many a tensor lies on.
+    """
+    return f"{'C' if devices == 1 and takes_c(Device.DEFAULT) else 'plain'} operations"

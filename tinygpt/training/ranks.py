@@ -45,11 +45,7 @@ class Alone:
         return self.asked is not None
 
     def check_batch(self, batch_size: int) -> None:
-        """Refuse a batch that does not divide into equal parts.
-
-        Raises:
-            InputError: naming what would do.
-        """
+        """Refuse a batch that does not divide into equal parts: see `need_even`."""
 
     def rows(self, array: np.ndarray) -> np.ndarray:
         """(B, ...) -> (B / size, ...): every size-th row, from this rank's number on."""
@@ -59,9 +55,13 @@ class Alone:
         """Every size-th item, from this rank's number on."""
         return items
 
-    def sums(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        """float32 tensors of zeros, by name: what `reduce` adds up."""
-        return {name: buffers.tensor(np.zeros(shape, np.float32)) for name, shape in shapes.items()}
+    def sums(
+        self, shapes: Mapping[str, tuple[int, ...]], place: buffers.Place | None = None
+    ) -> dict[str, Tensor]:
+        """float32 tensors of zeros on one device or each of several, by name: what `reduce` adds
+        up."""
+        zeros = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+        return {name: buffers.tensor(values, place) for name, values in zeros.items()}
 
     def reduce(self, numbers: np.ndarray) -> np.ndarray:
         """Replace the tensors of `sums` by their sums over all ranks.
@@ -114,13 +114,7 @@ class Ranks(Alone):
         return self._stops
 
     def check_batch(self, batch_size: int) -> None:
-        if rest := batch_size % self.size:
-            next_ones = {batch_size - rest, batch_size - rest + self.size} - {0}
-            raise InputError(
-                f"--batch-size is {batch_size}, which {self.size} ranks cannot share evenly: the "
-                f"next that they can {' and '.join(map(str, sorted(next_ones)))}; or start as many "
-                "ranks as divide it"
-            )
+        need_even(batch_size, self.size, "ranks")
 
     def rows(self, array: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(array[self.rank :: self.size])
@@ -128,7 +122,9 @@ class Ranks(Alone):
     def part(self, items: Sequence[T]) -> Sequence[T]:
         return items[self.rank :: self.size]
 
-    def sums(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    def sums(
+        self, shapes: Mapping[str, tuple[int, ...]], place: buffers.Place | None = None
+    ) -> dict[str, Tensor]:
         sizes = [-(-math.prod(shape) // _LINE) * _LINE for shape in shapes.values()]
         self._flat = buffers.aligned(sum(sizes) + _NUMBERS + 1)
         start = 0
@@ -203,6 +199,23 @@ class Ranks(Alone):
                     "they are computed alike: a processor of another kind, or a fault in one; "
                     "nothing is saved of it, and --resume goes on from the last checkpoint"
                 )
+
+
+def need_even(batch_size: int, count: int, what: str) -> None:
+    """Refuse a batch that does not divide into equal parts.
+
+    Args:
+        count, what: how many of what have a part each, such as 4 ranks.
+    Raises:
+        InputError: naming what would do.
+    """
+    if rest := batch_size % count:
+        next_ones = {batch_size - rest, batch_size - rest + count} - {0}
+        raise InputError(
+            f"--batch-size is {batch_size}, which {count} {what} cannot share evenly: the next "
+            f"that they can {' and '.join(map(str, sorted(next_ones)))}; or take as many {what} as "
+            "divide it"
+        )
 
 
 class Differing(Agreed):

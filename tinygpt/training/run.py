@@ -17,6 +17,7 @@ from tinygrad import Tensor
 from tinygpt.checkpoints.load_tokenizer import load_tokenizer
 from tinygpt.checkpoints.quantization import check_dtype, convert
 from tinygpt.data.dataset import Batches, Dataset
+from tinygpt.devices import copy_to_all
 from tinygpt.errors import CheckpointError, InputError, reason, say
 from tinygpt.generator import Generator
 from tinygpt.model import GPT
@@ -25,7 +26,7 @@ from tinygpt.tokenizer.encoding import end_token
 from tinygpt.tokenizer.tokenizer import Tokenizer
 from tinygpt.training import run_files
 from tinygpt.training.progress import Progress, duration
-from tinygpt.training.ranks import Alone, Differing
+from tinygpt.training.ranks import Alone, Differing, need_even
 from tinygpt.training.settings import MOST, TrainConfig
 from tinygpt.training.state import State
 from tinygpt.training.step import Batch, Counters, Trainer, sharing_weights
@@ -54,6 +55,7 @@ class Run:
         config: TrainConfig,
         minutes: float | None = None,
         ranks: Alone | None = None,
+        devices: int = 1,
     ) -> None:
         """
         Args:
@@ -61,10 +63,13 @@ class Run:
             model: updated in place.
             minutes: fit the number of steps to this time; None keeps the configuration's.
             ranks: the processes that share the run; None for this one alone.
+            devices: how many of this machine's share each batch.
         """
         self.folder, self.data, self.tokenizer = folder, data, tokenizer
         self.minutes, self.ranks = minutes, ranks or Alone()
         self.ranks.check_batch(config.batch_size)
+        need_even(config.batch_size, devices, "devices")
+        copy_to_all(model, devices)
         self.validation = Validation(model, data, config, self.ranks)
         check_dtype(config.dtype)
         self.trainer = Trainer(model, config, self.ranks)
@@ -106,6 +111,7 @@ class Run:
         minutes: float | None = None,
         last: Path | None = None,
         ranks: Alone | None = None,
+        devices: int = 1,
     ) -> Run:
         """The run as its last checkpoint left it.
 
@@ -133,7 +139,7 @@ class Run:
                 )
             config, left = replace(config, steps=steps), None
         left = left if minutes is None else minutes
-        run = cls(folder, data, tokenizer, model, config, left, ranks)
+        run = cls(folder, data, tokenizer, model, config, left, ranks, devices)
         run_files.restore(run.tensors, arrays, last)
         run.follow(state)
         run._name_best()  # in case the program was ended between the two names

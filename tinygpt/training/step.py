@@ -55,6 +55,7 @@ class Counters:
 def sharing_weights(model: GPT, config: GPTConfig) -> GPT:
     """A model of another configuration of the same shape, whose weights are those of this one."""
     copy, weights = GPT(config, seed=None), get_state_dict(model)
+    copy.placement = model.placement
     for name, weight in get_state_dict(copy).items():
         weight.replace(weights[name])
     return copy
@@ -76,7 +77,8 @@ class Trainer:
         self.ranks = ranks or Alone()
         if config.compute != "float32":
             need_type(config.compute)
-        memory.require_memory(12 * model.config.parameter_count, "training this model")
+        copies = model.placement.count if device.default() in memory.SHARE_MEMORY else 1
+        memory.require_memory(12 * copies * model.config.parameter_count, "training this model")
         # In each block gradients need at least its input, query, key, value, both sublayers'
         # results and the hidden layer, if only in 16 bits.
         tokens, shape = config.batch_size * config.block_size // self.ranks.size, model.config
@@ -101,7 +103,7 @@ class Trainer:
         self._sums: dict[str, Tensor] = {}
         if self._shares > 1:
             shapes = {name: weight.shape for name, weight in self.weights.items()}
-            self._sums = self.ranks.sums({**shapes, _LOSS: ()})
+            self._sums = self.ranks.sums({**shapes, _LOSS: ()}, model.placement.rest)
         what = (model, config, type(self), self._shares)
         self._whole = capture(self._step, self._named, ("step", *what))
         self._part = capture(self._add, self._named, ("add", *what))
@@ -143,18 +145,23 @@ class Trainer:
         muon_rate = config.muon_learning_rate * rate / (config.learning_rate or 1)  # in proportion
         updates = counters.updates + 1
         inputs = self.optimizer.inputs(rate, muon_rate, updates, counters.loss_scale)
-        given, row, seen = buffers.tensor(inputs.array()), self.ranks.rank, np.zeros(3, np.float32)
+        place, row, seen = self.model.placement, self.ranks.rank, np.zeros(3, np.float32)
+        given = buffers.tensor(inputs.array(), place.rest)
         for i, batch in enumerate(batches):
             tokens, targets = map(self.ranks.rows, batch)
             # Rows are counted through, so that each has a mask of its own.
-            key = np.array([config.seed, counters.step, row, self.ranks.size], np.uint32)
-            seen += fingerprint(tokens, row, self.ranks.size)
+            stride, parts = self.ranks.size, place.parts(len(tokens))
+            firsts = range(row, row + len(batch[0]), stride * len(tokens) // parts)
+            keys = [[config.seed, counters.step, first, stride] for first in firsts]
+            key = np.array(keys, np.uint32)
+            seen += fingerprint(tokens, row, stride)
             row += len(batch[0])
-            arrays = [buffers.tensor(array) for array in (tokens, targets, key)]
+            drawn = place.batch(key) if parts > 1 else buffers.tensor(key[0], place.rest)
+            tensors = [*map(place.batch, (tokens, targets)), drawn, given]
             if self._shares == 1:
-                result = self._whole(*arrays, given)
+                result = self._whole(*tensors)
             else:
-                self._add_up([*arrays, given, buffers.tensor(np.array([i > 0]))])
+                self._add_up([*tensors, buffers.tensor(np.array([i > 0]), place.rest)])
         seen = self.ranks.reduce(seen)
         if self._shares > 1:
             result = self.ranks.in_turn("finish", lambda: self._end(given))
@@ -185,7 +192,7 @@ class Trainer:
 
         Args:
             tokens, targets: int32 (B, T).
-            key: what dropout draws from, uint32 (4,).
+            key: what dropout draws from: see GPT.hidden_states.
             inputs: float32 (5,): see `StepInputs`.
         Returns:
             float32 (3,): loss, the gradients' length, and whether both were finite.
@@ -243,7 +250,7 @@ class Trainer:
 
         Args:
             tokens, targets: int32 (B, T).
-            key: where dropout is wanted, what it draws from, uint32 (4,).
+            key: where dropout is wanted, what it draws from: see GPT.hidden_states.
             scale: what the loss is multiplied with on the way, None for 1.
         """
         masters = [buffers.alias(weight) for weight in self.weights.values()]
