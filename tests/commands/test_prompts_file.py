@@ -124,6 +124,8 @@ def test_no_tokens_are_texts_too(model, prompts, tmp_path):
         ('{"prompt": ', "line 1: "),
         ('["a"]', "line 1: "),
         ('"\\ud800"', "line 1: "),
+        ('{"prompt": "a \\ud83d"}', "line 1: its prompt or id has half of a surrogate pair"),
+        ('{"prompt": "a", "id": "\\udc00"}', "line 1: its prompt or id has half of"),
     ],
 )
 def test_a_bad_line_is_told_by_its_number(given, told, model, tmp_path, capsys):

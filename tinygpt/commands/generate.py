@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -193,13 +193,13 @@ def open_writer(request: Request) -> Writer:
     return Writer.new(request.shape, seed, request.dtype, request.tokenizer, fit)
 
 
+def shares(args: argparse.Namespace) -> bool:
+    """Whether the processes of `mpirun` share the work: many prompts."""
+    return args.prompts is not None
+
+
 def run(args: argparse.Namespace) -> int:
     """Write the text, and say on stderr what wrote it and how fast; the exit status."""
-    with world.joined() if args.prompts is not None else nullcontext():
-        return _run(args)
-
-
-def _run(args: argparse.Namespace) -> int:
     if world.current:
         settle(world.current)
     request, writer = parse(args), None

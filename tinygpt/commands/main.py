@@ -8,11 +8,10 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from difflib import get_close_matches
 from importlib import import_module
 from itertools import takewhile
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from tinygpt import __version__, environment
@@ -23,7 +22,8 @@ if TYPE_CHECKING:  # tinygrad is imported once the environment is known to suit 
     from tinygpt.commands.flags import Parser
 
 # Each is a module of this folder with `add_flags(parser)` and `run(args)`, which gives the exit
-# status. It is imported when it is asked for, because all of them together take 0.1 s.
+# status; and, where the processes of `mpirun` can share its work, with `shares(args)`, whether they
+# do. It is imported when it is asked for, because all of them together take 0.1 s.
 VERBS = {
     "generate": "continue a prompt; a prompt without a command does the same",
     "train": "train a model on a text, or go on with a run",
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 environment.check()
             else:
                 environment.forget_faults()
-            with ends_in_order():
+            with ends_in_order(), _with_others():
                 return _run(argv)
         finally:
             sys.stdout.flush()
@@ -73,6 +73,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = message_of(error)
     say(f"error: {message}")
     return 2
+
+
+def _are_several() -> bool:
+    """Whether `mpirun` has started more processes than this one."""
+    return os.environ.get("OMPI_COMM_WORLD_SIZE", "1") != "1"
+
+
+def _with_others() -> AbstractContextManager[None]:
+    """Where there are more processes, meet them: what goes wrong is then told once, for all."""
+    if not _are_several():
+        return nullcontext()
+    from tinygpt.training import world
+
+    return world.joined()
 
 
 def _run(argv: Sequence[str]) -> int:
@@ -91,13 +105,6 @@ def _run(argv: Sequence[str]) -> int:
         _refuse_unknown_verb(argv)
         parser = _program()
     command = import_module(f"tinygpt.commands.{verb}")
-    with getattr(command, "together", nullcontext)():  # with other processes, where it takes them
-        return _run_command(command, parser, argv, rest)
-
-
-def _run_command(
-    command: ModuleType, parser: Parser, argv: Sequence[str], rest: Sequence[str]
-) -> int:
     command.add_flags(parser)
     args, surplus = parser.parse_known_intermixed_args(rest)  # flags may stand between texts
     if rest is argv and _near_verb(args.prompt):  # it stands behind a flag, and is no prompt
@@ -107,6 +114,11 @@ def _run_command(
         )
     if surplus:
         parser.refuse(surplus[0])
+    if _are_several() and not (hasattr(command, "shares") and command.shares(args)):
+        raise InputError(
+            f"mpirun has started several processes, and `tinygpt {verb}` is for one: start it "
+            "without mpirun; `train` and `generate --prompts` share their work"
+        )
     if getattr(args, "plain", None):
         os.environ["TINYGPT_KERNELS"] = "0"
     return command.run(args)

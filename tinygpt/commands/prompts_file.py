@@ -65,6 +65,11 @@ def read_asked(path: str) -> list[Asked]:
             raise InputError(f"{where}: its prompt has more than {MAX_PROMPT_BYTES >> 20} MiB")
         if isinstance(name, bool) or not isinstance(name, str | int):
             raise InputError(f"{where}: id is {show(name)}: it must be a text or a whole number")
+        try:
+            f"{name}{prompt}".encode()
+        except UnicodeEncodeError as error:
+            fact = "half of a surrogate pair, which is not valid Unicode"
+            raise InputError(f"{where}: its prompt or id has {fact}: take it out") from error
         if name in lines:
             raise InputError(f"{where}: its id {show(name)} is that of line {lines[name]} too")
         lines[name] = number

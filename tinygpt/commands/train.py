@@ -165,7 +165,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_options(group, TrainConfig, [name for name in defaults(TrainConfig) if name not in SHAPE])
 
 
-together = world.joined  # `mpirun` starts several processes, which train one model
+def shares(args: argparse.Namespace) -> bool:
+    """Whether the processes of `mpirun` share the work: they train one model."""
+    return True
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,12 +11,19 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from typing import Any, NoReturn
+from contextlib import (
+    AbstractContextManager,
+    contextmanager,
+    nullcontext,
+    redirect_stdout,
+    suppress,
+)
+from typing import Any, NoReturn, TextIO
 
 import numpy as np
 
@@ -52,20 +59,31 @@ def joined() -> Iterator[None]:
     talk(variable("RANK") == 0)  # what all would say, the first says for all
     try:
         current = World()
-    except InputError as error:
-        if variable("LOCAL_RANK"):  # a line a machine, whose end is that of all
-            time.sleep(2 * _ANSWERS_S)
-        talk(True)
-        say(f"error: {error}")
-        raise SystemExit(2) from error
-    try:
-        yield
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, _first_prints(nowhere):
+            yield
         current.meet()
     except BaseException as error:
-        current.end(error)
+        _no_world(error) if current is None else current.end(error)
     finally:
         current = None
         talk(True)
+
+
+def _first_prints(nowhere: TextIO) -> AbstractContextManager[object]:
+    return redirect_stdout(nowhere) if variable("RANK") else nullcontext()
+
+
+def _no_world(error: BaseException) -> NoReturn:
+    """End this process, and by that all, where it could not meet them."""
+    if isinstance(error, KeyboardInterrupt):  # MPI's own end would wait for the others
+        os._exit(128 + getattr(error, "number", 2))
+    if not isinstance(error, InputError):
+        raise error
+    if variable("LOCAL_RANK"):  # a line a machine, whose end is that of all
+        time.sleep(2 * _ANSWERS_S)
+    talk(True)
+    say(f"error: {error}")
+    raise SystemExit(2) from error
 
 
 class World:
@@ -77,6 +95,9 @@ class World:
             InputError: where mpi4py is missing, or does not fit this `mpirun`.
         """
         count = variable("SIZE", 1)
+        # It waits for all processes, and nothing of Python runs meanwhile: so a process that does
+        # not come ends this one, of which mpirun tells.
+        signal.alarm(int(_COMES_S))
         try:
             from mpi4py import MPI
         except (ImportError, RuntimeError) as error:  # it is missing, or finds no MPI
@@ -84,6 +105,8 @@ class World:
                 f"mpirun has started {count} processes, which need mpi4py to work together "
                 f"({message_of(error)}): pip install mpi4py, or start one process"
             ) from error
+        finally:
+            signal.alarm(0)
         self._mpi, self._all = MPI, MPI.COMM_WORLD
         self.rank, self.size = self._all.rank, self._all.size
         if self.size != count:
@@ -91,7 +114,6 @@ class World:
                 f"mpirun has started {count} processes, but mpi4py knows of {self.size}: it uses "
                 f"another MPI ({MPI.Get_library_version().split(',')[0].strip()})"
             )
-        self._calls = self._all.Dup()  # so that no roll-call meets another message
         self._sent: list[Any] = []  # messages of a roll-call, kept until they are gone
         self.limit_s = _COMES_S
         self.starting = True  # until all have all that the first step needs
@@ -113,6 +135,9 @@ class World:
         told = [json.loads(part.tobytes()) for part in parts]
         if faults := {i: each["error"] for i, each in enumerate(told) if "error" in each}:
             self._leave(faults)
+        left = [i for i, each in enumerate(told) if "left" in each]
+        if 0 < len(left) < self.size:
+            self._leave({0: f"rank {left[0]} was to show its help, and another was not"})
         return told
 
     def need_same(self, facts: Mapping[str, str]) -> None:
@@ -140,8 +165,11 @@ class World:
 
     def end(self, error: BaseException) -> NoReturn:
         """End this process, and by that all, with what has gone wrong in it."""
-        if isinstance(error, _Left) or (isinstance(error, SystemExit) and self.starting):
-            raise error  # as all do, the second with the help
+        if isinstance(error, SystemExit) and self.starting and not isinstance(error, _Left):
+            self.exchange({"left": error.code})  # as all do, with the help
+            raise error
+        if isinstance(error, _Left):
+            raise error
         if isinstance(error, Agreed):
             self._leave({0: str(error)})
         with suppress(Exception):
@@ -190,7 +218,7 @@ class World:
             if (gap := time.monotonic() - looked) > _LOOKS_S:
                 looked += gap
                 waited += min(gap, 10 * _LOOKS_S)  # a longer one is a machine that was asleep
-                if waited > self.limit_s or self._calls.Iprobe(tag=_ROLL_CALL):
+                if waited > self.limit_s or self._all.Iprobe(tag=_ROLL_CALL):
                     self._call_the_roll(waited)
             if waited < _SPINS_S:
                 os.sched_yield()
@@ -199,19 +227,22 @@ class World:
 
     def _call_the_roll(self, waited_s: float) -> NoReturn:
         """Find out who waits too; of these, the first tells who does not."""
+        self.starting = False  # whoever is missing cannot be told of it
         heard, nothing = {self.rank}, np.zeros(0, np.uint8)
         others = [rank for rank in range(self.size) if rank != self.rank]
-        self._sent = [self._calls.Isend(nothing, rank, _ROLL_CALL) for rank in others]
+        self._sent = [self._all.Isend(nothing, rank, _ROLL_CALL) for rank in others]
         begun = time.monotonic()
         while time.monotonic() - begun < _ANSWERS_S and len(heard) < self.size:
             status = self._mpi.Status()
-            if self._calls.Iprobe(tag=_ROLL_CALL, status=status):
-                self._calls.Recv(nothing, status.source, _ROLL_CALL)
+            if self._all.Iprobe(tag=_ROLL_CALL, status=status):
+                self._all.Recv(nothing, status.source, _ROLL_CALL)
                 heard.add(status.source)
             time.sleep(0.01)
         if self.rank != min(heard):
             raise _Unheard
         missing = [str(rank) for rank in others if rank not in heard]
+        if not missing and waited_s < self.limit_s / 2:  # the one whom the others have waited for
+            raise _Unheard
         who = f"rank {' and '.join(missing)} did" if missing else "a message did"
         raise InputError(
             f"{who} not come to {self.doing} within {waited_s:.0f} s (stopped, cut off, or slower "
