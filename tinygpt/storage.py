@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from io import BufferedReader
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
@@ -151,6 +151,16 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 file whole or not at all: see `atomic_file`."""
     with atomic_file(path) as file:
         file.write(text.encode())
+
+
+def write_whole(file: FileIO, data: bytes) -> None:
+    """Write all of some bytes, at once: of a disk that fills up, a part may be there.
+
+    Raises:
+        OSError: when they cannot all be written.
+    """
+    while data:  # a disk that is full takes a part, before it says so
+        data = data[file.write(data) :]
 
 
 def temporary_beside(path: str | Path) -> Path:

@@ -178,14 +178,22 @@ def test_two_programs_do_not_write_one_file(model, prompts, tmp_path, capsys):
     assert "another program is writing" in capsys.readouterr().err
 
 
-def test_a_full_disk_is_told(model, prompts, tmp_path, capsys, monkeypatch):
+def test_a_full_disk_is_told(model, prompts, alone, tmp_path, capsys, monkeypatch):
+    """With the file's name, once; and what is there is gone on with."""
+
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(prompts_file.Texts, "add", full)
-    assert call(model, prompts, tmp_path / "out.jsonl") == 2
-    assert "cannot write" in (err := capsys.readouterr().err)
-    assert err.count("error:") == 1
+    out = tmp_path / "out.jsonl"
+    with monkeypatch.context() as patched:
+        patched.setattr(prompts_file, "write_whole", full)
+        assert call(model, prompts, out) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert (
+        f"cannot write {out}: no space left on device; the same command goes on from here" in line
+    )
+    assert call(model, prompts, out) == 0
+    assert texts_in(out.read_text(encoding="utf-8")) == alone
 
 
 @needs_mpi

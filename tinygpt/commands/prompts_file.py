@@ -10,7 +10,8 @@ from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from io import FileIO
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tinygpt.commands.interrupts import Interrupts
 from tinygpt.commands.output import Sample
@@ -18,7 +19,7 @@ from tinygpt.commands.prompt import MAX_PROMPT_BYTES
 from tinygpt.errors import InputError, reason, show
 from tinygpt.model import NOT_NUMBERS
 from tinygpt.sampling import Sampling
-from tinygpt.storage import open_plain, parse_json, read_bytes
+from tinygpt.storage import open_plain, parse_json, read_bytes, write_whole
 from tinygpt.training import world
 from tinygpt.writer import Writer
 
@@ -99,7 +100,7 @@ def _records(data: bytes, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
 class Texts:
     """Where the texts go, a line of JSON for each, as soon as it is whole."""
 
-    def __init__(self, file: BinaryIO | None, done: set[str | int]) -> None:
+    def __init__(self, file: FileIO | None, done: set[str | int]) -> None:
         self._file, self.done = file, done
         self.tokens = 0  # that were written
 
@@ -112,8 +113,11 @@ class Texts:
                 sys.stdout.write(line)
                 sys.stdout.flush()
             else:
-                self._file.write(line.encode())
-                self._file.flush()
+                try:
+                    write_whole(self._file, line.encode())
+                except OSError as error:
+                    fact = f"cannot write {self._file.name}: {reason(error)}"
+                    raise InputError(f"{fact}; the same command goes on from here") from error
             self.done.add(each.id)
             self.tokens += each.tokens
 
@@ -134,7 +138,7 @@ def opened(path: str | None, asked: Sequence[Asked]) -> Iterator[Texts]:
     try:
         if os.path.exists(path):
             open_plain(path).close()  # a pipe would keep it waiting
-        file = open(path, "ab")  # noqa: SIM115
+        file = open(path, "ab", buffering=0)  # noqa: SIM115
     except OSError as error:
         raise InputError(f"cannot write {path}: {reason(error)}; name another --out") from error
     with file:
@@ -158,7 +162,7 @@ def opened(path: str | None, asked: Sequence[Asked]) -> Iterator[Texts]:
             raise InputError(f"cannot write {path}: {reason(error)}") from error
 
 
-def _lock(file: BinaryIO, path: str) -> None:
+def _lock(file: FileIO, path: str) -> None:
     """Let no other program write it, as long as it is open."""
     with suppress(ImportError):  # Windows
         import fcntl

@@ -41,6 +41,7 @@ from tinygpt.storage import (
     temporary_beside,
     write_digests,
     write_text,
+    write_whole,
 )
 from tinygpt.tokenizer.tokenizer import Tokenizer
 from tinygpt.training.settings import MOST
@@ -177,9 +178,7 @@ def add_entry(log: FileIO, entry: dict[str, Any]) -> None:
     for name, value in entry.items():  # JSON has no word for what is not finite
         if isinstance(value, float) and not math.isfinite(value):
             entry = entry | {name: None}
-    line = f"{json.dumps(entry, ensure_ascii=False)}\n".encode()
-    while line:  # a disk that is full takes a part, before it says so
-        line = line[log.write(line) :]
+    write_whole(log, f"{json.dumps(entry, ensure_ascii=False)}\n".encode())
 
 
 def log_entry(line: str) -> dict[str, Any] | None:
