@@ -45,7 +45,7 @@ def fail():
 def reduce(self, numbers):
     global count
     count += 1
-    if self.rank == rank and count == at:
+    if rank in (self.rank, -1) and count == at:
         fail()
     found = usual(self, numbers)
     if kind == "weights" and self.rank == rank and count == at:
@@ -86,6 +86,7 @@ def resumed(run: Path, data: Path, whole: Path) -> None:
     ("kind", "rank", "words"),
     [
         ("exception", 1, "error: rank 1: RuntimeError: so it happened (<string>, line 12)"),
+        ("exception", -1, "error: rank 0: RuntimeError: so it happened (<string>, line 12)"),
         ("exit", 1, "error: rank 1: the program was ended by sys.exit(3)"),
         ("full", 0, "log.jsonl: no space left on device; step 14 is saved"),
         ("STOP", 1, "error: rank 0: rank 1 did not come to the next step within 4 s"),

@@ -31,6 +31,7 @@ from tinygpt.errors import InputError, message_of, say, talk
 
 _COMES_S = 600.0  # how long the others may take to the first step, in which all is compiled
 _ANSWERS_S = 3.0  # and to answer a roll-call, of those that wait themselves
+_LETS_S = 0.5  # how long any other rank lets the first one tell of an error
 _LOOKS_S = 0.1  # how often one who waits looks for a roll-call
 _SPINS_S = 1.0  # after so long a wait nobody hurries any more
 _ROLL_CALL = 1  # the tag of its messages
@@ -186,6 +187,8 @@ class World:
         if isinstance(error, _Unheard):
             time.sleep(2 * _ANSWERS_S)  # for the line of another, with which all end
         else:
+            if self.rank:  # where all have come to the same, the first tells
+                time.sleep(_LETS_S)
             self._tell(_why(error))
         os._exit(2)
 
