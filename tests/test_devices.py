@@ -120,6 +120,21 @@ def test_one_device_is_where_a_model_is_already():
         assert model.placement.count == 1
 
 
+def test_a_model_on_several_devices_is_saved_as_it_was_and_split_heads_are_not(tmp_path):
+    one, other = two(WIDE, 2)
+    for name, model in (("one", one), ("two", other)):
+        model.save_pretrained(tmp_path / name)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
+    assert files[0] == files[1]
+    split_heads(other, 2)
+    for again in (share_blocks, split_heads, copy_to_all):
+        with pytest.raises(InputError, match="heads are split over devices: load it again"):
+            again(other, 2)
+    with pytest.raises(InputError, match="heads are split over devices: load it again"):
+        other.save_pretrained(tmp_path / "three")
+    assert not (tmp_path / "three").exists()
+
+
 def test_what_is_moved_is_there_and_what_is_no_tensor_stays():
     model = randomize(GPT(SMALL))
     assert moved(model.wte.weight, Device.DEFAULT) is model.wte.weight

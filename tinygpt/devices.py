@@ -32,6 +32,7 @@ def share_blocks(model: GPT, count: int) -> None:
     Raises:
         InputError: when there are more devices than blocks, or fewer on the machine.
     """
+    model.placement.need_whole()
     layers = len(model.blocks)
     if not 1 <= count <= layers:
         fact = f"{count} devices, and the model has {layers} blocks to share out"
@@ -56,6 +57,7 @@ def split_heads(model: GPT, count: int) -> None:
     Raises:
         InputError: when heads or hidden channels do not divide, or the machine has fewer devices.
     """
+    model.placement.need_whole()
     config = model.config
     heads, hidden = config.n_head, config.inner_dim
     fitting = [n for n in range(1, heads + 1) if heads % n == hidden % n == 0]
@@ -93,6 +95,7 @@ def copy_to_all(model: GPT, count: int) -> None:
     Raises:
         InputError: when the machine has fewer.
     """
+    model.placement.need_whole()
     if count == 1:
         return
     names = tuple(device.several(count))

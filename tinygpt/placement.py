@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from tinygrad import Tensor
 
+from tinygpt.errors import InputError
 from tinygpt.runtime.buffers import Place, moved, tensor
 
 
@@ -14,11 +15,21 @@ from tinygpt.runtime.buffers import Place, moved, tensor
 class Placement:
     """Where the parts of a model lie, and along which axis what they compute with is cut."""
 
-    blocks: tuple[Place, ...] = ()  # where each block does; none: all where the rest does
-    rest: Place | None = None  # and the embeddings, last norm and output projection; None: anywhere
+    blocks: tuple[Place, ...] = ()  # where each block does; empty: all where the rest does
+    # Where the embeddings, the last norm and the output projection do; None: on the device in use.
+    rest: Place | None = None
     cache_axis: int | None = None  # of keys and values, where each of several devices has a part
     batch_axis: int | None = None  # of tokens, where each has the whole model
-    vocab_size: int | None = None  # of the model, where its matrices have more rows
+    vocab_size: int | None = None  # of the model, where its matrices were filled up with rows
+
+    def need_whole(self) -> None:
+        """Refuse a model whose matrices are no longer those that were loaded.
+
+        Raises:
+            InputError: where its heads are split.
+        """
+        if self.vocab_size is not None:
+            raise InputError("the model's heads are split over devices: load it again for this")
 
     @property
     def count(self) -> int:

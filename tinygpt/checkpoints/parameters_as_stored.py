@@ -20,7 +20,10 @@ class ParametersAsStored:
             expected: the tensors of the other form, by their names there.
             floats: whether an int8 matrix comes as the numbers it stands for, or as it is held,
                 for a form that has its scale in a tensor beside it.
+        Raises:
+            InputError: where the model's heads are split over devices.
         """
+        model.placement.need_whole()
         self.expected, self.floats = expected, floats
         self.parameters, self.layers = get_state_dict(model), matrices(model)
 

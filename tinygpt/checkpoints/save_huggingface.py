@@ -32,13 +32,9 @@ def save_pretrained(model: GPT, folder: str | Path, tokenizer: Tokenizer | None 
         folder: made if need be.
         tokenizer: goes along, and what it knows of the ends of a text.
     Raises:
-        InputError: when the folder cannot be written, or the tokenizer is not of GPT-2's form.
+        InputError: when the folder cannot be written, the tokenizer is not of GPT-2's form, or the
+            model's heads are split over devices.
     """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write {folder}: {reason(error)}") from error
     dtype = dtype_of(model.wte)
     expected = {
         name if name.startswith("lm_head") else f"transformer.{name}": tensor
@@ -46,6 +42,11 @@ def save_pretrained(model: GPT, folder: str | Path, tokenizer: Tokenizer | None 
     }
     stored = ParametersAsStored(model, expected, floats=False)
     layout = {name: (_STORED[stored.held(name)], tensor.shape) for name, tensor in expected.items()}
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {reason(error)}") from error
     # One inside the other, so that a failure in either leaves both old files as they were.
     with atomic_file(folder / "config.json") as file:
         content = config_json.to_json(model.config, dtype, _ids(model, tokenizer))
