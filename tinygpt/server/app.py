@@ -190,10 +190,10 @@ class Server:
     async def study(self, request: Request) -> Response:
         """What a study tool sees in a text."""
         self.require_ready()
-        body = await body_of(request)
+        path, body = request.scope["path"], await body_of(request)
 
         async def found() -> Response:
-            return JSONResponse(await self.studies.answer(request.url.path, body))
+            return JSONResponse(await self.studies.answer(path, body))
 
         return await self._unless_left(request, found())
 
@@ -245,14 +245,12 @@ class Server:
 
 
 def _of_starlette(request: Request, error: HTTPException) -> Problem:
-    headers = dict(error.headers or {})
+    path, headers = request.scope["path"], dict(error.headers or {})
     if error.status_code == 405:
         allowed = headers.get("Allow", "")
-        message = f"{request.url.path} takes {allowed}, not {request.method}"
+        message = f"{path} takes {allowed}, not {request.method}"
         return Problem(405, message, headers=headers)
-    return Problem(
-        error.status_code, f"there is nothing at {show(request.url.path)}", headers=headers
-    )
+    return Problem(error.status_code, f"there is nothing at {show(path)}", headers=headers)
 
 
 def _is_ids(name: str, value: Any) -> None:

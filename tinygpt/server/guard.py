@@ -34,7 +34,11 @@ class Access:
 
 
 class Guard:
-    """What stands before all addresses: who asks, from where; what is counted and logged."""
+    """What stands before all addresses: who asks, from where; what is counted and logged.
+
+    A path is taken from the scope, here and in the handlers. An address that is put together with
+    the Host, as starlette does it, is another one where the Host has a `/` or a `?`.
+    """
 
     def __init__(
         self, app: ASGIApp, access: Access, metrics: Metrics, paths: Collection[str]
@@ -75,7 +79,7 @@ class Guard:
         except Exception as error:
             last = traceback.extract_tb(error.__traceback__)[-1]  # which has nobody's prompt
             where = f"{type(error).__name__} in {Path(last.filename).name}, line {last.lineno}"
-            say(f"error: {request.method} {request.url.path[:100]}: {where}")
+            say(f"error: {request.method} {request.scope['path'][:100]}: {where}")
             if status:
                 raise
             await answer(Problem(500, "the server failed on this request"))(scope, receive, sending)
@@ -103,7 +107,7 @@ class Guard:
         own = {f"http://{host}", f"https://{host}", access.cors}
         if origin is not None and origin not in own:
             return Problem(403, f"pages of {show(origin)} may not ask: see --cors", code="origin")
-        public = request.url.path in _PUBLIC or request.method == "OPTIONS"
+        public = request.scope["path"] in _PUBLIC or request.method == "OPTIONS"
         if access.api_key is not None and not public:
             scheme, _, given = request.headers.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not hmac.compare_digest(
@@ -116,7 +120,7 @@ class Guard:
         return None
 
     def _count(self, request: Request, status: int, seconds: float) -> None:
-        path = request.url.path
+        path = request.scope["path"]
         known = path if path in self.paths else "other"
         self.metrics.requests[known, status] += 1
         client = request.client.host if request.client else "?"

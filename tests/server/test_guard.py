@@ -1,0 +1,88 @@
+"""The guard alone, with requests made by hand, as no client of a library would send them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tinygpt
+
+pytest.importorskip("starlette", reason="needs the extra serve")
+
+from tinygpt.server import guard
+from tinygpt.server.guard import Access, Guard
+from tinygpt.server.metrics import Metrics
+
+SERVER = Path(tinygpt.__file__).parent / "server"
+TWISTED = ["x/health?", "x/health#", "x/?", "x/favicon.ico?", "[", "x/y?", "]", "\xff", ""]
+
+
+@pytest.fixture(autouse=True)
+def silent(monkeypatch):
+    monkeypatch.setattr(guard, "say", lambda text: None)
+
+
+def scope_of(path: str, host: str | None = "localhost", **headers: str) -> dict[str, Any]:
+    """A request as a server of ASGI gives it."""
+    given = {**({} if host is None else {"host": host}), **headers}
+    return {
+        "type": "http", "asgi": {"spec_version": "2.3"}, "http_version": "1.1", "method": "GET",
+        "scheme": "http", "path": path, "raw_path": path.encode(), "query_string": b"",
+        "root_path": "", "client": ("192.0.2.7", 5), "server": ("192.0.2.1", 80),
+        "headers": [(k.encode(), v.encode("latin-1")) for k, v in given.items()],
+    }  # fmt: skip
+
+
+async def served(scope, receive, send) -> None:
+    """What stands behind the guard."""
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"{}"})
+
+
+def asked(
+    scope: dict[str, Any], access: Access, app: Any = served, metrics: Metrics | None = None
+) -> tuple[int | None, Any]:
+    """The status and the JSON of an answer; None where there was none."""
+    sent = list[dict[str, Any]]()
+
+    async def send(message) -> None:
+        sent.append(message)
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    asyncio.run(Guard(app, access, metrics or Metrics(), {"/metrics"})(scope, receive, send))
+    if not sent:
+        return None, None
+    return sent[0]["status"], json.loads(b"".join(each.get("body", b"") for each in sent))
+
+
+@pytest.mark.parametrize("host", TWISTED)
+def test_no_host_opens_what_needs_a_key(host):
+    for path in ("/metrics", "/v1/completions", "/study/model"):
+        status, answer = asked(scope_of(path, host), Access("secret"))
+        assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
+
+
+@pytest.mark.parametrize("host", TWISTED)
+def test_no_host_is_a_fault_of_the_servers(host):
+    access = Access("secret")
+    assert asked(scope_of("/health", host), access)[0] == 200
+    assert asked(scope_of("/metrics", host, authorization="Bearer secret"), access)[0] == 200
+
+
+def test_what_is_counted_is_the_path_and_not_the_host():
+    metrics = Metrics()
+    asked(scope_of("/metrics", "x/health?"), Access("secret"), metrics=metrics)
+    assert list(metrics.requests) == [("/metrics", 401)]
+
+
+def test_no_address_is_put_together_with_the_host():
+    for file in SERVER.glob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        assert "request.url" not in text, f"{file.name}: take the path from the scope"
+        assert "base_url" not in text, file.name
