@@ -86,3 +86,41 @@ def test_no_address_is_put_together_with_the_host():
         text = file.read_text(encoding="utf-8")
         assert "request.url" not in text, f"{file.name}: take the path from the scope"
         assert "base_url" not in text, file.name
+
+
+def test_a_fault_that_nobody_foresaw_is_told_in_the_same_form(running, monkeypatch):
+    """And the connection goes on, since the answer is whole."""
+    monkeypatch.setattr(running.server, "_model", lambda: 1 / 0)
+    connection = running.connect()
+    for path, status in (("/v1/models", 500), ("/health", 200), ("/v1/models/small", 500)):
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        told = json.loads(answer.read())
+        assert answer.status == status
+        assert status == 200 or set(told["error"]) == {"message", "type", "param", "code"}
+        assert connection.sock is not None
+    connection.close()
+
+
+def test_a_request_that_was_cut_before_its_answer_counts_as_left():
+    async def nothing(scope, receive, send) -> None:
+        pass
+
+    async def cut(scope, receive, send) -> None:
+        raise asyncio.CancelledError
+
+    metrics = Metrics()
+    assert asked(scope_of("/metrics"), Access(), nothing, metrics) == (None, None)
+    with pytest.raises(asyncio.CancelledError):
+        asked(scope_of("/metrics"), Access(), cut, metrics)
+    assert metrics.requests == {("/metrics", 499): 2}
+
+
+def test_a_fault_amid_an_answer_ends_its_connection():
+    async def halfway(scope, receive, send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"{", "more_body": True})
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        asked(scope_of("/metrics"), Access(), halfway)

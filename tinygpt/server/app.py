@@ -33,6 +33,7 @@ from tinygpt.server.problems import (
     check_ids,
     check_model,
     ending,
+    failed,
     vocabulary_has_all,
 )
 from tinygpt.server.study import Studies
@@ -81,6 +82,7 @@ class Server:
         handlers: dict[Any, Any] = {
             Problem: lambda request, problem: answer(problem),
             HTTPException: lambda request, error: answer(_of_starlette(request, error)),
+            Exception: _failed,
         }
         app = Starlette(routes=routes, exception_handlers=handlers)
         app.router.redirect_slashes = False
@@ -242,6 +244,11 @@ class Server:
         """A client has left before the end, perhaps before the first event was made."""
         completion.cancel()
         self.metrics.cancelled += 1
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """The answer to what nobody foresaw; starlette raises it again for the guard to tell of."""
+    return answer(failed())
 
 
 def _of_starlette(request: Request, error: HTTPException) -> Problem:

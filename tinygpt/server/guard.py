@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tinygpt.errors import say, show
 from tinygpt.server.answers import answer
 from tinygpt.server.metrics import Metrics
-from tinygpt.server.problems import Problem
+from tinygpt.server.problems import Problem, failed
 
 _PUBLIC = ("/", "/health", "/favicon.ico")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -54,15 +54,17 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status = time.perf_counter(), 0
+        began, status, whole = time.perf_counter(), None, False
         request = Request(scope)
         cors = self._cors(request)
 
         async def sending(message: Message) -> None:
-            nonlocal status
+            nonlocal status, whole
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", []), *cors]
+            else:
+                whole = not message.get("more_body", False)
             await send(message)
 
         try:
@@ -74,17 +76,17 @@ class Guard:
             else:
                 await self.app(scope, receive, sending)
         except ClientDisconnect:  # while it sent the body
-            status = 499
             self.metrics.cancelled += 1
         except Exception as error:
             last = traceback.extract_tb(error.__traceback__)[-1]  # which has nobody's prompt
             where = f"{type(error).__name__} in {Path(last.filename).name}, line {last.lineno}"
             say(f"error: {request.method} {request.scope['path'][:100]}: {where}")
-            if status:
+            if status is None:
+                await answer(failed())(scope, receive, sending)
+            elif not whole:
                 raise
-            await answer(Problem(500, "the server failed on this request"))(scope, receive, sending)
-        finally:
-            self._count(request, status, time.perf_counter() - began)
+        finally:  # who has no answer at all has left before there was one
+            self._count(request, status or 499, time.perf_counter() - began)
 
     def _cors(self, request: Request) -> list[tuple[bytes, bytes]]:
         allowed = self.access.cors
