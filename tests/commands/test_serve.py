@@ -123,6 +123,8 @@ def test_a_port_that_is_taken_is_told(cli):
     assert is_refused(refused, f"cannot listen on 127.0.0.1, port {port}: address already in use")
     assert is_refused(cli("serve", "--host", "no.such.host.invalid"), "--host no.such.host.invalid")
     assert is_refused(cli("serve", "--host", "192.0.2.1"), "cannot assign requested address")
+    for name in ("..a", "a" * 300, "x." + "a" * 64, "\udcff"):
+        assert is_refused(cli("serve", "--host", name), "no machine has such a name")
 
 
 def test_bad_flags_are_told(cli):

@@ -14,7 +14,7 @@ import tinygpt
 pytest.importorskip("starlette", reason="needs the extra serve")
 
 from tinygpt.server import guard
-from tinygpt.server.guard import Access, Guard
+from tinygpt.server.guard import Access, Guard, hosts_of
 from tinygpt.server.metrics import Metrics
 
 SERVER = Path(tinygpt.__file__).parent / "server"
@@ -124,3 +124,28 @@ def test_a_fault_amid_an_answer_ends_its_connection():
 
     with pytest.raises(ZeroDivisionError):
         asked(scope_of("/metrics"), Access(), halfway)
+
+
+@pytest.mark.parametrize(
+    ("address", "hosts"),
+    [
+        ("127.0.0.1", ["127.0.0.1", "localhost:80", "[::ffff:7f00:1]", "[::ffff:127.0.0.1]:80"]),
+        ("::1", ["[::1]", "[0:0:0:0:0:0:0:1]:80", "[0000::0001]", "LOCALHOST.", "127.0.0.1"]),
+        ("::ffff:127.0.0.1", ["[::ffff:7f00:1]:80", "[::FFFF:7F00:1]", "[::ffff:127.0.0.1]"]),
+        ("127.0.0.2", ["127.0.0.2", "[::ffff:7f00:2]", "127.0.0.1"]),
+    ],
+)
+def test_an_address_may_be_spelled_as_one_likes(address, hosts):
+    access = Access(hosts=hosts_of(address))
+    for host in hosts:
+        assert asked(scope_of("/health", host), access)[0] == 200, host
+    for host in ("evil.example", "192.0.2.1", "[2001:db8::1]", "[::ffff:c000:201]", "", "127.0.0"):
+        assert asked(scope_of("/health", host), access)[0] == 421, host
+
+
+@pytest.mark.parametrize("name", ["box", "Box.Home.", "xn--bcher-kva.example", "localhost"])
+def test_the_name_by_which_an_address_was_asked_for_is_its_own(name):
+    access = Access(hosts=hosts_of("127.0.1.1", name))
+    for host in (name, name.upper(), f"{name.lower().removesuffix('.')}:8000", "127.0.1.1:8000"):
+        assert asked(scope_of("/health", host), access)[0] == 200, host
+    assert asked(scope_of("/health", f"{name}.evil.example"), access)[0] == 421

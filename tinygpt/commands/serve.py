@@ -74,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
         engine.ready.wait()
         if engine.failed is not None:
             raise engine.failed
-        access = Access(key, args.cors, hosts_of(listener.getsockname()[0]))
+        name_in_hosts = args.host.encode("idna").decode()  # as browsers spell it
+        access = Access(key, args.cors, hosts_of(listener.getsockname()[0], name_in_hosts))
         limits = Limits(args.max_tokens, args.timeout, args.slots + args.queue)
         server = Server(writer, engine, name, limits, access, template, args.model)
         listener.listen(128)  # not before: until then nobody could be answered
@@ -111,6 +112,8 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         found: Any = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(found[0], socket.SOCK_STREAM)
+    except UnicodeError as error:  # from IDNA, by which letters of all scripts become a name
+        raise InputError(f"--host {show(host)}: no machine has such a name") from error
     except OSError as error:
         raise InputError(f"--host {host}: {reason(error)}") from error
     try:

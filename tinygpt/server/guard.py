@@ -21,6 +21,7 @@ from tinygpt.server.metrics import Metrics
 from tinygpt.server.problems import Problem, failed
 
 _PUBLIC = ("/", "/health", "/favicon.ico")
+_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -132,11 +133,31 @@ class Guard:
 def _name_of(host: str) -> str | None:
     """The name of a Host, without its port; None of what is none."""
     found = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([^][:@/?#]+))(?::[0-9]*)?", host.lower())
-    return found and (found[1] or found[2].removesuffix("."))
+    return found and _plain(found[1] or found[2])
 
 
-def hosts_of(address: str) -> tuple[str, ...] | None:
-    """What the Host of a request may be, where the server listens on an IP address."""
-    ip = ipaddress.ip_address(address)
+def _plain(name: str) -> str:
+    """A name without capitals and a dot at its end, an address in the shortest of its spellings."""
+    name = name.lower().removesuffix(".")
+    try:
+        ip = ipaddress.ip_address(name)
+    except ValueError:
+        return name
+    return str(_unmapped(ip))
+
+
+def _unmapped(ip: _Address) -> _Address:
+    """The IPv4 address that one of IPv6 stands for, if it does."""
     mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
-    return (*_LOOPBACK, address) if (mapped or ip).is_loopback else None
+    return mapped or ip
+
+
+def hosts_of(address: str, name: str | None = None) -> tuple[str, ...] | None:
+    """What the Host of a request may be, where the server listens on an IP address.
+
+    Args:
+        name: by which the address was asked for.
+    """
+    if not _unmapped(ipaddress.ip_address(address)).is_loopback:
+        return None
+    return (*_LOOPBACK, _plain(address), _plain(name or address))
