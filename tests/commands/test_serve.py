@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -158,3 +158,65 @@ def test_what_is_missing_is_named(cli, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(builtins, "__import__", without)
     assert is_refused(cli("serve"), "pip install 'tinygpt[serve]'")
+
+
+def ended(process, number: int) -> str:
+    """What a program has said that a second signal has ended."""
+    told = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 128 + number
+    assert "Traceback" not in told
+    assert "Exception" not in told
+    return told
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals to send")
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_second_signal_ends_at_once_what_still_runs(program, stream):
+    process, port = program
+    asked = {"prompt": "ab", "max_tokens": 4000, "stream": stream, "temperature": 0}
+    body = json.dumps(asked).encode()
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        client.sendall(head.encode() + body)
+        while b"tinygpt_slots_busy 1" not in ask(port, "/metrics")[1]:
+            pass
+        process.send_signal(signal.SIGINT)
+        while ask(port, "/health")[0] == 200:
+            pass
+        for _ in range(3):
+            process.send_signal(signal.SIGINT)
+        ended(process, signal.SIGINT)
+        answer = b""
+        with suppress(ConnectionResetError):
+            while part := client.recv(1 << 16):
+                answer += part
+    assert b"Internal Server Error" not in answer
+    assert b"[DONE]" not in answer
+    assert (b"HTTP/1.1 200" in answer) == stream
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no terminals that close")
+def test_a_terminal_that_closes_tells_so_twice_and_what_runs_finishes(program):
+    process, port = program
+    asked = {"prompt": "ab", "max_tokens": 2000, "stream": True, "temperature": 0}
+    with asking(port, "/v1/completions", **asked) as running:
+        running.readline()
+        process.send_signal(signal.SIGHUP)
+        while ask(port, "/health")[0] == 200:
+            pass
+        process.send_signal(signal.SIGHUP)
+        assert running.read().endswith(b"data: [DONE]\n\n")
+    assert process.wait(60) == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals to send")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_amid_the_compilation_ends_at_once(folder, number, tmp_path):
+    """Whatever the threads do that compile; and those that come behind it change nothing."""
+    process = start("serve", folder, "--port", "0", env={"CACHEDB": str(tmp_path / "cache.db")})
+    assert b"compiling" in process.stderr.readline()
+    for _ in range(3):
+        process.send_signal(number)
+    assert not ended(process, number)

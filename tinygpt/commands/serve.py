@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import socket
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +13,7 @@ from typing import Any
 
 from tinygpt.checkpoints import hub
 from tinygpt.commands.flags import add_flag, add_shared
-from tinygpt.commands.interrupts import asking
+from tinygpt.commands.interrupts import asking, leave
 from tinygpt.errors import InputError, reason, say, show
 from tinygpt.runtime import device
 from tinygpt.writer import Writer
@@ -68,6 +69,9 @@ def run(args: argparse.Namespace) -> int:
         engine = Engine(writer.model, args.slots, args.queue)
         config = writer.model.config
         where = f"{device.describe()}, {device.describe_operations()}"
+        signals = asking()
+        for number in signals:  # from here to the end of the process: nothing could be lost
+            signal.signal(number, leave)
         name = name_of(args.model)
         say(f"{name}, {config.parameter_count:,} parameters on {where}: compiling")
         engine.start()
@@ -82,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         say(f"listening on http://{shown}:{port}; Ctrl-C ends")
-        serve(uvicorn, server, listener, asking())
+        serve(uvicorn, server, listener, signals, leave)
         engine.stop()
     return 0
 

@@ -8,6 +8,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -161,7 +162,8 @@ class Completion:
 
         def telling(index: int) -> Any:
             def tell(event: Token | Exception | None) -> None:
-                loop.call_soon_threadsafe(self.events.put_nowait, (index, event))
+                with suppress(RuntimeError):  # the loop has ended
+                    loop.call_soon_threadsafe(self.events.put_nowait, (index, event))
 
             return tell
 
