@@ -213,10 +213,27 @@ def test_a_terminal_that_closes_tells_so_twice_and_what_runs_finishes(program):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals to send")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_amid_the_compilation_ends_at_once(folder, number, tmp_path):
-    """Whatever the threads do that compile; and those that come behind it change nothing."""
-    process = start("serve", folder, "--port", "0", env={"CACHEDB": str(tmp_path / "cache.db")})
+def test_a_signal_amid_the_compilation_ends_at_once(folder, number):
+    """Whatever the threads do that compile, for which Python waits at its exit."""
+    endless = (
+        "import sys, threading\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from tinygpt.__main__ import main\n"
+        "from tinygpt.slots import Slots\n"
+        "def compile(slots):\n"
+        "    with ThreadPoolExecutor(1) as pool:\n"
+        "        pool.submit(print, 'there', file=sys.stderr, flush=True)\n"
+        "        pool.submit(threading.Event().wait)\n"
+        "Slots.compile = compile\n"
+        "sys.exit(main())"
+    )
+    process = start("serve", folder, "--port", "0", program=("-c", endless))
     assert b"compiling" in process.stderr.readline()
-    for _ in range(3):
-        process.send_signal(number)
-    assert not ended(process, number)
+    assert process.stderr.readline() == b"there\n"
+    with process:
+        try:
+            for _ in range(3):
+                process.send_signal(number)
+            assert not ended(process, number)
+        finally:
+            process.kill()
