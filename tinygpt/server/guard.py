@@ -77,6 +77,7 @@ class Guard:
             else:
                 await self.app(scope, receive, sending)
         except ClientDisconnect:  # while it sent the body
+            status = 499  # whatever starlette has answered to nobody
             self.metrics.cancelled += 1
         except Exception as error:
             last = traceback.extract_tb(error.__traceback__)[-1]  # which has nobody's prompt
