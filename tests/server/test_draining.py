@@ -92,3 +92,57 @@ def test_what_is_computed_for_a_client_that_has_left_is_waited_for(served_model,
         assert server.server.busy
         release.set()
         until(lambda: not server.server.busy)
+
+
+def test_who_sends_half_a_request_delays_no_end(served_model, monkeypatch):
+    """Half a head, half a body of either form, and half a body that is not read any more."""
+    from tinygpt.server import answers, protocol
+
+    monkeypatch.setattr(answers, "_BODY_S", 1e6)
+    monkeypatch.setattr(protocol, "HEAD_S", 1e6)
+    halves = [
+        b"GET /health HTTP/1.1\r\nHos",
+        b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\n5\r\n{",
+        b"POST /nothing HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{",
+    ]
+    with serving(served_model) as server:
+        clients = [socket.create_connection(("127.0.0.1", server.port)) for _ in halves]
+        for client, half in zip(clients, halves, strict=True):
+            client.sendall(half)
+        until(lambda: server.server.metrics.requests["other", 404])
+    for client in clients:  # the server has ended
+        with client:
+            client.settimeout(60)
+            while client.recv(1000):
+                pass
+    assert server.server.metrics.requests["/tokenize", 499] == 1
+
+
+def test_a_body_that_does_not_come_in_time_ends_its_connection(running, monkeypatch):
+    from tinygpt.server import answers
+
+    monkeypatch.setattr(answers, "_BODY_S", 0.2)
+    with socket.create_connection(("127.0.0.1", running.port)) as client:
+        client.settimeout(20)  # an idle client has 30 s
+        head = "POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{"
+        client.sendall(head.encode())
+        answer = b""
+        while part := client.recv(1000):
+            answer += part
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b"\r\nconnection: close\r\n" in answer.lower()
+
+
+def test_a_body_that_is_refused_unread_has_no_longer_than_a_head(running, monkeypatch):
+    from tinygpt.server import protocol
+
+    monkeypatch.setattr(protocol, "HEAD_S", 0.5)
+    with socket.create_connection(("127.0.0.1", running.port)) as client:
+        client.settimeout(20)  # an idle client has 30 s
+        client.sendall(b"POST /nothing HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{")
+        answer = b""
+        while part := client.recv(1000):
+            answer += part
+    assert answer.startswith(b"HTTP/1.1 404")
