@@ -5,8 +5,10 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -30,6 +32,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def program(folder):
+    with listening(folder) as found:
+        yield found
+
+
+@contextmanager
+def listening(folder: Path) -> Iterator[tuple[subprocess.Popen, int]]:
     """The program as it is started, and where it listens."""
     process = start("serve", folder, "--port", "0", "--slots", "1", "--queue", "4")
     lines = []
@@ -113,6 +121,21 @@ def test_what_is_printed_has_no_prompts(program):
 def test_the_models_card_names_its_file_as_it_was_typed(program, folder):
     status, about = ask(program[1], "/study/model")
     assert (status, json.loads(about)["file"]) == (200, str(folder))
+
+
+def test_a_name_that_is_no_text_is_spelled(folder, tmp_path):
+    odd = tmp_path / os.fsdecode(b"m\xff")
+    try:
+        shutil.copytree(folder, odd)
+    except OSError:
+        pytest.skip("such a name cannot be had here")
+    with listening(odd) as (_, port):
+        status, models = ask(port, "/v1/models")
+        assert (status, json.loads(models)["data"][0]["id"]) == (200, "m\\xff")
+        status, about = ask(port, "/study/model")
+        assert (status, json.loads(about)["file"]) == (200, f"{tmp_path}/m\\xff")
+        asked = {"model": "m\\xff", "prompt": "a", "max_tokens": 1}
+        assert ask(port, **asked)[0] == 200
 
 
 def test_a_port_that_is_taken_is_told(cli):

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         name_in_hosts = args.host.encode("idna").decode()  # as browsers spell it
         access = Access(key, args.cors, hosts_of(listener.getsockname()[0], name_in_hosts))
         limits = Limits(args.max_tokens, args.timeout, args.slots + args.queue)
-        server = Server(writer, engine, name, limits, access, template, args.model)
+        server = Server(writer, engine, name, limits, access, template, _spelled(args.model))
         listener.listen(128)  # not before: until then nobody could be answered
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
@@ -93,7 +93,13 @@ def run(args: argparse.Namespace) -> int:
 
 def name_of(model: str) -> str:
     """What clients call a model: its name, or that of its folder or file."""
-    return Path(os.path.abspath(model)).name or model if os.path.exists(model) else model
+    found = Path(os.path.abspath(model)).name or model if os.path.exists(model) else model
+    return _spelled(found)
+
+
+def _spelled(name: str) -> str:
+    """A name as answers can have it: bytes of a file's that are no UTF-8 become escapes."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _uvicorn() -> ModuleType:
