@@ -327,3 +327,8 @@ def test_bodies_say_what_json_says(running):
     plain = json.dumps(greedy(prompt="人\U0001f600"), ensure_ascii=False).encode()
     one, two = (running.ask("/v1/completions", body)[2]["choices"] for body in (escaped, plain))
     assert one == two
+
+
+def test_null_within_an_object_is_not_given_either(running):
+    asked = {"prompt": "a", "max_tokens": 1, "stream_options": {"include_usage": None}}
+    assert all("usage" not in event for event in running.stream(**asked))
