@@ -31,11 +31,12 @@ def test_contents_in_parts_and_names_are_taken(chatting):
     asked = {"max_tokens": 9, "temperature": 0}
     parts = [{"type": "text", "text": "Hi "}, {"type": "text", "text": "<b>"}]
     other = [{"role": "user", "name": "Ann", "content": parts}, MESSAGES[1]]
+    null = [{**MESSAGES[0], "name": None}, MESSAGES[1]]  # which is not given
     answers = [
         chatting.ask("/v1/chat/completions", {"messages": messages, **asked})[2]["choices"]
-        for messages in (MESSAGES, other)
+        for messages in (MESSAGES, other, null)
     ]
-    assert answers[0] == answers[1]
+    assert answers[0] == answers[1] == answers[2]
     assert chatting.ask("/tokenizer_info")[2]["chat_template"] == TEMPLATE
 
 
@@ -83,6 +84,17 @@ def test_messages_that_cannot_be_are_refused(chatting, body, words):
     status, _, answer = chatting.ask("/v1/chat/completions", body)
     assert status == 400
     assert words in answer["error"]["message"]
+
+
+def test_a_name_that_is_null_is_none_for_the_template_too(tmp_path, running):
+    pytest.importorskip("jinja2", reason="needs the extra serve")
+    from tinygpt.server.chat import Chat, Template
+
+    path = tmp_path / "names"
+    path.write_text("{{ messages[0].name is defined }}", encoding="utf-8")
+    asked = {"messages": [{"role": "user", "content": "a", "name": None}]}
+    chat = Chat(asked, running.server.writer, "small", running.server.limits, Template(path))
+    assert [prompt.text for prompt in chat.prompts] == ["False"]
 
 
 def test_a_template_that_cannot_be_read_is_told(tmp_path):

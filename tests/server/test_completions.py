@@ -327,3 +327,28 @@ def test_bodies_say_what_json_says(running):
     plain = json.dumps(greedy(prompt="人\U0001f600"), ensure_ascii=False).encode()
     one, two = (running.ask("/v1/completions", body)[2]["choices"] for body in (escaped, plain))
     assert one == two
+
+
+def test_null_within_an_object_is_not_given_either(running):
+    asked = {"prompt": "a", "max_tokens": 1, "stream_options": {"include_usage": None}}
+    assert all("usage" not in event for event in running.stream(**asked))
+
+
+def test_prompts_that_are_alike_are_read_once_though_they_are_echoed(running):
+    """In a list, with others among them, and each as if it were alone."""
+    long, other = "a long prompt " * 8, "another prompt " * 7
+    for more in ({}, {"n": 2}, {"max_tokens": 0}):
+        asked = {"max_tokens": 2, "echo": True, "logprobs": 2, "seed": 1, "temperature": 1, **more}
+        alone = [running.complete(prompt=each, **asked)["choices"] for each in (long, other)]
+        found = running.complete(prompt=[long, other, long, long, other], **asked)["choices"]
+        expected = [alone[i] for i in (0, 1, 0, 0, 1)]
+        for choice, same in zip(found, [each for group in expected for each in group], strict=True):
+            assert choice["text"] == same["text"]
+            np.testing.assert_allclose(
+                [p for p in choice["logprobs"]["token_logprobs"] if p is not None],
+                [p for p in same["logprobs"]["token_logprobs"] if p is not None],
+                atol=1e-5,
+            )
+    before = running.engine.steps
+    running.complete(prompt=["b" * 112] * 4, max_tokens=2, echo=True, logprobs=2)
+    assert running.engine.steps - before < 7  # of 112 tokens two chunks, not eight

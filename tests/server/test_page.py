@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -403,6 +404,38 @@ def test_what_another_tab_wrote_over_is_written_again(running, browser):
         texts_in(page, 2)
         tab.reload()
         texts_in(tab, 2)
+
+
+def test_what_another_tab_wrote_over_is_forgotten_again(running, browser):
+    """As when one keeps what it knows in the moment in which the other forgets."""
+    kept = (
+        "Object.fromEntries(Object.entries(localStorage)"
+        ".filter(([name]) => name.startsWith('tinygpt tree')))"
+    )
+    back = "kept => { for (const name in kept) localStorage.setItem(name, kept[name]) }"
+    for forget in ("all", "one"):
+        with shown(browser, running) as page:
+            write(page)
+            write(page)
+            tab = more_tabs(page)
+            texts_in(tab, 2)
+            before = page.evaluate(kept)
+            if forget == "all":
+                page.click("#forget")
+            else:
+                page.focus("#tree [tabindex='0']")
+                page.keyboard.press("Delete")
+            left = 0 if forget == "all" else 1
+            texts_in(tab, left)
+            tab.evaluate(back, before)
+            page.wait_for_function(
+                "left => JSON.parse(Object.entries(localStorage).find(([name]) =>"
+                " name.startsWith('tinygpt tree'))[1]).texts.length === left",
+                arg=left,
+            )
+            tab.reload()
+            texts_in(tab, left)
+            texts_in(page, left)
 
 
 def older(page, **more):
@@ -812,3 +845,38 @@ def test_a_key_is_asked_for_where_the_server_wants_one(served_model, browser):
             assert page.evaluate("sessionStorage.getItem('tinygpt key')") == "secret"
             assert "secret" not in page.locator("#curl").text_content()
             assert "secret" not in page.evaluate("JSON.stringify(localStorage)")
+
+
+@pytest.mark.parametrize("key", ["\u043a\u043b\u044e\u0447", "cl\u00e9", "two words", "\U0001f511"])
+def test_a_key_that_no_header_can_have_is_asked_for_again(served_model, browser, key):
+    with serving(served_model, api_key="secret") as keyed:
+        address = f"http://127.0.0.1:{keyed.port}/"
+        with opened(browser, address) as (page, _):
+            page.fill("#key", key)
+            page.keyboard.press("Enter")
+            expect(page.locator("#said")).to_contain_text("plain letters")
+            expect(page.locator("#key-form")).to_be_visible()
+            expect(page.locator("#key")).to_be_focused()
+            assert page.evaluate("sessionStorage.getItem('tinygpt key')") is None
+            page.evaluate("key => sessionStorage.setItem('tinygpt key', key)", key)
+            page.reload()  # as an earlier page may have left it
+            expect(page.locator("#said")).to_contain_text("no API key")
+            page.fill("#key", " secret ")
+            page.keyboard.press("Enter")
+            expect(page.locator("#settings-A input")).to_have_count(SLIDERS)
+
+
+def test_it_can_be_read_while_a_look_is_computed(running, browser, monkeypatch):
+    release, usual = threading.Event(), running.server.studies._lens
+    monkeypatch.setattr(running.server.studies, "_lens", lambda *a: release.wait(120) and usual(*a))
+    with shown(browser, running) as page:
+        write(page)
+        choose(page, 11)
+        expect(page.locator(".others tbody tr")).to_have_count(10)
+        page.click("#tab-layers")
+        expect(page.locator("#panel")).to_have_attribute("aria-busy", "true")
+        try:
+            assert page.locator("#panel").inner_text()
+            assert seen(page) == []
+        finally:
+            release.set()

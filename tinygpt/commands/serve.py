@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import socket
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +13,7 @@ from typing import Any
 
 from tinygpt.checkpoints import hub
 from tinygpt.commands.flags import add_flag, add_shared
-from tinygpt.commands.interrupts import asking
+from tinygpt.commands.interrupts import asking, leave
 from tinygpt.errors import InputError, reason, say, show
 from tinygpt.runtime import device
 from tinygpt.writer import Writer
@@ -68,27 +69,37 @@ def run(args: argparse.Namespace) -> int:
         engine = Engine(writer.model, args.slots, args.queue)
         config = writer.model.config
         where = f"{device.describe()}, {device.describe_operations()}"
+        signals = asking()
+        for number in signals:  # from here to the end of the process: nothing could be lost
+            signal.signal(number, leave)
         name = name_of(args.model)
         say(f"{name}, {config.parameter_count:,} parameters on {where}: compiling")
         engine.start()
         engine.ready.wait()
         if engine.failed is not None:
             raise engine.failed
-        access = Access(key, args.cors, hosts_of(listener.getsockname()[0]))
+        name_in_hosts = args.host.encode("idna").decode()  # as browsers spell it
+        access = Access(key, args.cors, hosts_of(listener.getsockname()[0], name_in_hosts))
         limits = Limits(args.max_tokens, args.timeout, args.slots + args.queue)
-        server = Server(writer, engine, name, limits, access, template, args.model)
+        server = Server(writer, engine, name, limits, access, template, _spelled(args.model))
         listener.listen(128)  # not before: until then nobody could be answered
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         say(f"listening on http://{shown}:{port}; Ctrl-C ends")
-        serve(uvicorn, server, listener, asking())
+        serve(uvicorn, server, listener, signals, leave)
         engine.stop()
     return 0
 
 
 def name_of(model: str) -> str:
     """What clients call a model: its name, or that of its folder or file."""
-    return Path(os.path.abspath(model)).name or model if os.path.exists(model) else model
+    found = Path(os.path.abspath(model)).name or model if os.path.exists(model) else model
+    return _spelled(found)
+
+
+def _spelled(name: str) -> str:
+    """A name as answers can have it: bytes of a file's that are no UTF-8 become escapes."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _uvicorn() -> ModuleType:
@@ -111,6 +122,8 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         found: Any = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(found[0], socket.SOCK_STREAM)
+    except UnicodeError as error:  # from IDNA, by which letters of all scripts become a name
+        raise InputError(f"--host {show(host)}: no machine has such a name") from error
     except OSError as error:
         raise InputError(f"--host {host}: {reason(error)}") from error
     try:

@@ -44,7 +44,8 @@ async def body_of(request: Request) -> Any:
                 if len(body) > MOST_BODY_BYTES:
                     raise too_large
     except TimeoutError as error:
-        raise Problem(408, f"the body did not come within {_BODY_S:g} s") from error
+        message = f"the body did not come within {_BODY_S:g} s"
+        raise Problem(408, message, headers={"Connection": "close"}) from error
     try:
         return await asyncio.to_thread(read_json, bytes(body))
     except InputError as error:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,7 @@ from tinygpt.server.problems import (
     check_ids,
     check_model,
     ending,
+    failed,
     vocabulary_has_all,
 )
 from tinygpt.server.study import Studies
@@ -59,6 +60,7 @@ class Server:
         self.studies = Studies(writer, engine, name, limits.timeout_s, file)
         # A long text takes seconds: these threads are for completions too.
         self._tokenizing = asyncio.Semaphore(2)
+        self._computed = 0  # answers by now, see `_computing`
 
     def app(self) -> ASGIApp:
         """The application that uvicorn runs."""
@@ -81,6 +83,7 @@ class Server:
         handlers: dict[Any, Any] = {
             Problem: lambda request, problem: answer(problem),
             HTTPException: lambda request, error: answer(_of_starlette(request, error)),
+            Exception: _failed,
         }
         app = Starlette(routes=routes, exception_handlers=handlers)
         app.router.redirect_slashes = False
@@ -96,8 +99,18 @@ class Server:
     @property
     def busy(self) -> bool:
         """Whether a text runs, or something is computed of one."""
-        engine = self.engine
-        return bool(engine.running or engine.calls or self.studies.reduced.running)
+        return bool(self._computed or self.engine.busy or self.studies.reduced.running)
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """While an answer is computed, which the program waits for before it ends."""
+        if self.engine.draining:
+            raise ending()
+        self._computed += 1
+        try:
+            yield
+        finally:
+            self._computed -= 1
 
     def require_ready(self) -> None:
         """Refuse what comes before the engine is compiled."""
@@ -138,8 +151,8 @@ class Server:
         asked = await self.asked(request, FIELDS["/tokenize"])
         text, whole = asked["prompt"], asked["add_special_tokens"]
         encode = self.writer.tokenizer.encode
-        async with self._tokenizing:
-            with vocabulary_has_all():
+        with self._computing(), vocabulary_has_all():
+            async with self._tokenizing:
                 ids = await asyncio.to_thread(encode, text, whole=whole) if text else []
         window = self.writer.model.config.block_size
         return JSONResponse({"count": len(ids), "max_model_len": window, "tokens": ids})
@@ -149,7 +162,8 @@ class Server:
         asked = await self.asked(request, FIELDS["/detokenize"])
         ids = asked["tokens"] or []
         check_ids("tokens", ids, self.writer.model.config.vocab_size)
-        text = await asyncio.to_thread(self.writer.tokenizer.decode, ids)
+        with self._computing():
+            text = await asyncio.to_thread(self.writer.tokenizer.decode, ids)
         return JSONResponse({"prompt": text})
 
     async def openapi(self, request: Request) -> Response:
@@ -178,7 +192,8 @@ class Server:
         self.require_ready()
         began = time.perf_counter()
         asked = await body_of(request), self.writer, self.name, self.limits, *more
-        completion = await asyncio.to_thread(kind, *asked)  # a long prompt takes its time
+        with self._computing():
+            completion = await asyncio.to_thread(kind, *asked)  # a long prompt takes its time
         completion.submit(self.engine)
         self.metrics.prompt_tokens += completion.usage["prompt_tokens"]
         completion.heard = self._counting(began)
@@ -190,12 +205,13 @@ class Server:
     async def study(self, request: Request) -> Response:
         """What a study tool sees in a text."""
         self.require_ready()
-        body = await body_of(request)
+        path, body = request.scope["path"], await body_of(request)
 
         async def found() -> Response:
-            return JSONResponse(await self.studies.answer(request.url.path, body))
+            return JSONResponse(await self.studies.answer(path, body))
 
-        return await self._unless_left(request, found())
+        with self._computing():
+            return await self._unless_left(request, found())
 
     async def continued(self, request: Request) -> Response:
         """A text token by token, also without parts of the model."""
@@ -244,15 +260,18 @@ class Server:
         self.metrics.cancelled += 1
 
 
+async def _failed(request: Request, error: Exception) -> Response:
+    """The answer to what nobody foresaw; starlette raises it again for the guard to tell of."""
+    return answer(failed())
+
+
 def _of_starlette(request: Request, error: HTTPException) -> Problem:
-    headers = dict(error.headers or {})
+    path, headers = request.scope["path"], dict(error.headers or {})
     if error.status_code == 405:
         allowed = headers.get("Allow", "")
-        message = f"{request.url.path} takes {allowed}, not {request.method}"
+        message = f"{path} takes {allowed}, not {request.method}"
         return Problem(405, message, headers=headers)
-    return Problem(
-        error.status_code, f"there is nothing at {show(request.url.path)}", headers=headers
-    )
+    return Problem(error.status_code, f"there is nothing at {show(path)}", headers=headers)
 
 
 def _is_ids(name: str, value: Any) -> None:

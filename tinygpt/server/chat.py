@@ -23,7 +23,8 @@ def _messages(name: str, value: Any) -> None:
         fields = {"role", "content"}
         if not isinstance(message, dict) or set(message) - {"name"} != fields:
             raise InputError(f"{name} has {show(message)}: a message has a role and a content")
-        check_text("name", message.get("name", ""))
+        if message.get("name") is not None:
+            check_text("name", message["name"])
         if message["role"] not in _ROLES:
             raise InputError(
                 f"{name} has the role {show(message['role'])}: it must be one of "
@@ -33,6 +34,11 @@ def _messages(name: str, value: Any) -> None:
             raise InputError(
                 f"{name} has {show(message['content'])}: a content is a text, or parts that are"
             )
+
+
+def _given(message: dict[str, Any]) -> dict[str, Any]:
+    """What a message has; null is not given."""
+    return {name: value for name, value in message.items() if value is not None}
 
 
 def _text_of(content: Any) -> str | None:
@@ -62,7 +68,7 @@ _MESSAGE = {
     "properties": {
         "role": {"enum": list(_ROLES)},
         "content": {"anyOf": [{"type": "string"}, _PARTS]},
-        "name": {"type": "string"},
+        "name": {"anyOf": [{"type": "string"}, {"type": "null"}]},
     },
     "required": ["role", "content"],
     "additionalProperties": False,
@@ -143,7 +149,9 @@ class Chat(Completion):
             raise Problem(400, "messages is missing: it must be a list of messages", "messages")
         if asked["max_tokens"] is None:
             asked["max_tokens"] = asked["max_completion_tokens"]
-        messages = [{**each, "content": _text_of(each["content"])} for each in asked["messages"]]
+        messages = [
+            {**_given(each), "content": _text_of(each["content"])} for each in asked["messages"]
+        ]
         return self._template.text(messages, self.writer)
 
     def choice_of(self, index: int, piece: Piece, finish: str | None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -161,7 +162,8 @@ class Completion:
 
         def telling(index: int) -> Any:
             def tell(event: Token | Exception | None) -> None:
-                loop.call_soon_threadsafe(self.events.put_nowait, (index, event))
+                with suppress(RuntimeError):  # the loop has ended
+                    loop.call_soon_threadsafe(self.events.put_nowait, (index, event))
 
             return tell
 
@@ -169,18 +171,20 @@ class Completion:
         top = self.asked["logprobs"]
         if top is None and self.best_of > self.n:
             top = 0
-        jobs = list[Job]()
-        for prompt in self.prompts:
+        jobs, first = list[Job](), dict[tuple[int, ...], int]()
+        for number, prompt in enumerate(self.prompts):
+            told = scores and first.setdefault(tuple(prompt.ids), number) == number
             for sample in range(self.best_of):
                 jobs.append(
                     Job(
                         prompt.ids, self.max_tokens, telling(len(jobs)), self.settings,
-                        (self.seed + sample) % 2**64, top, self.bias, scores and not sample,
+                        (self.seed + sample) % 2**64, top, self.bias, told and not sample,
                         self.written, frozenset(self.writer.tokenizer.ends),
                     )
                 )  # fmt: skip
         self.jobs = jobs
-        # What is said of each prompt's own tokens: the first of its texts is told, for all.
+        # What is said of each prompt's own tokens: its first text is told, for all and those alike.
+        self.first = [first.get(tuple(p.ids), i) for i, p in enumerate(self.prompts)]
         self.scored = {} if scores else dict.fromkeys(range(len(self.prompts)), ())
         if not self.max_tokens and not scores:  # there is nothing to compute
             for index in range(len(jobs)):
@@ -221,13 +225,15 @@ class Completion:
                     continue
                 if isinstance(event, Exception):
                     raise _problem_of(event)
-                prompt, sample = divmod(index, self.best_of)
+                prompt = self.first[index // self.best_of]
                 if prompt not in self.scored:
-                    if sample:  # its prompt was in the cache
+                    if index != prompt * self.best_of:  # its prompt was in the cache
                         held.append((index, event))
                         continue
                     self.scored[prompt] = () if event is None else event.prompt
-                    ready.extend(each for each in held if each[0] // self.best_of == prompt)
+                    ready.extend(
+                        each for each in held if self.first[each[0] // self.best_of] == prompt
+                    )
                 choice = choices[index]
                 piece = self._piece(choice, event)
                 if choice.finish:
@@ -243,7 +249,7 @@ class Completion:
         if not self.echoed[choice.index]:
             self.echoed[choice.index] = True
             number = choice.index // self.best_of
-            prompt, scores = self.prompts[number], self.scored[number]
+            prompt, scores = self.prompts[number], self.scored[self.first[number]]
             ids = prompt.ids if prompt.shown and self.asked["logprobs"] is not None else []
             piece = choice.echo(prompt.text, ids, scores)
         if token is None:

@@ -89,6 +89,7 @@ class Engine:
         self.running: dict[int, Job] = {}
         self.waiting: deque[Job] = deque()
         self.calls: deque[Call] = deque()
+        self.calling: Call | None = None  # that is computed by now
         self.draining = False
         self.steps = 0  # how often `Slots.step` ran: at most one chunk and a token of each
         self._stop = False
@@ -120,6 +121,12 @@ class Engine:
         with self._changed:
             self.calls.append(call)
             self._changed.notify()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a text runs, or something is computed between its steps."""
+        with self._changed:
+            return bool(self.running or self.calls or self.calling)
 
     def cancel(self, jobs: list[Job]) -> None:
         """End texts that nobody waits for any more."""
@@ -165,11 +172,12 @@ class Engine:
                     return
                 while self.calls and self.calls[0].cancelled:
                     self.calls.popleft()
-                call = self.calls.popleft() if self.calls else None
+                self.calling = call = self.calls.popleft() if self.calls else None
                 self._sweep()
                 failed = self._begin()
             if call is not None:
                 call.run()
+                self.calling = None
             for job, why in failed:
                 job.tell(why)
             if self.running:

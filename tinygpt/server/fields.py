@@ -91,7 +91,8 @@ def _stream_options(name: str, value: Any) -> None:
     for key, each in value.items():
         if key != "include_usage":
             raise unknown(f"field of {name}", key, ["include_usage"])
-        check_bool(f"{name}.{key}", each)
+        if each is not None:
+            check_bool(f"{name}.{key}", each)
 
 
 _ID = {"type": "integer", "minimum": 0}
@@ -126,8 +127,8 @@ COMPLETION: dict[str, Field] = {
     "stream": yes_or_no("send each piece as it comes"),
     "stream_options": Field(
         _stream_options,
-        {"type": "object", "properties": {"include_usage": {"type": "boolean"}},
-         "additionalProperties": False},
+        {"type": "object", "additionalProperties": False,
+         "properties": {"include_usage": {"anyOf": [{"type": "boolean"}, {"type": "null"}]}}},
     ),
     "presence_penalty": _number("against tokens that are in the text at all", low=-2, most=2),
     "frequency_penalty": _number("against a token each time it is in the text", low=-2, most=2),

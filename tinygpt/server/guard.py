@@ -18,9 +18,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tinygpt.errors import say, show
 from tinygpt.server.answers import answer
 from tinygpt.server.metrics import Metrics
-from tinygpt.server.problems import Problem
+from tinygpt.server.problems import Problem, failed
 
 _PUBLIC = ("/", "/health", "/favicon.ico")
+_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -34,7 +35,11 @@ class Access:
 
 
 class Guard:
-    """What stands before all addresses: who asks, from where; what is counted and logged."""
+    """What stands before all addresses: who asks, from where; what is counted and logged.
+
+    A path is taken from the scope, here and in the handlers. An address that is put together with
+    the Host, as starlette does it, is another one where the Host has a `/` or a `?`.
+    """
 
     def __init__(
         self, app: ASGIApp, access: Access, metrics: Metrics, paths: Collection[str]
@@ -50,15 +55,17 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status = time.perf_counter(), 0
+        began, status, whole = time.perf_counter(), None, False
         request = Request(scope)
         cors = self._cors(request)
 
         async def sending(message: Message) -> None:
-            nonlocal status
+            nonlocal status, whole
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", []), *cors]
+            else:
+                whole = not message.get("more_body", False)
             await send(message)
 
         try:
@@ -70,17 +77,18 @@ class Guard:
             else:
                 await self.app(scope, receive, sending)
         except ClientDisconnect:  # while it sent the body
-            status = 499
+            status = 499  # whatever starlette has answered to nobody
             self.metrics.cancelled += 1
         except Exception as error:
             last = traceback.extract_tb(error.__traceback__)[-1]  # which has nobody's prompt
             where = f"{type(error).__name__} in {Path(last.filename).name}, line {last.lineno}"
-            say(f"error: {request.method} {request.url.path[:100]}: {where}")
-            if status:
+            say(f"error: {request.method} {request.scope['path'][:100]}: {where}")
+            if status is None:
+                await answer(failed())(scope, receive, sending)
+            elif not whole:
                 raise
-            await answer(Problem(500, "the server failed on this request"))(scope, receive, sending)
-        finally:
-            self._count(request, status, time.perf_counter() - began)
+        finally:  # who has no answer at all has left before there was one
+            self._count(request, status or 499, time.perf_counter() - began)
 
     def _cors(self, request: Request) -> list[tuple[bytes, bytes]]:
         allowed = self.access.cors
@@ -103,7 +111,7 @@ class Guard:
         own = {f"http://{host}", f"https://{host}", access.cors}
         if origin is not None and origin not in own:
             return Problem(403, f"pages of {show(origin)} may not ask: see --cors", code="origin")
-        public = request.url.path in _PUBLIC or request.method == "OPTIONS"
+        public = request.scope["path"] in _PUBLIC or request.method == "OPTIONS"
         if access.api_key is not None and not public:
             scheme, _, given = request.headers.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not hmac.compare_digest(
@@ -116,7 +124,7 @@ class Guard:
         return None
 
     def _count(self, request: Request, status: int, seconds: float) -> None:
-        path = request.url.path
+        path = request.scope["path"]
         known = path if path in self.paths else "other"
         self.metrics.requests[known, status] += 1
         client = request.client.host if request.client else "?"
@@ -126,11 +134,31 @@ class Guard:
 def _name_of(host: str) -> str | None:
     """The name of a Host, without its port; None of what is none."""
     found = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([^][:@/?#]+))(?::[0-9]*)?", host.lower())
-    return found and (found[1] or found[2].removesuffix("."))
+    return found and _plain(found[1] or found[2])
 
 
-def hosts_of(address: str) -> tuple[str, ...] | None:
-    """What the Host of a request may be, where the server listens on an IP address."""
-    ip = ipaddress.ip_address(address)
+def _plain(name: str) -> str:
+    """A name without capitals and a dot at its end, an address in the shortest of its spellings."""
+    name = name.lower().removesuffix(".")
+    try:
+        ip = ipaddress.ip_address(name)
+    except ValueError:
+        return name
+    return str(_unmapped(ip))
+
+
+def _unmapped(ip: _Address) -> _Address:
+    """The IPv4 address that one of IPv6 stands for, if it does."""
     mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
-    return (*_LOOPBACK, address) if (mapped or ip).is_loopback else None
+    return mapped or ip
+
+
+def hosts_of(address: str, name: str | None = None) -> tuple[str, ...] | None:
+    """What the Host of a request may be, where the server listens on an IP address.
+
+    Args:
+        name: by which the address was asked for.
+    """
+    if not _unmapped(ipaddress.ip_address(address)).is_loopback:
+        return None
+    return (*_LOOPBACK, _plain(address), _plain(name or address))

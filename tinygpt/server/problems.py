@@ -51,6 +51,11 @@ def ending() -> Problem:
     return Problem(503, "the server is shutting down", code="draining", headers=_SOON)
 
 
+def failed() -> Problem:
+    """What is said of a fault that nobody foresaw."""
+    return Problem(500, "the server failed on this request")
+
+
 def queue_full(count: int, what: str) -> Problem:
     """What is said where so many texts, or studies, wait that no more may."""
     message = f"{count} {what} wait already: try again"

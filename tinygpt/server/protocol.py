@@ -40,10 +40,10 @@ class Protocol(H11Protocol):
             self._head_timer = _stopped(self._head_timer)
 
     def on_response_complete(self) -> None:
-        """An answer is whole; a part of the next head may be there already."""
+        """An answer is whole; a part of its body, or of the next head, may still have to come."""
         super().on_response_complete()
         cycle: Any = self.cycle
-        if cycle.response_complete and self.conn.trailing_data[0]:
+        if cycle.response_complete and (self.conn.trailing_data[0] or self._is_half):
             self._expect_head()
 
     def pause_writing(self) -> None:
@@ -57,10 +57,12 @@ class Protocol(H11Protocol):
         self._send_timer = _stopped(self._send_timer)
 
     def shutdown(self) -> None:
-        """The program ends: an idle client is cut, should it not take what it was sent."""
+        """The program ends: who is idle, or amid a request, is cut, what was sent aside."""
         super().shutdown()
         cycle: Any = self.cycle
-        if cycle is None or cycle.response_complete:
+        if self._is_half:
+            self.transport.close()
+        if cycle is None or cycle.response_complete or self._is_half:
             self.loop.call_later(1, self.transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -81,6 +83,11 @@ class Protocol(H11Protocol):
         for event in (head, h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
+
+    @property
+    def _is_half(self) -> bool:
+        """Whether a part of a body has still to come."""
+        return self.conn.their_state is h11.SEND_BODY
 
     def _expect_head(self) -> None:
         if self._head_timer is None:

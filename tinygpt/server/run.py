@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +14,8 @@ from tinygpt.errors import say
 from tinygpt.server.app import Server
 from tinygpt.server.protocol import Protocol
 
+# A terminal that is closed tells its programs twice: the system does, and the shell.
+_CLOSED = getattr(signal, "SIGHUP", None)
 _LOOKS_S = 0.05  # how often it is seen whether all texts have ended
 
 
@@ -47,32 +50,44 @@ def _tell(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
 
 
 def serve(
-    uvicorn: ModuleType, server: Server, listener: socket.socket, signals: Iterable[int]
+    uvicorn: ModuleType,
+    server: Server,
+    listener: socket.socket,
+    signals: Iterable[int],
+    leave: Callable[[int], None],
 ) -> None:
     """Answer until one of some signals comes; then let what runs finish, and refuse all else.
 
-    A second signal ends at once.
+    The signals stay handled behind it, since the process is about to end.
+
+    Args:
+        leave: what a second signal calls, which must not come back: amid a step or a compilation
+            nothing else ends at once.
     """
-    running, finishing = prepare(uvicorn, server), list[asyncio.Task[None]]()
+    running, came = prepare(uvicorn, server), list[int]()
 
     async def finish() -> None:
+        server.engine.drain()
         while server.busy:  # until then who asks is told why not
             await asyncio.sleep(_LOOKS_S)
         running.should_exit = True
 
     async def run() -> None:
-        loop = asyncio.get_running_loop()
+        loop, tasks = asyncio.get_running_loop(), list[asyncio.Task[None]]()
         loop.set_exception_handler(_tell)
 
         def end() -> None:
-            if finishing:
-                running.force_exit = running.should_exit = True
-                return
-            server.engine.drain()
-            finishing.append(loop.create_task(finish()))
+            tasks.append(loop.create_task(finish()))
+
+        def signalled(number: int, _: object) -> None:
+            if not came:
+                came.append(number)
+                loop.call_soon_threadsafe(end)
+            elif number != _CLOSED:
+                leave(number)
 
         for number in signals:
-            loop.add_signal_handler(number, end)
+            signal.signal(number, signalled)
         # `serve` would take the signals for itself, and end by them once it is done.
         await running._serve([listener])
 
