@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
 from conftest import SMALL, randomize, save_with_bytes
 from tinygrad import Device
+from tinygrad.device import Buffer
 from tinygrad.nn.state import get_state_dict
 
 from tinygpt import GPT, GPTConfig
+from tinygpt.checkpoints.open_checkpoint import open_checkpoint
 from tinygpt.checkpoints.quantization import convert
 from tinygpt.commands.main import main
 from tinygpt.devices import copy_to_all, share_blocks, split_heads
 from tinygpt.errors import InputError
+from tinygpt.evaluation.losses import Scorer
 from tinygpt.generator import Generator
-from tinygpt.runtime import device
+from tinygpt.placement import Placement
+from tinygpt.runtime import device, memory
 from tinygpt.runtime.buffers import moved
+from tinygpt.training.settings import TrainConfig
+from tinygpt.training.step import Trainer
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [2, 7], [1, 8, 2, 8]]
 DEEP = GPTConfig(n_layer=4, n_head=5, n_embd=25, block_size=16, vocab_size=67)
@@ -104,7 +112,7 @@ def test_each_device_has_a_part_of_what_heads_are_made_of():
 
 def test_25_heads_lie_on_4_devices_by_layers_alone():
     config = GPTConfig(n_layer=4, n_head=25, n_embd=50, block_size=16, vocab_size=67)
-    with pytest.raises(InputError, match=r"25 heads and 200 hidden .* give 1, 5 or 25 \(--dev"):
+    with pytest.raises(InputError, match=r"25 heads and 200 hidden .* give 5 or 25 \(--dev"):
         split_heads(GPT(config), 4)
     one, other = two(config, 4)
     np.testing.assert_array_equal(other([PROMPTS[0]]).numpy(), one([PROMPTS[0]]).numpy())
@@ -133,6 +141,59 @@ def test_a_model_on_several_devices_is_saved_as_it_was_and_split_heads_are_not(t
     with pytest.raises(InputError, match="heads are split over devices: load it again"):
         other.save_pretrained(tmp_path / "three")
     assert not (tmp_path / "three").exists()
+
+
+@pytest.mark.parametrize("split", [share_blocks, split_heads])
+def test_no_device_has_room_for_more_than_its_part_while_a_model_is_loaded(
+    split, tmp_path, monkeypatch
+):
+    config = GPTConfig(**{**vars(DEEP), "n_head": 4, "n_embd": 32, "vocab_size": 5})
+    whole = randomize(GPT(config))
+    whole.save_pretrained(tmp_path)
+    taken, usual = Counter(), Buffer.allocate
+
+    def allocate(self, *args, **kwargs):
+        taken[self.device] += self.nbytes
+        return usual(self, *args, **kwargs)
+
+    monkeypatch.setattr(Buffer, "allocate", allocate)
+    model = open_checkpoint(tmp_path).load(place=partial(split, count=4))
+    most = 4 * config.parameter_count / 4 * 1.4  # each has the norms too, or the embeddings
+    assert len(taken) == 4
+    assert max(taken.values()) < most
+    monkeypatch.undo()
+    logits = [each([PROMPTS[0][:3]]).numpy() for each in (whole, model)]
+    np.testing.assert_allclose(*logits, rtol=0, atol=1e-5)
+
+
+def test_each_of_several_gpus_needs_room_for_its_part_alone(monkeypatch):
+    asked = []
+    monkeypatch.setattr(memory, "require_memory", lambda needed, what: asked.append(needed))
+    for name in ("CPU", "CUDA"):
+        monkeypatch.setattr(device, "default", lambda name=name: name)
+        for devices in ((), ("a", "b", "c")):
+            Placement(WIDE, "layers", devices).require_memory(300, "a model")
+    assert asked == [300, 300, 300, 100]
+
+
+def test_scores_are_equal_too():
+    one, other = two(WIDE, 2, split=split_heads)
+    inputs, targets = np.arange(16, dtype=np.int32).reshape(2, 2, 4)
+    for theirs, ours in zip(
+        *(Scorer(model)(inputs, targets) for model in (one, other)), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_what_shares_blocks_or_heads_is_not_trained():
+    for split in (share_blocks, split_heads):
+        split(model := GPT(WIDE), 2)
+        with pytest.raises(InputError, match="give each device all of it"):
+            Trainer(model, TrainConfig())
+    share_blocks(model := GPT(WIDE), 2)
+    copy_to_all(model, 1)
+    assert {weight.device for weight in get_state_dict(model).values()} == {Device.DEFAULT}
+    Trainer(model, TrainConfig())
 
 
 def test_what_is_moved_is_there_and_what_is_no_tensor_stays():
@@ -183,7 +244,10 @@ def test_the_command_says_how_many_and_writes_the_same(tmp_path, capsys):
     ("more", "words"),
     [
         (["--devices", "5"], "the model has 4 blocks to share out: give 1 to 4 (--devices)"),
-        (["--devices", "2", "--split", "heads"], "share evenly: give 1 or 5 (--devices)"),
+        (
+            ["--devices", "2", "--split", "heads"],
+            "share evenly: give 5 (--devices), or",
+        ),
         (["--split", "heads"], "--split is for several devices: give --devices N too"),
     ],
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import numpy as np
 from tinygrad import Tensor
 from tinygrad.nn.state import get_state_dict
 
@@ -14,11 +13,12 @@ from tinygpt.model import GPT
 from tinygpt.placement import Placement
 from tinygpt.runtime import buffers, device
 
-# of its bias too. The first layers of a sublayer give each device the channels that it goes on
-_AXES = {
-    "wte": 0, "lm_head": 0, "q_proj": 0, "k_proj": 0, "v_proj": 0, "out_proj": 1, "c_fc": 0,
-    "c_proj": 1,
-}  # fmt: skip
+# Along which axis the parts of a layer's matrix lie, where heads are split. The first layers of a
+# sublayer give each device the channels that it goes on with, so that their biases are cut too; of
+# the last one each device computes a share of the sum.
+_AXES = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "out_proj": 1, "c_fc": 0, "c_proj": 1}
+# Each device's part of the vocabulary has a multiple of so many rows, or a product with it is much
+# slower: see `ops.plain`.
 _ROWS = 32
 
 
@@ -27,7 +27,7 @@ def share_blocks(model: GPT, count: int) -> None:
 
     Each has a run of blocks, and they work one after the other: what is gained is room. The
     embeddings, the last norm and the output projection stay on the first. Every number is what it
-    would be on one device.
+    would be on one device. As with the others here, a model without values yet stays without.
 
     Raises:
         InputError: when there are more devices than blocks, or fewer on the machine.
@@ -38,12 +38,14 @@ def share_blocks(model: GPT, count: int) -> None:
         fact = f"{count} devices, and the model has {layers} blocks to share out"
         raise InputError(f"{fact}: give 1 to {layers} (--devices)")
     names = device.several(count)
-    places = [names[i * count // layers] for i in range(layers)]
-    model.placement = Placement(tuple(places), names[0]) if count > 1 else Placement()
-    for block, name in zip(model.blocks, places, strict=True):
-        for tensor in get_state_dict(block).values():
-            if tensor.device != name:
-                tensor.replace(buffers.tensor(tensor.numpy(), name))
+    model.placement = Placement(model.config, "layers", tuple(names) if count > 1 else ())
+    place_of = {
+        id(tensor): model.placement.block(i)
+        for i, block in enumerate(model.blocks)
+        for tensor in get_state_dict(block).values()
+    }
+    for tensor in get_state_dict(model).values():
+        _lay(tensor, place_of.get(id(tensor)) or names[0])
 
 
 def split_heads(model: GPT, count: int) -> None:
@@ -60,33 +62,28 @@ def split_heads(model: GPT, count: int) -> None:
     model.placement.need_whole()
     config = model.config
     heads, hidden = config.n_head, config.inner_dim
-    fitting = [n for n in range(1, heads + 1) if heads % n == hidden % n == 0]
-    if count not in fitting:
-        raise InputError(
-            f"{count} devices, and the model has {heads} heads and {hidden} hidden channels, which "
-            f"they cannot share evenly: give {_any_of(fitting)} (--devices), or --split layers"
-        )
+    fitting = [n for n in range(2, heads + 1) if heads % n == hidden % n == 0]
     if count == 1:
         return
+    if count not in fitting:
+        instead = f"give {_any_of(fitting)} (--devices), or" if fitting else "take"
+        raise InputError(
+            f"{count} devices, and the model has {heads} head{'s' * (heads > 1)} and {hidden} "
+            f"hidden channels, which they cannot share evenly: {instead} --split layers"
+        )
     names = tuple(device.several(count))
     tables: list[Embedding | Linear] = [model.wte]
     if not config.tie_word_embeddings:
         tables.append(model.lm_head)
+    rows = -(-config.vocab_size // (count * _ROWS)) * count * _ROWS
     for table in tables:
-        table.weight = _filled_up(table.weight, count * _ROWS)
-        table.scale = None if table.scale is None else _filled_up(table.scale, count * _ROWS)
+        table.weight = buffers.laid(table.weight, names, 0, rows)
+        if table.scale is not None:
+            table.scale = buffers.laid(table.scale, names, 0, rows)
     for name, tensor in get_state_dict(model).items():
         axis = _AXES.get(name.split(".")[-2])
-        place = None if axis == tensor.ndim else axis  # a bias is added to the whole sum
-        tensor.replace(buffers.tensor(tensor.numpy(), names, place))
-    model.placement = Placement((), names, cache_axis=1, vocab_size=config.vocab_size)
-
-
-def _filled_up(tensor: Tensor, size: int) -> Tensor:
-    """(V, ...) with as many rows of zeros as make V a multiple of a size."""
-    values = tensor.numpy()
-    missing = [(0, -len(values) % size), *[(0, 0)] * (values.ndim - 1)]
-    return buffers.tensor(np.pad(values, missing))
+        _lay(tensor, names, None if axis == tensor.ndim else axis)  # a bias is added to the whole
+    model.placement = Placement(config, "heads", names)
 
 
 def copy_to_all(model: GPT, count: int) -> None:
@@ -96,15 +93,18 @@ def copy_to_all(model: GPT, count: int) -> None:
         InputError: when the machine has fewer.
     """
     model.placement.need_whole()
-    if count == 1:
-        return
     names = tuple(device.several(count))
+    model.placement = Placement(model.config, "batch", names if count > 1 else ())
     for tensor in get_state_dict(model).values():
-        tensor.replace(buffers.tensor(tensor.numpy(), names))
-    model.placement = Placement((), names, batch_axis=0)
+        _lay(tensor, names if count > 1 else names[0])
+
+
+def _lay(tensor: Tensor, place: buffers.Place, axis: int | None = None) -> None:
+    if tensor.device != place:
+        tensor.replace(buffers.laid(tensor, place, axis))
 
 
 def _any_of(numbers: Iterable[int]) -> str:
-    """1, 2 or 4."""
+    """2, 4 or 8."""
     *most, last = map(str, numbers)
     return f"{', '.join(most)} or {last}" if most else last

@@ -78,7 +78,7 @@ class GPT:
             require_memory(4 * (config.parameter_count + largest), "a model of this shape")
         self.name = self._tokenizer = None
         self.config = config
-        self.placement = Placement()
+        self.placement = Placement(config)
         self.wte = Embedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
             self.wpe = Embedding(config.block_size, config.n_embd)
@@ -191,7 +191,7 @@ class GPT:
         """Refuse a cache that would not fit into memory: see `empty_cache`."""
         size_bytes = 8 * self.config.n_layer * math.prod(self._cache_shape(batch_size, length))
         size_bytes += 4 * batch_size * self.config.vocab_size  # the logits of each
-        require_memory(size_bytes, f"the cache for a batch of {batch_size}")
+        self.placement.require_memory(size_bytes, f"the cache for a batch of {batch_size}")
 
     def _cache_shape(self, batch_size: int, length: int) -> tuple[int, ...]:
         return batch_size, self.config.n_head, length, self.config.head_dim

@@ -5,7 +5,7 @@ It knows no command line and prints nothing: who asks, and how the text is shown
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal, overload
 
@@ -89,6 +89,7 @@ class Writer:
         tokenizer: str | None = None,
         ids: bool = False,
         advice: str = "",
+        place: Callable[[GPT], None] | None = None,
     ) -> Writer:
         """A writer with a model that can be loaded.
 
@@ -98,6 +99,7 @@ class Writer:
             tokenizer: another than the model's own.
             ids: where the tokenizer cannot be read, let the text be the ids as numbers.
             advice: what else can be done where the model's own cannot, for the error.
+            place: what lays the model on several devices: see `devices`.
         Raises:
             InputError: when they cannot be had, or the backend does not work.
         """
@@ -110,7 +112,7 @@ class Writer:
                 raise type(error)(f"{error}{'' if tokenizer else advice}") from error
             say(f"{error}: the text below is ids")
             words = found.numbers()
-        return cls(found.load(dtype), words)
+        return cls(found.load(dtype, place), words)
 
     @classmethod
     def new(

@@ -102,7 +102,7 @@ def test_a_run_goes_on_with_any_number_of_devices(data, tmp_path, capsys):
     ("more", "words"),
     [
         (["--batch-size=7", "--devices=2"], "7, which 2 devices cannot share evenly: the next that "
-         "they can 6 and 8; or take as many devices as divide it"),
+         "they can are 6 and 8; or take as many devices as divide it"),
         (["--devices=0"], "--devices is 0: it must be a whole number, 1 or more"),
     ],
 )  # fmt: skip

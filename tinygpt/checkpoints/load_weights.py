@@ -21,7 +21,7 @@ from tinygpt.checkpoints.quantization import (
 from tinygpt.checkpoints.stored_tensor import read_tensor
 from tinygpt.errors import CheckpointError, InputError
 from tinygpt.model import GPT
-from tinygpt.runtime import buffers, device, memory
+from tinygpt.runtime import buffers, device
 from tinygpt.storage import LONG_BYTES, byte_bar
 
 if TYPE_CHECKING:
@@ -34,12 +34,15 @@ _THREADS = 2  # tensors that are read and converted at a time
 _HELD = {"F16": "float16", "BF16": "bfloat16", "I8": "int8"}
 
 
-def load_weights(found: Checkpoint, dtype: str | None = None) -> GPT:
+def load_weights(
+    found: Checkpoint, dtype: str | None = None, place: Callable[[GPT], None] | None = None
+) -> GPT:
     """A model with the weights of an opened checkpoint.
 
     Args:
         dtype: what to hold matrices in, one of `quantization.DTYPES`; None takes what each is
             stored in, or float32 where that is made of blocks or the backend cannot.
+        place: what lays the model on several devices, before it has values: see `devices`.
     Raises:
         InputError: when the dtype is none, or the model cannot be held in memory.
         CheckpointError: when the files are damaged, or hold what is no number.
@@ -47,8 +50,11 @@ def load_weights(found: Checkpoint, dtype: str | None = None) -> GPT:
     if dtype is not None:
         check_dtype(dtype)
     held = {name: dtype or _as_stored(info.dtype) for name, (_, info) in found.tensors.items()}
-    _require_memory(found, held)
-    loader = _Loader(found, held)
+    model = GPT(found.config, seed=None)
+    if place is not None:
+        place(model)
+    _require_memory(found, held, model)
+    loader = _Loader(found, held, model)
     sizes = {name: found.tensors[name][1].size_bytes for name in loader.names}
     # One thread for what tinygrad computes, as blocks are, and for a GPU, whose driver may know
     # only the thread that began.
@@ -63,9 +69,8 @@ def load_weights(found: Checkpoint, dtype: str | None = None) -> GPT:
 class _Loader:
     """Fills a model without values, one stored tensor at a time, in any order."""
 
-    def __init__(self, found: Checkpoint, held: Mapping[str, str]) -> None:
-        self.found, self.held = found, held
-        self.model = GPT(found.config, seed=None)
+    def __init__(self, found: Checkpoint, held: Mapping[str, str], model: GPT) -> None:
+        self.found, self.held, self.model = found, held, model
         self.parameters, self.layers = get_state_dict(self.model), matrices(self.model)
         self.missing = set(self.parameters)
         ours = {tensor.ours[0]: name for name, tensor in found.expected.items()}
@@ -130,7 +135,7 @@ def _each(load: Callable[[str], None], sizes: Mapping[str, int], threads: int, b
             bar.update(size_bytes)
 
 
-def _require_memory(found: Checkpoint, held: Mapping[str, str]) -> None:
+def _require_memory(found: Checkpoint, held: Mapping[str, str], model: GPT) -> None:
     """Refuse what cannot fit, by the headers alone."""
     count = {name: math.prod(tensor.shape) for name, tensor in found.expected.items()}
     size_bytes = sum(DTYPES[held[name]].itemsize * n for name, n in count.items())
@@ -140,7 +145,7 @@ def _require_memory(found: Checkpoint, held: Mapping[str, str]) -> None:
         (12 if held[name] == "int8" else 4) * count[name] + info.size_bytes
         for name, (_, info) in found.tensors.items()
     )
-    memory.require_memory(size_bytes + _THREADS * largest, f"the model in {found.path}")
+    model.placement.require_memory(size_bytes + _THREADS * largest, f"the model in {found.path}")
 
 
 def _as_stored(dtype: str) -> str:

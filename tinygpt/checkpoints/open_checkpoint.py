@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,10 +70,10 @@ class Checkpoint:
         says = model_says(self.path, self.metadata)
         return with_files(ids_tokenizer(self.config.vocab_size), says)
 
-    def load(self, dtype: str | None = None) -> GPT:
+    def load(self, dtype: str | None = None, place: Callable[[GPT], None] | None = None) -> GPT:
         """The model itself, which brings its tokenizer: see `load_weights`."""
         with hub.advice_if_fetched(self.path):
-            model = load_weights(self, dtype)
+            model = load_weights(self, dtype, place)
         model.name, model.tokenizer = self.name, self.tokenizer
         return model
 

@@ -15,7 +15,7 @@ from tinygpt.layers import Embedding, Linear
 from tinygpt.model import DTYPES, GPT
 from tinygpt.ops import widen
 from tinygpt.runtime import device
-from tinygpt.runtime.buffers import tensor
+from tinygpt.runtime.buffers import laid_like
 
 
 def check_dtype(dtype: str) -> None:
@@ -96,9 +96,9 @@ def set_weight(
         weight, scale = round_to_int8(weight)
     elif dtype != "int8":
         weight = _round_to_float(name, weight, dtype)
-    place = layer.weight.device
-    layer.weight = tensor(weight, place)
-    layer.scale = None if scale is None else tensor(scale, place)
+    place = layer.weight
+    layer.weight = laid_like(weight, place)
+    layer.scale = None if scale is None else laid_like(scale, place)
 
 
 def round_to_int8(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from tinygpt.checkpoints import hub
@@ -186,11 +187,14 @@ def _first_of_a_new_model(args: argparse.Namespace) -> str | None:
 
 def open_writer(request: Request) -> Writer:
     """The model and the tokenizer that a request names, loaded or made."""
+    place = partial(_SPLITS[request.split], count=request.devices)
     if request.model:
         ids, advice = request.ids is not None, "; or give ids in place of text (--ids)"
-        return Writer.open(request.model, request.dtype, request.tokenizer, ids, advice)
+        return Writer.open(request.model, request.dtype, request.tokenizer, ids, advice, place)
     seed, fit = request.seeds[0], request.fit_vocabulary
-    return Writer.new(request.shape, seed, request.dtype, request.tokenizer, fit)
+    writer = Writer.new(request.shape, seed, request.dtype, request.tokenizer, fit)
+    place(writer.model)
+    return writer
 
 
 def shares(args: argparse.Namespace) -> bool:
@@ -208,7 +212,6 @@ def run(args: argparse.Namespace) -> int:
         world.current.need_same({**facts(args), "SHA-256 of the prompts": digest})
     with Interrupts() as interrupts, _backend_is_asked_first():
         writer = open_writer(request)
-        _SPLITS[request.split](writer.model, request.devices)
     if writer is None:  # a signal came before there was a model
         return 128 + interrupts.came
     if request.asked:

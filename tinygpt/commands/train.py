@@ -28,7 +28,7 @@ from tinygpt.runtime import device
 from tinygpt.tokenizer.tokenizer import Tokenizer
 from tinygpt.training import run_files, world
 from tinygpt.training.lock import locked
-from tinygpt.training.ranks import Alone, Ranks, count, settle
+from tinygpt.training.ranks import Alone, Ranks, count, need_even, settle
 from tinygpt.training.run import Run
 from tinygpt.training.settings import (
     MINUTES,
@@ -234,6 +234,8 @@ def _new(args: argparse.Namespace, folder: Path, ranks: Alone) -> Run:
     filed = read_settings(args.config) if args.config else {}
     settings = settings_of(args.recipe) | filed | given(args, defaults(TrainConfig))
     config, base = plan(settings, args.model, spelled(args, elsewhere=filed))
+    ranks.check_batch(config.batch_size)
+    need_even(config.batch_size, args.devices, "devices")
     tokens = folder / "data"
     mark = tokens / ".by-train"  # what the user has prepared there himself is not touched
 

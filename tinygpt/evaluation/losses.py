@@ -51,6 +51,7 @@ class Scorer:
 
     def _score(self, inputs: Tensor, targets: Tensor) -> Tensor:
         logits = self.model(inputs).contiguous()
+        targets = buffers.moved(targets, logits.device)
         losses = _log_sum_exp(logits) - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
         hits = logits.argmax(-1) == targets
         return Tensor.stack(losses, hits.float()).realize()

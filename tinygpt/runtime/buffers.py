@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from threading import Lock
 from typing import Any, TypeVar
 
 import numpy as np
 from tinygrad import Tensor, UOp, dtypes
 from tinygrad.device import Buffer, BufferSpec, MultiBuffer
-from tinygrad.dtype import _from_np_dtype, _to_np_dtype
-from tinygrad.uop.ops import KernelInfo
+from tinygrad.dtype import DType, _from_np_dtype, _to_np_dtype
+from tinygrad.uop.ops import KernelInfo, Ops
 
 from tinygpt.runtime import cpu_memory
 
@@ -52,6 +53,17 @@ def allocate(buffer: Buffer) -> Buffer:
     return buffer.ensure_allocated()
 
 
+def empty(
+    shape: Sequence[int], dtype: DType, device: Place | None = None, axis: int | None = None
+) -> Tensor:
+    """A tensor that has no memory yet, on one device or several: see `tensor`."""
+    sizes, several = list(shape), isinstance(device, tuple)
+    if isinstance(device, tuple) and axis is not None:
+        sizes[axis] //= len(device)
+    with _MAKING:
+        return Tensor(UOp.empty(tuple(sizes), dtype, device, axis if several else None))
+
+
 def tensor(values: np.ndarray, device: Place | None = None, axis: int | None = None) -> Tensor:
     """The values in the memory of a device (by default the one in use), written there directly.
 
@@ -62,18 +74,40 @@ def tensor(values: np.ndarray, device: Place | None = None, axis: int | None = N
         device: where there are several, each has all of the values.
         axis: where there are several, each has an equal part along this axis instead.
     """
-    sizes, several = list(values.shape), isinstance(device, tuple)
-    if isinstance(device, tuple) and axis is not None:
-        sizes[axis] //= len(device)
-    with _MAKING:
-        dtype = _from_np_dtype(values.dtype)
-        made = Tensor(UOp.empty(tuple(sizes), dtype, device, axis if several else None))
-        buffers = [allocate(buffer) for buffer in _buffers(made.uop)]
-    for buffer in buffers:
+    made = empty(values.shape, _from_np_dtype(values.dtype), device, axis)
+    for buffer in _buffers(made.uop):
+        allocate(buffer)
         if buffer.device == "CPU":
             cpu_memory.populate(buffer)
     write(made, values)
     return made
+
+
+def laid(source: Tensor, device: Place, axis: int | None = None, rows: int | None = None) -> Tensor:
+    """A tensor on other devices: see `tensor`. One that has no memory yet is given none.
+
+    Args:
+        rows: fill it up with zeros to so many.
+    """
+    shape: Sequence[Any] = source.shape if rows is None else (rows, *source.shape[1:])
+    base = source.uop.base
+    if base.op is Ops.BUFFER and not any(buffer.is_allocated() for buffer in _buffers(base)):
+        return empty(shape, source.dtype, device, axis)
+    return tensor(_filled_up(source.numpy(), shape[0] if shape else 1), device, axis)
+
+
+def laid_like(values: np.ndarray, other: Tensor) -> Tensor:
+    """Values on the devices of another tensor, in parts along the same axis, if they have it, and
+    filled up with rows of zeros where it has more."""
+    axis = other.uop.axis
+    place = None if axis is None or axis >= values.ndim else axis
+    return tensor(_filled_up(values, int(other.shape[0])), other.device, place)
+
+
+def _filled_up(values: np.ndarray, rows: int) -> np.ndarray:
+    if not values.ndim or len(values) == rows:
+        return values
+    return np.pad(values, [(0, rows - len(values)), *[(0, 0)] * (values.ndim - 1)])
 
 
 def write(target: Tensor, values: np.ndarray) -> None:

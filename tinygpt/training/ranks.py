@@ -211,10 +211,10 @@ def need_even(batch_size: int, count: int, what: str) -> None:
     """
     if rest := batch_size % count:
         next_ones = {batch_size - rest, batch_size - rest + count} - {0}
+        others = " and ".join(map(str, sorted(next_ones)))
         raise InputError(
             f"--batch-size is {batch_size}, which {count} {what} cannot share evenly: the next "
-            f"that they can {' and '.join(map(str, sorted(next_ones)))}; or take as many {what} as "
-            "divide it"
+            f"that they can are {others}; or take as many {what} as divide it"
         )
 
 

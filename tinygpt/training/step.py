@@ -75,6 +75,11 @@ class Trainer:
             ranks: the processes that share each batch; None for this one alone.
         """
         self.ranks = ranks or Alone()
+        if model.placement.devices and model.placement.split != "batch":
+            raise InputError(
+                "the model's blocks or heads are shared out over devices: to train it, give each "
+                "device all of it (devices.copy_to_all)"
+            )
         if config.compute != "float32":
             need_type(config.compute)
         copies = model.placement.count if device.default() in memory.SHARE_MEMORY else 1
