@@ -307,7 +307,8 @@ def test_each_dropout_has_a_place_and_a_rate_of_its_own():
 
 def test_memory_is_asked_for_before_it_is_taken(monkeypatch):
     asked = []
-    monkeypatch.setattr("tinygpt.model.require_memory", lambda size, what: asked.append(size))
+    where = "tinygpt.runtime.memory.require_memory"
+    monkeypatch.setattr(where, lambda size, what: asked.append(size))
     model = GPT(SMALL)
     sizes = [value.nbytes for value in weights_of(model).values()]
     assert asked == [sum(sizes) + max(sizes)]  # with a copy of the one that is drawn

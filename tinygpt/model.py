@@ -23,10 +23,9 @@ from tinygpt.ids import check_range, read_ids
 from tinygpt.layers import Dropout, Embedding, LayerNorm, Linear, Record, TransformerBlock
 from tinygpt.ops.sizes import Position, Whole, plus, shape
 from tinygpt.placement import Placement
-from tinygpt.runtime import device
+from tinygpt.runtime import device, memory
 from tinygpt.runtime.buffers import moved, tensor, write
 from tinygpt.runtime.capture import is_capturing
-from tinygpt.runtime.memory import require_memory
 from tinygpt.tokenizer.tokenizer import Tokenizer
 
 # One (keys, values) pair a block, each (B, H, cache length, D): see `GPT.empty_cache`.
@@ -75,7 +74,7 @@ class GPT:
         if seed is not None:  # check first: even the empty blocks of 1,000 layers cost time
             # Of the largest matrix there is a copy while it is drawn.
             largest = config.n_embd * max(config.vocab_size, config.block_size, config.inner_dim)
-            require_memory(4 * (config.parameter_count + largest), "a model of this shape")
+            memory.require_memory(4 * (config.parameter_count + largest), "a model of this shape")
         self.name = self._tokenizer = None
         self.config = config
         self.placement = Placement(config)

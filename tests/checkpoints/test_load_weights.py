@@ -308,7 +308,7 @@ def test_the_memory_that_is_asked_for_is_the_models_and_that_of_reading(
     dtype, held, copies, folder, monkeypatch
 ):
     asked = []
-    where = "tinygpt.checkpoints.load_weights.memory.require_memory"
+    where = "tinygpt.runtime.memory.require_memory"
     monkeypatch.setattr(where, lambda size, what: asked.append((size, what)))
     GPT.from_pretrained(folder, dtype)
     count = [value.size for value in their_weights().values()]
