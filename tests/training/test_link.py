@@ -26,8 +26,7 @@ APART = [
     "unshare", "--user", "--map-root-user", "--net", "--mount", "--pid", "--fork", "--kill-child",
     "--mount-proc",
 ]  # fmt: skip
-# Its arguments are the command; there is a file `cut` once the link is to break.
-SCRIPT = """
+MACHINES = """
 set -e
 mount -t tmpfs tmpfs /run
 export TMPDIR=/run  # what `mpirun` leaves there has the names of its processes' numbers
@@ -44,6 +43,9 @@ for i in 1 2; do
   ip -n machine$i link set lo up
   ip -n machine$i link set port up
 done
+"""
+# Its arguments are the command; there is a file `cut` once the link is to break.
+SCRIPT = """
 cat > /run/start <<'END'
 #!/bin/sh
 shift
@@ -65,8 +67,7 @@ OVER_IT = [
 def _can_be_apart() -> bool:
     if not shutil.which("unshare") or not shutil.which("ip"):
         return False
-    made = "ip link add switch type bridge && ip link add port type veth peer name cable"
-    run = subprocess.run([*APART, "sh", "-c", made], capture_output=True, check=False)
+    run = subprocess.run([*APART, "bash", "-c", MACHINES], capture_output=True, check=False)
     return run.returncode == 0
 
 
@@ -94,7 +95,7 @@ def test_a_link_that_is_cut_ends_the_ranks_on_both_sides(tmp_path):
     argv = ["train", data, "-o", run, *SETTINGS]
     command = [MPIRUN, "-n", "2", "--bind-to", "none", *OVER_IT, sys.executable, ROOT / "run.py"]
     with subprocess.Popen(
-        [*APART, "bash", "-c", SCRIPT, "world", *map(str, [*command, *argv])],
+        [*APART, "bash", "-c", MACHINES + SCRIPT, "world", *map(str, [*command, *argv])],
         stderr=subprocess.PIPE, encoding="utf-8", cwd=tmp_path, env=environment(),
     ) as world:  # fmt: skip
         ends = Timer(120, world.kill)  # if nothing else does
