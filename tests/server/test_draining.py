@@ -96,6 +96,7 @@ def test_what_is_computed_for_a_client_that_has_left_is_waited_for(served_model,
 
 def test_who_sends_half_a_request_delays_no_end(served_model, monkeypatch):
     """Half a head, half a body of either form, and half a body that is not read any more."""
+    pytest.importorskip("uvicorn", reason="needs the extra serve")
     from tinygpt.server import answers, protocol
 
     monkeypatch.setattr(answers, "_BODY_S", 1e6)
