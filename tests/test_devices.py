@@ -123,6 +123,7 @@ def test_25_heads_lie_on_4_devices_by_layers_alone():
 def test_one_device_is_where_a_model_is_already():
     model = GPT(WIDE)
     for split in (share_blocks, split_heads, copy_to_all):
+        copy_to_all(model, 2)
         split(model, 1)
         assert {weight.device for weight in get_state_dict(model).values()} == {Device.DEFAULT}
         assert model.placement.count == 1
@@ -138,6 +139,8 @@ def test_a_model_on_several_devices_is_saved_as_it_was_and_split_heads_are_not(t
     for again in (share_blocks, split_heads, copy_to_all):
         with pytest.raises(InputError, match="heads are split over devices: load it again"):
             again(other, 2)
+    with pytest.raises(InputError, match="heads are split over devices: load it again"):
+        other.init_weights(0)
     with pytest.raises(InputError, match="heads are split over devices: load it again"):
         other.save_pretrained(tmp_path / "three")
     assert not (tmp_path / "three").exists()
@@ -201,6 +204,13 @@ def test_what_is_moved_is_there_and_what_is_no_tensor_stays():
     assert moved(model.wte.weight, Device.DEFAULT) is model.wte.weight
     assert moved(None, "CPU:1") is None
     assert moved(3, "CPU:1") == 3
+
+
+@pytest.mark.parametrize("split", [share_blocks, split_heads, copy_to_all])
+def test_no_devices_are_refused(split):
+    for count in (0, -1):
+        with pytest.raises(InputError, match=f"^{count} devices"):
+            split(GPT(DEEP), count)
 
 
 @pytest.mark.parametrize("count", [0, 5])

@@ -64,6 +64,7 @@ def split_heads(model: GPT, count: int) -> None:
     heads, hidden = config.n_head, config.inner_dim
     fitting = [n for n in range(2, heads + 1) if heads % n == hidden % n == 0]
     if count == 1:
+        share_blocks(model, 1)
         return
     if count not in fitting:
         instead = f"give {_any_of(fitting)} (--devices), or" if fitting else "take"
@@ -93,6 +94,8 @@ def copy_to_all(model: GPT, count: int) -> None:
         InputError: when the machine has fewer.
     """
     model.placement.need_whole()
+    if count < 1:
+        raise InputError(f"{count} devices: give 1 or more (--devices)")
     names = tuple(device.several(count))
     model.placement = Placement(model.config, "batch", names if count > 1 else ())
     for tensor in get_state_dict(model).values():

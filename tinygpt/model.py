@@ -150,6 +150,7 @@ class GPT:
                 where they are the output projection too, they are as in GPT-2.
         Source: Radford et al. 2019, section 2.3; Glorot and Bengio 2010; Wang et al. 2022.
         """
+        self.placement.need_whole()
         rng = np.random.default_rng(seed)
         for name, parameter in get_state_dict(self).items():
             if parameter.ndim == 2:
