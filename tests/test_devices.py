@@ -176,7 +176,8 @@ def test_each_of_several_gpus_needs_room_for_its_part_alone(monkeypatch):
         monkeypatch.setattr(device, "default", lambda name=name: name)
         for devices in ((), ("a", "b", "c")):
             Placement(WIDE, "layers", devices).require_memory(300, "a model")
-    assert asked == [300, 300, 300, 100]
+        Placement(WIDE, "batch", ("a", "b")).require_memory(300, "a cache, which both have")
+    assert asked == [300, 300, 300, 300, 100, 300]
 
 
 def test_scores_are_equal_too():

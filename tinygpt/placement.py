@@ -13,6 +13,13 @@ from tinygpt.errors import InputError
 from tinygpt.runtime import device, memory
 from tinygpt.runtime.buffers import Place, moved, tensor
 
+# How a status line calls what lies on several devices, and what that costs where these are a CPU's.
+_WORDS = {
+    "layers": ("its blocks on ", "no faster"),
+    "heads": ("its heads on ", "slower than one"),
+    "batch": ("", "slower than one"),
+}
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -47,14 +54,28 @@ class Placement:
         """Whether the matrices of the vocabulary are filled up with rows, and lie in parts."""
         return self.split == "heads" and bool(self.devices)
 
+    def describe(self) -> str:
+        """The backend, the form of the operations, and the devices: words for a status line."""
+        found = f"{device.describe()}, {device.describe_operations(self.count)}"
+        if not self.devices:
+            return found
+        words, cost = _WORDS[self.split]
+        found += f", {words}{len(self.devices)} devices"
+        shared = f" (which share the cores of one: it is {cost})"
+        return found + (shared if device.default() == "CPU" else "")
+
     def require_memory(self, needed_bytes: int, what: str) -> None:
-        """Refuse what the model's devices have no room for, each of which takes an equal part.
+        """Refuse what the model's devices have no room for.
+
+        Where they share the model, each is taken to have an equal part of it. By layers the first
+        has the embeddings besides, so that a little too much may be let through.
 
         Raises:
             InputError: see `memory.require_memory`.
         """
-        shares = 1 if device.default() in memory.SHARE_MEMORY else max(1, len(self.devices))
-        memory.require_memory(needed_bytes // shares, what)
+        shared = self.split != "batch" and device.default() not in memory.SHARE_MEMORY
+        parts = max(1, len(self.devices)) if shared else 1
+        memory.require_memory(needed_bytes // parts, what)
 
     def cache(self, layer: int, values: np.ndarray) -> Tensor:
         """Keys or values of a block, (B, H, S, D), beside it."""

@@ -70,7 +70,8 @@ def to_hf(found: Checkpoint, out: Path, tokenizer: Tokenizer | None, dtype: str 
         raise InputError(f"{name} is {value!r}, which Hugging Face's gpt2 cannot say")
     model = found.load(dtype)
     if (held := dtype_of(model.wte)) == "int8":
-        raise InputError(f"dtype is {held!r}, which Hugging Face's gpt2 cannot say: give --dtype")
+        fact = f"dtype is {held!r}, which Hugging Face's gpt2 cannot say"
+        raise InputError(f"{fact}: give another --dtype")
     with atomic_folder(out) as folder:
         model.save_pretrained(folder, tokenizer)
         if tokenizer and tokenizer.name == "char":

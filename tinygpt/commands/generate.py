@@ -306,14 +306,7 @@ def introduce(request: Request, writer: Writer) -> None:
         say(device.note)
     name = request.model or request.preset
     about = f", trained on {hub.BUILT_IN[name]}," if name in hub.BUILT_IN else ""
-    operations = device.describe_operations(writer.model.placement.count)
-    where = f"{device.describe()}, {operations}"
-    if request.devices > 1:
-        what = "blocks" if request.split == "layers" else request.split
-        where += f", its {what} on {request.devices} devices"
-        if device.default() == "CPU":
-            slow = "no faster" if request.split == "layers" else "slower than one"
-            where += f" (which share the cores of one: it is {slow})"
+    where = writer.model.placement.describe()
     say(f"{name}, {config.parameter_count:,} parameters{about} on {where}")
     if not request.model:
         say(f"untrained: its weights are random (seed {request.seeds[0]}), so the text is noise")

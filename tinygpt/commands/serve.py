@@ -15,7 +15,6 @@ from tinygpt.checkpoints import hub
 from tinygpt.commands.flags import add_flag, add_shared
 from tinygpt.commands.interrupts import asking, leave
 from tinygpt.errors import InputError, reason, say, show
-from tinygpt.runtime import device
 from tinygpt.writer import Writer
 
 
@@ -68,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         writer = Writer.open(args.model, args.dtype, args.tokenizer)
         engine = Engine(writer.model, args.slots, args.queue)
         config = writer.model.config
-        where = f"{device.describe()}, {device.describe_operations()}"
+        where = writer.model.placement.describe()
         signals = asking()
         for number in signals:  # from here to the end of the process: nothing could be lost
             signal.signal(number, leave)

@@ -273,12 +273,7 @@ def _resumed(args: argparse.Namespace, folder: Path, ranks: Alone) -> Run:
 
 def _train(job: Run) -> int:
     config, model = job.config, job.trainer.model.config
-    devices = job.trainer.model.placement.count
-    where = f"{device.describe()}, {device.describe_operations(devices)}"
-    if devices > 1:
-        where += f", {devices} devices"
-        if device.default() == "CPU":
-            where += " (which share the cores of one: it is slower than one)"
+    where = job.trainer.model.placement.describe()
     if job.ranks.size > 1:
         where += f", {job.ranks.size} ranks, each of {count(device.cpu_count(), 'thread')}"
     say(f"{model.parameter_count:,} parameters on {where}")
